@@ -46,7 +46,7 @@ class LoRA(nn.Module):
 
     def extra_repr(self): return f'r={self.r}, alpha={self.alpha}'
 
-# %% ../nbs/01_lora_routing.ipynb #ba204388
+# %% ../nbs/01_lora_routing.ipynb #2b5e0a6d
 def _by_bits(profile, bits): return 'float' if bits.w is None else str(bits.w)
 def _by_profile(profile, bits): return profile.name
 ROUTES = dict(bits=_by_bits, profile=_by_profile)
@@ -59,8 +59,9 @@ def adapter_keys(
 
 def _router(name):
     def route(switch, index, profile, bits):
-        key,bank = ROUTES[name](profile, bits),dict.fromkeys(k for l in switch.layers for k in l.adapters)
+        key = ROUTES[name](profile, bits)
         if key in switch.layers[index].adapters: return key
+        bank = dict.fromkeys(k for l in switch.layers for k in l.adapters)
         if key in bank or profile.name=='float' or key=='float': return None    # this layer has none, or the layer is float
         raise ValueError(f"profile {profile.name!r}: layer {switch.sites[index].name} needs adapter {key!r}, the bank has {', '.join(bank)}: "
                          f"call add_adapters_(model, [{key!r}]), or change the profile")
