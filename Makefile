@@ -30,7 +30,7 @@ readme: env-dev
 	$(BIN)/python scripts/build_docs.py --readme
 
 bench: env-bench
-	$(BIN)/switchable-llm bench --preset tiny
+	$(BIN)/python benchmarks/train_step.py
 
 clean:
 	rm -rf .venv _docs _proc build dist .pytest_cache *.egg-info

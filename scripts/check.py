@@ -76,7 +76,7 @@ def check_notebook(path):
     rc,out = run([tool('nbdev_test'), '--path', path], NOTEBOOK_LIMIT)
     bad = saved_outputs(path)
     ok = not rc and 'Success.' in out and not bad    # nbdev_test exits with 0 when it found nothing to run
-    record(path.name, 'passed' if ok else 'failed', time.time()-t, bad if bad and not rc else out)
+    record(path.name, 'passed' if ok else 'failed', time.time()-t, bad if bad and not rc else out.strip() or f'ended with status {rc} and no verdict')
 
 # --- the tests pass -------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def _read_official(path):
     except json.JSONDecodeError as e: raise ValueError(f"{path}: not valid JSON: {e}") from e
     except (KeyError, TypeError) as e: raise ValueError(f"{path}: not in SQuAD's official format (data > paragraphs > qas > answers): {type(e).__name__} {e}") from e
 
-# %% ../nbs/01a_data.ipynb #971b1d33
+# %% ../nbs/01a_data.ipynb #b7afac44
 _consonants,_vowels = 'bdfklmnprt','aeiou'
 _syllables = [c+v for c in _consonants for v in _vowels]
 _jobs = 'baker carpenter dancer doctor farmer fisher gardener hunter judge miller nurse painter pilot poet sailor singer smith tailor teacher weaver'.split()
@@ -58,12 +58,14 @@ _relations = dict(  # kind of subject, kind of value, statements, question
     job    =('person', 'job',   ('{s} works as a {v}.', 'The job of {s} is {v}.'),        'What is the job of {s}?'),
     founded=('place',  'year',  ('{s} was founded in {v}.',),                             'When was {s} founded?'))
 
-def _values(kind, k, rng):   # k different values of a kind
-    draw = dict(person=lambda: ''.join(rng.choices(_syllables, k=2)).capitalize(), place=lambda: ''.join(rng.choices(_syllables, k=3)).capitalize(),
-                year=lambda: str(rng.randrange(1500, 2000)), job=lambda: rng.choice(_jobs))[kind]
+def _values(kind, k, rng):   # k different values of a kind; names start with different syllables
+    name = lambda: ''.join(rng.choices(_syllables, k=2)).capitalize()
+    draw = dict(person=name, place=name, year=lambda: str(rng.randrange(1500, 2000)), job=lambda: rng.choice(_jobs))[kind]
     out = {}
-    while len(out)<k: out[draw()] = None
-    return list(out)
+    while len(out)<k:
+        v = draw()
+        out.setdefault(v[:2] if draw is name else v, v)
+    return list(out.values())
 
 def _facts(relation, k, rng):   # k facts: question, statement, value, place of the value in the statement
     subject,value,texts,question = _relations[relation]
@@ -95,17 +97,17 @@ def tiny_squad(
         if (crc32(r['context'].encode())%8==0)==(split=='validation'): out.setdefault((r['question'], r['context']), r)
     return [dict(id=f'tiny-{split}-{seed}-{i}', title='Tiny', **r) for i,r in enumerate(out.values())]
 
-# %% ../nbs/01a_data.ipynb #d417dd59
+# %% ../nbs/01a_data.ipynb #b1caf077
 def tiny_tokenizer(
-)->PreTrainedTokenizerFast: # About 330 tokens, with `<pad>`, `<eos>` and `<unk>`
+)->PreTrainedTokenizerFast: # About 350 tokens, with `<pad>`, `<eos>` and `<unk>`
     "Tokenizer of the tiny model; decoding gives any printable ASCII text back exactly."
     texts = [t for _,_,ts,q in _relations.values() for t in (*ts, q)]
     words = {' '+w for t in texts for w in re.findall(r'[A-Za-z]+', re.sub(r'\{.\}', '', t))} | {' '+j for j in _jobs} | {'question:','context:','answer:'}
     words = sorted(words, key=lambda w: (-len(w), w))
     chars = ['\n'] + [c for c in string.printable if c.isprintable()]
-    tokens = ['<pad>','<eos>','<unk>', *chars, *(f'{i:02}' for i in range(100)), *_syllables, *(f' {s.capitalize()}' for s in _syllables), *words]
+    tokens = ['<pad>','<eos>','<unk>', *chars, *(f'{i:02}' for i in range(100)), *(f' {i}' for i in range(10, 21)), *_syllables, *(f' {s.capitalize()}' for s in _syllables), *words]
     tok = Tokenizer(models.WordLevel({t:i for i,t in enumerate(dict.fromkeys(tokens))}, unk_token='<unk>'))
-    split = '|'.join(re.escape(w)+r'(?![A-Za-z])' for w in words) + rf'| [{_consonants.upper()}][{_vowels}]|[{_consonants}][{_vowels}]|[0-9][0-9]|[\s\S]'
+    split = '|'.join(re.escape(w)+r'(?![A-Za-z])' for w in words) + rf'| [{_consonants.upper()}][{_vowels}]|[{_consonants}][{_vowels}]| 1[0-9]| 20|[0-9][0-9]|[\s\S]'
     tok.pre_tokenizer,tok.decoder = pre_tokenizers.Split(Regex(split), behavior='isolated'),decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>', clean_up_tokenization_spaces=False, model_max_length=256)
 
@@ -170,7 +172,7 @@ def _forget_gguf(model):   # the weights were dequantized while reading: without
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     model.hf_quantizer,model.is_quantized = None,False
 
-# %% ../nbs/01a_data.ipynb #cbf26499
+# %% ../nbs/01a_data.ipynb #6ce3a891
 @dataclass(frozen=True)
 class Preset:
     "Settings of the main job: a model, questions, profiles, training and scoring."
@@ -179,8 +181,10 @@ class Preset:
     data:str                     # As `load_squad` takes it
     profiles:tuple[str,...]=('bw4','bw6','bw8','w4a8','mixed8648') # Trained together, and scored
     dtype:str='float32'          # Type of the base weights
+    attention:str='sdpa'         # transformers' implementation; 'eager' is faster for short rows in bfloat16 on a CPU
     act:str='per_tensor'         # Activation ranges: 'per_tensor' (static) or 'per_token' (dynamic)
     weight:str='per_channel'     # Weight scales: 'per_tensor', 'per_channel' or 'per_group'
+    fused:bool=False             # Fake-quantize activations in one compiled pass: same numbers, pays for larger models
     steps:int=1000               # Optimizer steps
     batch_size:int=4             # Questions in a forward pass, all processes together
     accumulate:int=2             # Forward passes in a step
@@ -195,14 +199,15 @@ class Preset:
     train_n:int|None=None        # Training questions; by default all
     calibration:int=50           # Training batches for each profile's activation ranges
     eval_n:int|None=1000         # Validation questions
+    max_new_tokens:int=24        # Tokens of an answer, at most
     eval_seed:int|None=None      # Draw them at random with this seed; by default the first
     seed:int=0                   # Of adapters, data order, profiles and dropout
 
 PRESETS = {p.name:p for p in (
-    Preset('tiny', 'tiny', 'tiny', steps=300, batch_size=16, accumulate=1, max_length=256, lr=1e-3, train_n=4000, calibration=20, eval_n=300),
-    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', act='per_token', accumulate=1, max_length=384,
-           eval_n=500, eval_seed=0),
-    Preset('gpt2', 'gpt2', 'rajpurkar/squad'))}
+    Preset('tiny', 'tiny', 'tiny', steps=300, batch_size=16, accumulate=1, max_length=256, lr=1e-3, dropout=0., train_n=4000, calibration=20, eval_n=300),
+    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', attention='eager', act='per_token', fused=True, accumulate=1, max_length=384,
+           dropout=0., eval_n=500, eval_seed=0, max_new_tokens=16),
+    Preset('gpt2', 'gpt2', 'rajpurkar/squad', fused=True))}
 
 # %% ../nbs/01a_data.ipynb #c7f570bd
 def _commit():

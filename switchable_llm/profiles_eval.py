@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'scoring_mode', 'batches_by_length', 'Perplexity', 'perplexity', 'stop_ids', 'answer', 'em_f1', 'Interval',
-           'interval', 'Cost', 'profile_cost', 'ProfileScores', 'Evaluation', 'evaluate', 'compare']
+           'interval', 'Cost', 'profile_cost', 'ProfileScores', 'Evaluation', 'evaluate', 'compare', 'verdict',
+           'ppl_ratio']
 
 # %% ../nbs/03_profiles_eval.ipynb #85bac99b
 import math
@@ -248,7 +249,7 @@ def profile_cost(
                 bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=sum(m*w*a for m,w,a in macs),
                 adapter_bytes=live*float_bits//8, adapter_bops=live*float_bits**2, float_bits=float_bits)
 
-# %% ../nbs/03_profiles_eval.ipynb #608ce625
+# %% ../nbs/03_profiles_eval.ipynb #9cf1da90
 SCORES = ('ppl_text','ppl_answer','em','f1')
 _PER_EXAMPLE = ('prediction','em','f1','nll_text','n_text','nll_answer','n_answer')
 
@@ -285,13 +286,13 @@ def _score_profile(model, profile, tokenizer, items, prompts, examples, settings
     budget = settings['tokens_per_batch']
     with use_profile(model, profile):
         ppl = perplexity(model, tokenizer, items, tokens_per_batch=budget, progress=progress)
-        said = answer(model, tokenizer, prompts, max_new_tokens=settings['max_new_tokens'], tokens_per_batch=budget, progress=progress)
+        said = answer(model, tokenizer, prompts, max_new_tokens=settings['max_new_tokens'], tokens_per_batch=4*budget, progress=progress)   # one row of logits each: room for more
     em,f1 = zip(*(em_f1(s, e['answers']['text']) for s,e in zip(said, examples)))
     kw = dict(n_resamples=settings['n_resamples'], seed=settings['seed'])
     summary = dict(ppl_text=_ppl_interval(ppl.nll_text, ppl.n_text, **kw), ppl_answer=_ppl_interval(ppl.nll_answer, ppl.n_answer, **kw),
                    em=interval(_mean, em, **kw), f1=interval(_mean, f1, **kw))
-    return ProfileScores(profile, profile_cost(model, profile, settings['float_bits']), summary, tuple(str(e['id']) for e in examples), tuple(said), em, f1,
-                         ppl.nll_text, ppl.n_text, ppl.nll_answer, ppl.n_answer)
+    return ProfileScores(profile, profile_cost(model, profile, settings['float_bits']), summary, tuple(str(e['id']) for e in examples),
+                         tuple(said), em, f1, ppl.nll_text, ppl.n_text, ppl.nll_answer, ppl.n_answer)
 
 # %% ../nbs/03_profiles_eval.ipynb #c0e556ef
 def _unit(x): return next(((f,p) for f,p in ((1e12,'T'),(1e9,'G'),(1e6,'M')) if x>=f), (1e3,'k'))
@@ -343,7 +344,7 @@ class Evaluation:
         return '\n'.join(['  '.join([r[0].ljust(widths[0]), *(x.rjust(w) for x,w in zip(r[1:], widths[1:]))]) for r in rows]+[self.caption])
     __repr__ = __str__
 
-# %% ../nbs/03_profiles_eval.ipynb #40ff32d4
+# %% ../nbs/03_profiles_eval.ipynb #4731da99
 def evaluate(
     model:nn.Module,            # A model after `make_switchable_`, calibrated where its activation ranges are static
     tokenizer,                  # Its tokenizer
@@ -351,21 +352,23 @@ def evaluate(
     profiles:Iterable|None=None,# Profiles, or names of the model's (also just one); by default all that the model has
     max_length:int=512,         # Tokens of an example, at most; the context is shortened to fit
     max_new_tokens:int=24,      # Tokens of an answer, at most
-    tokens_per_batch:int=2048,  # Budget for rows x longest row
+    tokens_per_batch:int=2048,  # Budget for rows x longest row; four times that for answers, which need less memory
     n_resamples:int=2000,       # Of the bootstrap
     seed:int=0,                 # Of the bootstrap
     float_bits:int=16,          # What an unquantized number counts as in the cost
     progress:bool=False,        # Show progress bars
 )->Evaluation: # Everything about each profile
     "Perplexity, exact match, F1 and cost of a model at each profile; all is checked before anything runs."
-    settings = dict(max_length=max_length, max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch, n_resamples=n_resamples, seed=seed, float_bits=float_bits)
+    settings = dict(max_length=max_length, max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch,
+                    n_resamples=n_resamples, seed=seed, float_bits=float_bits)
     chosen,examples = check_unique(_resolve(model, profiles)),list(examples)
     if not chosen: raise ValueError("profiles is empty: name at least one, or leave it out for all of the model's")
     for p in chosen: switch_of(model).bind(p)
     bare = [e['id'] for e in examples if not e['answers']['text']]
     if bare: raise ValueError(f"example {bare[0]!r}: has no reference answer to compare with")
     items,prompts = (_encode_all(model, tokenizer, examples, max_length, room) for room in (0, max_new_tokens))
-    return Evaluation(tuple(_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in tqdm(chosen, 'profiles', disable=not progress)), settings)
+    scores = (_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in tqdm(chosen, 'profiles', disable=not progress))
+    return Evaluation(tuple(scores), settings)
 
 # %% ../nbs/03_profiles_eval.ipynb #188dad84
 def compare(
@@ -381,3 +384,27 @@ def compare(
     def log_ratio(la, na, lb, nb, axis): return _per_token(la, na, axis)-_per_token(lb, nb, axis)
     for k in ('text','answer'): out[f'log_ppl_{k}'] = interval(log_ratio, *(getattr(s, f'{n}_{k}') for s in (a, b) for n in ('nll','n')), **kw)
     return out
+
+# %% ../nbs/03_profiles_eval.ipynb #9d16edea
+def verdict(
+    difference:Interval,  # Paired difference, from `compare` or `ppl_ratio`
+    up:str='higher',      # Word for a difference above 0
+    down:str='lower',     # Word for one below 0
+    undecided:str='not decided', # Word for an interval that holds 0, or has no width
+)->str: # One of the three
+    "What a paired difference allows to say."
+    if difference.low==difference.high: return undecided
+    return up if difference.low>0 else down if difference.high<0 else undecided
+
+def ppl_ratio(
+    a:Perplexity,          # Scores of one model or profile
+    b:Perplexity,          # Of another, on the same examples
+    score:str='text',      # Full 'text' or 'answer'
+    n_resamples:int=2000,  # Resamples
+    seed:int=0,            # Of the resampling
+)->Interval: # log(PPL of a / PPL of b)
+    "Paired ratio of two perplexities, as a difference of logarithms."
+    if score not in ('text','answer'): raise ValueError(f"score={score!r}: choose 'text' or 'answer'")
+    if getattr(a, f'n_{score}')!=getattr(b, f'n_{score}'): raise ValueError("the two were scored on different examples: a ratio needs the same, in the same order")
+    return interval(lambda la,lb,n,axis: _per_token(la, n, axis)-_per_token(lb, n, axis), *(getattr(s, f'nll_{score}') for s in (a, b)), getattr(a, f'n_{score}'),
+                    n_resamples=n_resamples, seed=seed)

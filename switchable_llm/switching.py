@@ -8,7 +8,7 @@ __all__ = ['SITES', 'FAMILIES', 'PROFILES', 'LAYERS', 'Site', 'find_sites', 'Rul
            'QuantConv1D', 'QuantEmbedding', 'fake_quant_product', 'make_switchable_', 'switch_of', 'use_profile',
            'calibrate_']
 
-# %% ../nbs/00a_switching.ipynb #6daac616
+# %% ../nbs/00a_switching.ipynb #adcc0f03
 import json, os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch, yaml
 import torch.nn.functional as F
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
-from .quantizers import Bits, EMAObserver, QParams, QuantConfig, fake_quant, fake_quant_weight, quantize_weight, token_qparams
+from .quantizers import Bits, EMAObserver, QParams, QuantConfig, fake_quant, fake_quant_weight, fused_fake_quant, token_qparams
 
 # %% ../nbs/00a_switching.ipynb #f3606eab
 SITES = ('attn_qkv','attn_out','mlp_in','mlp_out','embedding','lm_head')
@@ -219,7 +219,7 @@ def write_whole(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00a_switching.ipynb #35a6f166
+# %% ../nbs/00a_switching.ipynb #5e622889
 class Setting(NamedTuple):
     "What one layer does under one profile."
     bits:Bits           # Its bits
@@ -236,6 +236,7 @@ class Switch:
         self.route,self.route_name = None,None   # (switch, index, profile, bits) -> adapter key; set by add_adapters_
         self.product = fake_quant_product    # The one replaceable function of a quantized layer
         self.recording,self.mask = False,None
+        self.fused = False                   # Fake-quantize activations in one compiled pass
         self.add(PROFILES['float']); self.profile = 'float'
 
     def bind(self,
@@ -269,7 +270,7 @@ class Switch:
         else: raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(self.profiles)}; add it with switch.add")
         self._profile,self.settings = p,settings
 
-# %% ../nbs/00a_switching.ipynb #f3c6c92c
+# %% ../nbs/00a_switching.ipynb #eab14ef5
 class QuantLayer(nn.Module):
     "A layer with switchable bits around an original layer."
     axis = 0   # Output-channel axis of the weight
@@ -309,10 +310,10 @@ class QuantLayer(nn.Module):
     )->Tensor: # Fake-quantized activations
         "Activations on their grid: dynamic per token, or in the calibrated range; a `RuntimeError` if that was never calibrated."
         if bits is None or x.numel()==0: return x
-        cfg = self.switch.cfg
-        if cfg.act=='per_token': return fake_quant(x, token_qparams(x, bits, cfg.act_symmetric), dynamic=True)
-        if self.switch.recording: self._observe(x, bits)
-        return fake_quant(x, self.act_qparams(bits))
+        cfg,dynamic = self.switch.cfg,self.switch.cfg.act=='per_token'
+        if self.switch.recording and not dynamic: self._observe(x, bits)
+        if self.switch.fused: return fused_fake_quant(x, None if dynamic else self.act_qparams(bits), bits, cfg.act_symmetric)
+        return fake_quant(x, token_qparams(x, bits, cfg.act_symmetric) if dynamic else self.act_qparams(bits), dynamic)
 
     def act_qparams(self,
         bits:int, # Activation bits

@@ -1,0 +1,183 @@
+"Models and files of the real shapes: GPT-2 of 124M parameters, a Llama, a GGUF file, official SQuAD."
+import json
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from switchable_llm.data import PRESETS, encode, load_model, load_records, load_squad, tiny_squad
+from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable
+from switchable_llm.profiles_eval import answer, perplexity
+from switchable_llm.quantizers import QuantConfig
+from switchable_llm.study import evaluations, run_joint
+from switchable_llm.switching import PROFILES, calibrate_, make_switchable_, use_profile
+
+SQUAD = Path(__file__).resolve().parents[2]/'shared/data/squad'
+
+# --- GPT-2, the whole path of the preset ----------------------------------------------------------------------------
+
+def official(questions):
+    "Questions in SQuAD's nested format."
+    qa = lambda q: dict(id=q['id'], question=q['question'], answers=[dict(text=t, answer_start=s) for t,s in zip(q['answers']['text'], q['answers']['answer_start'])])
+    return dict(version='1.1', data=[dict(title='T', paragraphs=[dict(context=q['context'], qas=[qa(q)]) for q in questions])])
+
+def byte_bpe(texts, size):
+    "A byte-level BPE like GPT-2's, trained on a few texts and filled to `size` tokens."
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer,tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    model = json.loads(tok.to_str())['model']
+    vocab = model['vocab'] | {f'<filler{i}>': i for i in range(len(model['vocab']), size-1)} | {'<|endoftext|>': size-1}
+    full = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(m) for m in model['merges']]))
+    full.pre_tokenizer,full.decoder = tok.pre_tokenizer,tok.decoder
+    return PreTrainedTokenizerFast(tokenizer_object=full, eos_token='<|endoftext|>', bos_token='<|endoftext|>', unk_token='<|endoftext|>')
+
+@pytest.fixture(scope='module')
+def gpt2(tmp_path_factory):
+    "A folder with GPT-2 as its configuration says (124M parameters, random), and one with SQuAD files."
+    root = tmp_path_factory.mktemp('gpt2')
+    train,val = tiny_squad(40),tiny_squad(8, 'validation')
+    for split,qs in (('train',train), ('validation',val)): (root/f'{split}.json').write_text(json.dumps(official(qs)))
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(root/'model')
+    byte_bpe([q['context']+q['question'] for q in train], GPT2Config().vocab_size).save_pretrained(root/'model')
+    return root
+
+def test_preset_gpt2(gpt2):
+    preset = replace(PRESETS['gpt2'], model=str(gpt2/'model'), data=str(gpt2), profiles=('bw4','mixed8648'), steps=2, eval_n=2, calibration=1, batch_size=2)
+    record = run_joint(preset, gpt2/'runs', progress=False)
+    before,after = evaluations(record)
+    assert [s.profile.name for s in before]==['float','bw4','mixed8648'] and [s.profile.name for s in after]==['bw4','mixed8648']
+    assert before['float'].cost.bytes==2*124_439_808                                # 124M parameters at two bytes
+    assert before['bw4'].cost.bytes < before['mixed8648'].cost.bytes < before['float'].cost.bytes
+    assert 10_000 < before['float'].summary['ppl_text'].value < 500_000             # it knows nothing: about the size of its vocabulary
+    assert len(record['training']['curve'])==2 and all(c[1]>0 for c in record['training']['curve'])
+    saved, = load_records(gpt2/'runs'); assert saved['after']==record['after']
+    work, = (gpt2/'runs/work/gpt2').iterdir()
+    model,tok = load_model(gpt2/'model')
+    load_switchable(work/'model', model)
+    assert any(p.abs().max()>0 for n,p in adapter_params(model).items() if n.endswith('.b')), 'nothing was trained'
+    with use_profile(model, 'bw4'): ppl = perplexity(model, tok, load_squad(str(gpt2), 'validation', 2), preset.max_length)
+    assert ppl.nll_text==after['bw4'].nll_text
+
+def test_tokens_of_gpt2_come_back(gpt2):
+    _,tok = load_model(gpt2/'model')
+    for q in load_squad(str(gpt2), 'validation'):
+        e = encode(q, tok)
+        assert tok.decode(e.ids)==f"question: {q['question']}\ncontext: {q['context']}\nanswer: {q['answers']['text'][0]}\n"
+        assert tok.decode(e.ids[e.prompt:])==f" {q['answers']['text'][0]}\n"
+
+@pytest.mark.skipif(not (SQUAD/'validation.json').exists(), reason='no SQuAD beside the repository')
+def test_real_squad():
+    for split,least in (('train',500), ('validation',500)):
+        qs = load_squad(SQUAD, split)
+        assert len(qs)>=least and len({q['id'] for q in qs})==len(qs)
+        for q in qs:
+            for t,s in zip(q['answers']['text'], q['answers']['answer_start']): assert q['context'][s:s+len(t)]==t
+    assert not {q['context'] for q in load_squad(SQUAD, 'train')} & {q['context'] for q in qs}
+    assert load_squad(SQUAD, 'validation', 20, seed=1)==load_squad(SQUAD, 'validation', 20, seed=1)!=load_squad(SQUAD, 'validation', 20)
+
+# --- the float profile is the original model ------------------------------------------------------------------------
+
+def small(kind, dtype=torch.float32, attention='sdpa'):
+    torch.manual_seed(1)
+    if kind=='gpt2': m = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, attn_implementation=attention))
+    else: m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                           max_position_embeddings=64, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True, attn_implementation=attention))
+    return m.to(dtype).eval()
+
+@pytest.mark.parametrize('attention', ['sdpa','eager'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('kind', ['gpt2','llama'])
+@torch.no_grad()
+def test_float_is_the_original(kind, dtype, attention):
+    plain,model = small(kind, dtype, attention),small(kind, dtype, attention)
+    make_switchable_(model, list(PROFILES), QuantConfig(act='per_tensor'), embedding=True, lm_head=True)
+    ids = torch.randint(2, 200, (3, 12), generator=torch.Generator().manual_seed(2))
+    calibrate_(model, [dict(input_ids=ids)]); add_adapters_(model)
+    for p in adapter_params(model).values(): p.normal_(std=.1)
+    with use_profile(model, 'bw4'): assert not torch.equal(model(ids).logits, plain(ids).logits)
+    mask = torch.ones_like(ids); mask[0, :5] = mask[1, :1] = 0                       # padding on the left
+    assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
+    caches = [m(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values for m in (model, plain)]
+    for t in range(8, 12):                                                          # token by token, on the cache
+        a,b = (m(ids[:, t:t+1], attention_mask=mask[:, :t+1], past_key_values=c, use_cache=True).logits for m,c in zip((model, plain), caches))
+        assert torch.equal(a, b)
+    for how in (dict(do_sample=False), dict(do_sample=False, num_beams=3), dict(do_sample=True, temperature=.8, top_k=20)):
+        cfg = GenerationConfig(max_new_tokens=8, pad_token_id=0, eos_token_id=1, **how)
+        out = []
+        for m in (model, plain): torch.manual_seed(3); out.append(m.generate(input_ids=ids, attention_mask=mask, generation_config=cfg))
+        assert torch.equal(*out), how
+    state,want = model.state_dict(),plain.state_dict()
+    for k,v in want.items(): assert torch.equal(state[k], v), k
+
+@pytest.mark.parametrize('kind', ['gpt2','llama'])
+@torch.no_grad()
+def test_quantized_generation_uses_its_cache_rightly(kind):
+    "With one range per token nothing of other tokens enters: a cache, a batch or padding change only the rounding of sums."
+    model = small(kind)
+    make_switchable_(model, ['bw8'], QuantConfig(act='per_token'))
+    ids = torch.randint(2, 200, (2, 12), generator=torch.Generator().manual_seed(2))
+    with use_profile(model, 'bw8'):
+        full = model(ids).logits
+        out = model(ids[:, :8], use_cache=True)
+        steps = [out.logits]
+        for t in range(8, 12):
+            out = model(ids[:, t:t+1], past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=.05, atol=.02)   # a sum's last bit may move a code by one
+        torch.testing.assert_close(model(ids[:1]).logits, full[:1], rtol=.05, atol=.02)
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+def write_gguf(path, model, tokens):
+    "A Llama in llama.cpp's format: matrices in 8-bit blocks, the rest in float32. Returns the dequantized weights."
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    c,w = model.config,gguf.GGUFWriter(str(path), 'llama')
+    w.add_block_count(c.num_hidden_layers); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size)
+    w.add_feed_forward_length(c.intermediate_size); w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta']); w.add_rope_dimension_count(c.hidden_size//c.num_attention_heads)
+    w.add_vocab_size(len(tokens)); w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre('default')
+    w.add_token_list(tokens); w.add_token_types([3]+[1]*(len(tokens)-1)); w.add_token_merges(['a b'])
+    for add in (w.add_bos_token_id, w.add_eos_token_id, w.add_unk_token_id): add(0)
+    names = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm', q_proj='attn_q', k_proj='attn_k', v_proj='attn_v', o_proj='attn_output', gate_proj='ffn_gate', up_proj='ffn_up', down_proj='ffn_down')
+    tensors = {'model.embed_tokens.weight':'token_embd.weight', 'model.norm.weight':'output_norm.weight'}
+    tensors |= {k:f"blk.{k.split('.')[2]}.{names[k.split('.')[-2]]}.weight" for k in model.state_dict() if '.layers.' in k}
+    back = {}
+    for k,name in tensors.items():
+        x = model.state_dict()[k].numpy()
+        if k.endswith(('q_proj.weight','k_proj.weight')):                           # llama.cpp pairs the rotated dimensions differently
+            heads = c.num_attention_heads if 'q_proj' in k else c.num_key_value_heads
+            x = x.reshape(heads, 2, x.shape[0]//heads//2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        if x.ndim==1: w.add_tensor(name, x); continue
+        q = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
+        w.add_tensor(name, q, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        d = gguf.quants.dequantize(q, gguf.GGMLQuantizationType.Q8_0)
+        if k.endswith(('q_proj.weight','k_proj.weight')): d = d.reshape(heads, d.shape[0]//heads//2, 2, d.shape[1]).swapaxes(1, 2).reshape(d.shape)
+        back[k] = torch.tensor(d)
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return back
+
+def test_gguf(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ['<|endoftext|>', *alphabet, 'ab']
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                         max_position_embeddings=64, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)).eval()
+    back = write_gguf(tmp_path/'m.gguf', llama, tokens)
+    llama.load_state_dict(back, strict=False)
+    model,tok = load_model(tmp_path/'m.gguf')
+    ids = tok('Where is ab?\n').input_ids
+    assert tok.decode(ids)=='Where is ab?\n' and tok.pad_token is not None
+    with torch.no_grad(): torch.testing.assert_close(model(torch.tensor([ids])).logits, llama(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-5)
+    make_switchable_(model, ['bw4','bw8'], QuantConfig(act='per_token'))
+    add_adapters_(model)
+    with use_profile(model, 'bw4'): said = answer(model, tok, [dict(id='1', question='Where?', context='ab')], max_length=64, max_new_tokens=4)
+    assert len(said)==1
+    plain = load_model(tmp_path/'m.gguf', 'bfloat16')[0]
+    plain.save_pretrained(tmp_path/'saved')                                         # the marker of the quantized file is gone
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path/'saved').config, 'quantization_config')
+
+def test_a_gguf_that_is_none(tmp_path):
+    (tmp_path/'m.gguf').write_bytes(b'GGUF'+bytes(100))
+    with pytest.raises(ValueError, match='m.gguf'): load_model(tmp_path/'m.gguf')
