@@ -172,7 +172,7 @@ def _forget_gguf(model):   # the weights were dequantized while reading: without
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     model.hf_quantizer,model.is_quantized = None,False
 
-# %% ../nbs/01a_data.ipynb #6ce3a891
+# %% ../nbs/01a_data.ipynb #ce69a686
 @dataclass(frozen=True)
 class Preset:
     "Settings of the main job: a model, questions, profiles, training and scoring."
@@ -198,14 +198,15 @@ class Preset:
     target:str='answer'          # Loss on the 'answer' or on the full 'text'
     train_n:int|None=None        # Training questions; by default all
     calibration:int=50           # Training batches for each profile's activation ranges
+    calibration_size:int=4       # Questions in each of them
     eval_n:int|None=1000         # Validation questions
     max_new_tokens:int=24        # Tokens of an answer, at most
     eval_seed:int|None=None      # Draw them at random with this seed; by default the first
     seed:int=0                   # Of adapters, data order, profiles and dropout
 
 PRESETS = {p.name:p for p in (
-    Preset('tiny', 'tiny', 'tiny', steps=300, batch_size=16, accumulate=1, max_length=256, lr=1e-3, dropout=0., train_n=4000, calibration=20, eval_n=300),
-    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', attention='eager', act='per_token', fused=True, accumulate=1, max_length=384,
+    Preset('tiny', 'tiny', 'tiny', steps=300, batch_size=16, accumulate=1, max_length=256, lr=1e-3, dropout=0., train_n=4000, calibration=20, calibration_size=16, eval_n=300),
+    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', attention='eager', act='per_token', fused=True, batch_size=2, accumulate=1, max_length=384,
            dropout=0., eval_n=500, eval_seed=0, max_new_tokens=16),
     Preset('gpt2', 'gpt2', 'rajpurkar/squad', fused=True))}
 

@@ -151,7 +151,7 @@ class TrainConfig:
         if self.mixed_precision not in ('no','bf16'): raise ValueError(f"mixed_precision={self.mixed_precision!r}: choose 'no' or 'bf16'")
         if self.answer_weight==self.text_weight==0: raise ValueError("answer_weight and text_weight are both 0: there is nothing to learn")
 
-# %% ../nbs/02_joint_training.ipynb #d23dec0c
+# %% ../nbs/02_joint_training.ipynb #f651a6fa
 def train(
     model:nn.Module,             # Trained in place: its parameters that require a gradient
     data:list[Encoded],          # Training questions as tokens
@@ -167,7 +167,7 @@ def train(
 )->dict: # `curve` (a list of step, loss, profiles, tokens), `tokens`, `seconds`, `processes`, `device`
     "Train: one loop for one process or many, resumable to the same bits."
     AcceleratorState._reset_state()
-    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu)
+    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
     _check(model, data, cfg, acc)
     model.to(acc.device)
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}

@@ -6,8 +6,8 @@
 __all__ = ['ROUTES', 'FORMAT_VERSION', 'LoRA', 'adapter_keys', 'add_adapters_', 'adapter_params', 'use_adapter', 'export_peft',
            'import_peft', 'base_hash', 'save_switchable', 'read_switchable', 'load_switchable']
 
-# %% ../nbs/01_lora_routing.ipynb #8facb865
-import hashlib, json, math, os, shutil
+# %% ../nbs/01_lora_routing.ipynb #35c2b2d7
+import glob, hashlib, json, math, os, shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -173,7 +173,7 @@ def _read_tensors(path):
     except FileNotFoundError: raise FileNotFoundError(f"{path}: missing") from None
     except safetensors.SafetensorError as e: raise ValueError(f"{path}: damaged or cut off: {e}") from e
 
-# %% ../nbs/01_lora_routing.ipynb #85193b85
+# %% ../nbs/01_lora_routing.ipynb #86b144a3
 FORMAT_VERSION = 1
 
 def base_hash(
@@ -185,6 +185,10 @@ def base_hash(
         h.update(f'{n} {p.dtype} {tuple(p.shape)}'.encode())
         h.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+def _whole(folder):   # the checkpoint; if a writer was killed between its two renames, the older one, which lies beside
+    aside = sorted(folder.parent.glob(glob.escape(f'.{folder.name}.')+'*.old'))
+    return folder if folder.exists() or not aside else aside[-1]
 
 def _sealed(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
 
@@ -204,25 +208,27 @@ def save_switchable(
              profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=asdict(switch.cfg), route=switch.route_name,
              sites=[[s.name, s.site] for s in switch.sites], adapters=loras, tensors_sha256=hashlib.sha256(data).hexdigest())
     tmp,old = (folder.with_name(f'.{folder.name}.{os.getpid()}.{w}') for w in ('new','old'))
-    shutil.rmtree(tmp, ignore_errors=True)
-    write_whole(tmp/'adapters.safetensors', data)
-    write_whole(tmp/'switchable.json', json.dumps(d | dict(checksum=_sealed(d)), indent=1).encode())
-    if folder.exists(): os.replace(folder, old)
-    os.replace(tmp, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        write_whole(tmp/'adapters.safetensors', data)
+        write_whole(tmp/'switchable.json', json.dumps(d | dict(checksum=_sealed(d)), indent=1).encode())
+        if folder.exists(): os.replace(folder, old)
+        os.replace(tmp, folder)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+    for f in folder.parent.glob(glob.escape(f'.{folder.name}.')+'*'): shutil.rmtree(f, ignore_errors=True)   # of killed writers too
     return folder
 
-# %% ../nbs/01_lora_routing.ipynb #93414516
+# %% ../nbs/01_lora_routing.ipynb #b1d8b7e5
 def read_switchable(
     folder:str|Path, # A switchable checkpoint
 )->dict: # Its description
     "Read and check `switchable.json`; a `ValueError` names the fault."
-    path = Path(folder)/'switchable.json'
+    path = _whole(Path(folder))/'switchable.json'
     if not path.exists(): raise FileNotFoundError(f"{path}: missing; {folder} is no switchable checkpoint")
     try: d = json.loads(path.read_text())
     except ValueError as e: raise ValueError(f"{path}: damaged or cut off: {e}") from e
-    if not isinstance(d, dict) or d.get('format_version', 0)>FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {d.get('format_version') if isinstance(d, dict) else None}, this library reads up to {FORMAT_VERSION}: install a newer switchable_llm")
+    version = d.get('format_version') if isinstance(d, dict) else None
+    if not isinstance(version, int): raise ValueError(f"{path}: damaged, or no switchable checkpoint: it has no format version")
+    if version>FORMAT_VERSION: raise ValueError(f"{path}: format version {version}, this library reads up to {FORMAT_VERSION}: install a newer switchable_llm")
     if d.pop('checksum', None)!=_sealed(d): raise ValueError(f"{path}: damaged: its checksum does not match")
     return d
 
@@ -231,7 +237,7 @@ def load_switchable(
     model:nn.Module,   # Its base model, untouched, in the type it was saved with; changed in place
 )->nn.Module: # `model`, switchable, at profile `float`
     "Make a base model what was saved; nothing is changed unless all of the checkpoint is sound and fits."
-    d,path = read_switchable(folder),Path(folder)/'adapters.safetensors'
+    d,path = read_switchable(folder),_whole(Path(folder))/'adapters.safetensors'
     state = _read_tensors(path)
     if hashlib.sha256(path.read_bytes()).hexdigest()!=d['tensors_sha256']: raise ValueError(f"{path}: damaged: its checksum does not match switchable.json")
     if base_hash(model)!=d['base']['sha256']:

@@ -40,7 +40,7 @@ def scoring_mode(
         for m in training: m.training = True
         if own is not None: model.generation_config = own
 
-# %% ../nbs/03_profiles_eval.ipynb #b81c4038
+# %% ../nbs/03_profiles_eval.ipynb #288d4bd6
 def batches_by_length(
     items:list[Encoded],   # Encoded examples
     tokens_per_batch:int,  # Budget for rows x longest row; a longer example is a batch of its own
@@ -62,6 +62,7 @@ def _encode_all(model, tokenizer, examples, max_length, room=0):   # with `room`
     examples = list(examples)
     if not examples: raise ValueError("examples is empty: give at least one question in SQuAD's format")
     n = min(max_length, getattr(model.config, 'max_position_embeddings', None) or max_length)-room
+    if room and n<1: raise ValueError(f"max_length={max_length}: leaves no room for a question beside max_new_tokens={room}")
     return [e if isinstance(e, Encoded) else encode(e | dict(answers=None) if room else e, tokenizer, max_length=n) for e in examples]
 
 def _pad_id(tokenizer): return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

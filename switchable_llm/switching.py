@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SITES', 'FAMILIES', 'PROFILES', 'LAYERS', 'Site', 'find_sites', 'Rule', 'Profile', 'as_profile', 'load_profiles',
-           'check_unique', 'save_profiles', 'write_whole', 'Setting', 'Switch', 'QuantLayer', 'QuantLinear',
-           'QuantConv1D', 'QuantEmbedding', 'fake_quant_product', 'make_switchable_', 'switch_of', 'use_profile',
-           'calibrate_']
+           'read_profiles', 'check_unique', 'save_profiles', 'write_whole', 'Setting', 'Switch', 'QuantLayer',
+           'QuantLinear', 'QuantConv1D', 'QuantEmbedding', 'fake_quant_product', 'make_switchable_', 'switch_of',
+           'use_profile', 'calibrate_']
 
 # %% ../nbs/00a_switching.ipynb #adcc0f03
 import json, os
@@ -65,7 +65,7 @@ def find_sites(
 def _check_site(site):
     if site not in SITES: raise ValueError(f"site={site!r}: unknown; the sites are {', '.join(SITES)}")
 
-# %% ../nbs/00a_switching.ipynb #b36fd7db
+# %% ../nbs/00a_switching.ipynb #c24ba343
 @dataclass(frozen=True)
 class Rule:
     "Bits for the layers that match all that is given of site, layer range and glob."
@@ -82,10 +82,11 @@ class Rule:
         _check_keys(d, ('bits','site','layers','glob'), 'rule')
         if 'bits' not in d: raise ValueError(f"rule {d}: has no 'bits'")
         if len(d)<2: raise ValueError(f"rule {d}: needs 'site', 'layers' or 'glob'; use the profile's 'default' for all layers")
-        site = d.get('site')
-        site = (site,) if isinstance(site, str) else None if site is None else tuple(site)
+        site,glob = (d['site'],) if isinstance(d.get('site'), str) else d.get('site'),d.get('glob')
+        if not isinstance(site, (list,tuple,type(None))): raise ValueError(f"site={site!r}: needs a site, or a list of sites")
+        if not isinstance(glob, (str,type(None))): raise ValueError(f"glob={glob!r}: needs a pattern of module names, like '*.c_fc'")
         for s in site or (): _check_site(s)
-        return cls(Bits.parse(d['bits']), site, _layer_range(d.get('layers')), d.get('glob'))
+        return cls(Bits.parse(d['bits']), None if site is None else tuple(site), _layer_range(d.get('layers')), glob)
 
     def to_dict(self):
         "As `from_dict` reads it."
@@ -113,7 +114,7 @@ def _layer_range(v):
     if not v or any(isinstance(i, bool) or not isinstance(i, int) or i<0 for i in v): raise ValueError(f"layers={list(v)!r}: write 3, '0-5' or [0, 2, 4]")
     return v
 
-# %% ../nbs/00a_switching.ipynb #c604c5c2
+# %% ../nbs/00a_switching.ipynb #800914f8
 @dataclass(frozen=True)
 class Profile:
     "A named choice of bits for every layer."
@@ -133,7 +134,9 @@ class Profile:
         _check_keys(d, ('name','default','rules'), 'profile')
         for k in ('name','default'):
             if k not in d: raise ValueError(f"profile {d}: has no {k!r}")
-        return cls(d['name'], Bits.parse(d['default']), tuple(Rule.from_dict(r) for r in d.get('rules') or ()))
+        rules = d.get('rules') or []
+        if not isinstance(rules, (list,tuple)): raise ValueError(f"profile {d['name']!r}: rules={rules!r}: needs a list of rules")
+        return cls(d['name'], Bits.parse(d['default']), tuple(map(Rule.from_dict, rules)))
 
     def to_dict(self):
         "As `from_dict` reads it."
@@ -173,7 +176,7 @@ def as_profile(
     if p in PROFILES: return PROFILES[p]
     raise ValueError(f"profile {p!r}: unknown; built in are {', '.join(PROFILES)}. Give a Profile, or read a file with load_profiles")
 
-# %% ../nbs/00a_switching.ipynb #a5d4a15d
+# %% ../nbs/00a_switching.ipynb #aef3a3af
 def load_profiles(
     path:str|Path, # A .json, .yaml or .yml file: one profile, or a list of them under `profiles`
 )->list[Profile]:  # At least one, with different names
@@ -181,11 +184,18 @@ def load_profiles(
     path = Path(path)
     if path.suffix not in ('.json','.yaml','.yml'): raise ValueError(f"{path}: needs a name that ends in .json, .yaml or .yml")
     try: d = (json.loads if path.suffix=='.json' else yaml.safe_load)(path.read_text())
-    except (json.JSONDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path}: not valid {path.suffix[1:]}: {e}") from e
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not valid {path.suffix[1:]}: {e}") from e
     ds = d['profiles'] if isinstance(d, dict) and set(d)=={'profiles'} else d if isinstance(d, list) else [d]
-    if not ds: raise ValueError(f"{path}: holds no profile")
+    if not ds or not isinstance(ds, list): raise ValueError(f"{path}: holds no profile")
     try: return check_unique([Profile.from_dict(p) for p in ds])
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
+
+def read_profiles(
+    names:Iterable[str],         # Names of profiles, and files that end in .json, .yaml or .yml
+    known:dict[str,Profile]=PROFILES, # Profiles that go by name, beside the built-in ones
+)->list[Profile]: # At least as many
+    "Profiles by name or from files."
+    return [p for n in names for p in (load_profiles(n) if Path(n).suffix in ('.json','.yaml','.yml') else [known.get(n) or as_profile(n)])]
 
 def check_unique(
     profiles:Iterable[Profile], # Profiles

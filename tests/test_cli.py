@@ -73,7 +73,7 @@ def test_run_evaluate_answer(cli, tmp_path, toy_folder):
 @pytest.mark.skipif(os.name!='posix', reason='needs signals')
 def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
-    argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 400, '--batch-size', 4, '--out']
+    argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 400, '--out']
     log = tmp_path/'log'
     with open(log, 'w') as f: p = subprocess.Popen([COMMAND, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL)
     try:
