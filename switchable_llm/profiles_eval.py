@@ -25,18 +25,21 @@ from .data import Encoded, collate, encode
 from .quantizers import blocks
 from .switching import Profile, QuantEmbedding, check_unique, switch_of, use_profile
 
-# %% ../nbs/03_profiles_eval.ipynb #8a8b4d99
+# %% ../nbs/03_profiles_eval.ipynb #1ccf431b
 @contextmanager
 def scoring_mode(
     model:nn.Module, # Any model
 ):
     "Evaluation mode and neutral generation settings, for the length of a `with` block."
     training,own = [m for m in model.modules() if m.training],getattr(model, 'generation_config', None)
+    # the last position of a batch is a strided slice, for which torch's batched product copies the head's weight once for each row
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda m, args: (args[0].contiguous(), *args[1:]))
     try:
         model.eval()
         if own is not None: model.generation_config = GenerationConfig()
         yield model
     finally:
+        hook.remove()
         for m in training: m.training = True
         if own is not None: model.generation_config = own
 
