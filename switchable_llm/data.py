@@ -172,7 +172,7 @@ def _forget_gguf(model):   # the weights were dequantized while reading: without
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     model.hf_quantizer,model.is_quantized = None,False
 
-# %% ../nbs/01a_data.ipynb #ce69a686
+# %% ../nbs/01a_data.ipynb #3d9c0f60
 @dataclass(frozen=True)
 class Preset:
     "Settings of the main job: a model, questions, profiles, training and scoring."
@@ -184,7 +184,8 @@ class Preset:
     attention:str='sdpa'         # transformers' implementation; 'eager' is faster for short rows in bfloat16 on a CPU
     act:str='per_tensor'         # Activation ranges: 'per_tensor' (static) or 'per_token' (dynamic)
     weight:str='per_channel'     # Weight scales: 'per_tensor', 'per_channel' or 'per_group'
-    fused:bool=False             # Fake-quantize activations in one compiled pass: same numbers, pays for larger models
+    codes:str='independent'      # Weight codes: 'independent' at each width, or 'nested' in one 8-bit code
+    kernel:str='auto'            # How quantized products run, as `switch.kernel`
     steps:int=1000               # Optimizer steps
     batch_size:int=4             # Questions in a forward pass, all processes together
     accumulate:int=2             # Forward passes in a step
@@ -206,9 +207,9 @@ class Preset:
 
 PRESETS = {p.name:p for p in (
     Preset('tiny', 'tiny', 'tiny', steps=300, batch_size=16, accumulate=1, max_length=256, lr=1e-3, dropout=0., train_n=4000, calibration=20, calibration_size=16, eval_n=300),
-    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', attention='eager', act='per_token', fused=True, batch_size=2, accumulate=1, max_length=384,
+    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', attention='eager', act='per_token', batch_size=2, accumulate=1, max_length=384,
            dropout=0., eval_n=500, eval_seed=0, max_new_tokens=16),
-    Preset('gpt2', 'gpt2', 'rajpurkar/squad', fused=True))}
+    Preset('gpt2', 'gpt2', 'rajpurkar/squad'))}
 
 # %% ../nbs/01a_data.ipynb #c7f570bd
 def _commit():

@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'scoring_mode', 'batches_by_length', 'Perplexity', 'perplex
            'interval', 'Cost', 'profile_cost', 'ProfileScores', 'Evaluation', 'evaluate', 'compare', 'verdict',
            'ppl_ratio']
 
-# %% ../nbs/03_profiles_eval.ipynb #85bac99b
+# %% ../nbs/03_profiles_eval.ipynb #b72724dc
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from .data import Encoded, collate, encode
 from .quantizers import blocks
-from .switching import Profile, QuantEmbedding, check_unique, switch_of, use_profile
+from .switching import Profile, check_unique, switch_of, use_profile
 
 # %% ../nbs/03_profiles_eval.ipynb #1ccf431b
 @contextmanager
@@ -233,7 +233,7 @@ def _resolve(model, profiles):
             raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(switch.profiles)}; add it with switch.add, or give a Profile")
     return [switch.profiles[p] if isinstance(p, str) else p for p in chosen]
 
-# %% ../nbs/03_profiles_eval.ipynb #c35e4657
+# %% ../nbs/03_profiles_eval.ipynb #a430c175
 def profile_cost(
     model:nn.Module,        # A model after `make_switchable_`
     profile:'str|Profile',  # A profile, or the name of one that the model has
@@ -244,7 +244,7 @@ def profile_cost(
     rows = [(l, s.bits.w or float_bits, s.bits.a or float_bits, s) for l,s in zip(switch.layers, switch.bind(profile))]
     kept = {}   # tied weights once, at the wider of their bits
     for l,w,_,s in sorted(rows, key=lambda r: r[1]): kept[id(l.weight)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
-    macs = [(l.in_features*l.out_features, w, a) for l,w,a,_ in rows if not isinstance(l, QuantEmbedding)]   # a look-up multiplies nothing
+    macs = [(l.in_features*l.out_features, w, a) for l,w,a,_ in rows if l.multiplies]   # a look-up multiplies nothing
     held = {id(p) for l in switch.layers for p in l.adapters.parameters()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in held and id(p) not in kept)
     live = sum(p.numel() for l,*_,s in rows if s.adapter is not None for p in l.adapters[s.adapter].parameters())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_BITS', 'MAX_BITS', 'check_bits', 'Bits', 'qrange', 'QParams', 'qparams', 'quantize', 'dequantize', 'fake_quant',
-           'QuantConfig', 'blocks', 'unblocks', 'weight_qparams', 'quantize_weight', 'dequantize_weight',
-           'fake_quant_weight', 'EMAObserver', 'token_qparams', 'fused_fake_quant']
+           'QuantConfig', 'blocks', 'unblocks', 'weight_qparams', 'nested_codes', 'nested_at', 'quantize_weight',
+           'dequantize_weight', 'fake_quant_weight', 'EMAObserver', 'token_qparams', 'fused_fake_quant']
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
 import re, warnings
@@ -63,11 +63,11 @@ def qrange(
     check_bits(bits)
     return (1-2**(bits-1), 2**(bits-1)-1) if symmetric else (0, 2**bits-1)
 
-# %% ../nbs/00_quantizers.ipynb #a9a98025
+# %% ../nbs/00_quantizers.ipynb #4dd5f8e2
 class QParams(NamedTuple):
     "What is needed to turn numbers into codes and back."
     scale:Tensor       # Step between neighbouring codes, float32, broadcastable to the tensor
-    zero_point:Tensor  # Code of the number 0, int32, shape of `scale`
+    zero_point:Tensor  # Code of the number 0, int32 (float32 for nested codes, where it can lie between two), shape of `scale`
     qmin:int           # Smallest code
     qmax:int           # Largest code
 
@@ -127,21 +127,23 @@ def fake_quant(
         return torch.fake_quantize_per_tensor_affine(x, qp.scale.view(1), qp.zero_point.view(1), qp.qmin, qp.qmax)
     return _FakeQuant.apply(x, *qp, dynamic)
 
-# %% ../nbs/00_quantizers.ipynb #bd5912aa
+# %% ../nbs/00_quantizers.ipynb #a61c8bd2
 @dataclass(frozen=True)
 class QuantConfig:
     "Settings of the quantizers of a model; bit-widths are the profile's business."
     weight:str='per_channel'    # Which weights share a scale: 'per_tensor', 'per_channel' or 'per_group'
     group_size:int=64           # Inputs that share a scale where `weight='per_group'`
     weight_symmetric:bool=True  # Symmetric weights (LLM-QAT)
+    codes:str='independent'     # 'independent': each width rounds the weight anew; 'nested': it takes the top bits of one 8-bit code
     act:str='per_tensor'        # 'per_tensor': one static range, from calibration; 'per_token': a dynamic range for each token
     act_symmetric:bool=False    # Asymmetric activations: a GELU's output is one-sided
     momentum:float=0.1          # Share of a new batch in the running range of `act='per_tensor'`
 
     def __post_init__(self):
-        for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('act',('per_tensor','per_token'))):
+        for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('codes',('independent','nested')), ('act',('per_tensor','per_token'))):
             if getattr(self, k) not in ok: raise ValueError(f"{k}={getattr(self, k)!r}: choose one of {', '.join(ok)}")
         if not isinstance(self.group_size, int) or self.group_size<1: raise ValueError(f"group_size={self.group_size!r}: needs a positive integer")
+        if self.codes=='nested' and not self.weight_symmetric: raise ValueError("codes='nested' are symmetric: leave weight_symmetric=True, or choose codes='independent'")
         if not 0<self.momentum<=1: raise ValueError(f"momentum={self.momentum!r}: needs 0 < momentum <= 1")
 
 # %% ../nbs/00_quantizers.ipynb #ce40e426
@@ -166,17 +168,41 @@ def unblocks(
     w = b.reshape(rows, -1)[:, :cols]
     return (w.T if axis==1 else w).contiguous()
 
-# %% ../nbs/00_quantizers.ipynb #3b13038d
+# %% ../nbs/00_quantizers.ipynb #5b60501d
+def _weight_range(b):
+    lo,hi = torch.aminmax(b.detach(), dim=-1, keepdim=True)
+    if not torch.isfinite(lo+hi).all(): raise ValueError("the weight holds NaN or infinite numbers: it cannot be quantized")
+    return lo, hi
+
 def weight_qparams(
     b:Tensor,         # Weight as `blocks` gives it, (rows, groups, size)
     bits:int,         # Bit-width, 2 to 16
     symmetric:bool,   # Symmetric codes
 )->QParams: # Scales of shape (rows, groups, 1)
     "Min-max range of each block (LLM-QAT eq. 1)."
-    lo,hi = torch.aminmax(b.detach(), dim=-1, keepdim=True)
-    if not torch.isfinite(lo+hi).all(): raise ValueError("the weight holds NaN or infinite numbers: it cannot be quantized")
-    return qparams(lo, hi, bits, symmetric)
+    return qparams(*_weight_range(b), bits, symmetric)
 
+# %% ../nbs/00_quantizers.ipynb #83de9b49
+def nested_codes(
+    b:Tensor, # Weight as `blocks` gives it, (rows, groups, size)
+)->tuple[Tensor,Tensor]: # uint8 codes like `b`, 0 to 239; float32 steps, (rows, groups, 1)
+    "The 8-bit codes that hold every width from 2 to 8 bits in their top bits."
+    lo,hi = _weight_range(b)
+    step = torch.maximum(-lo, hi).float()/112
+    inverse = torch.where(step>0, 1/step.clamp_min(torch.finfo(torch.float32).tiny), 0)
+    return (torch.floor(b.detach().float()*inverse) + 120).clamp_(0, 239).to(torch.uint8), step
+
+def nested_at(
+    codes:Tensor,  # 8-bit codes of `nested_codes`
+    step:Tensor,   # Their steps
+    bits:int,      # Bit-width, 2 to 8
+)->tuple[Tensor,QParams]: # uint8 codes of that width; their scale and zero point
+    "Top bits of nested codes."
+    if check_bits(bits)>8: raise ValueError(f"bits={bits}: nested codes hold 2 to 8; choose QuantConfig(codes='independent') for more")
+    part = 2**(8-bits)
+    return codes>>(8-bits), QParams(step*part, torch.full_like(step, 120/part-.5), 0, 239>>(8-bits))
+
+# %% ../nbs/00_quantizers.ipynb #236a69a8
 def quantize_weight(
     w:Tensor,                     # Weight, (out, in) for axis 0, (in, out) for axis 1
     bits:int,                     # Bit-width, 2 to 16
@@ -185,8 +211,11 @@ def quantize_weight(
 )->tuple[Tensor,QParams]: # Integer codes like `w`; scales of shape (rows, groups, 1)
     "Integer codes of a weight, and their scales."
     b = blocks(w.detach(), cfg, axis)
-    qp = weight_qparams(b, bits, cfg.weight_symmetric)
-    return unblocks(quantize(b, qp), w.shape, axis), qp
+    if cfg.codes=='nested': q,qp = nested_at(*nested_codes(b), bits)
+    else:
+        qp = weight_qparams(b, bits, cfg.weight_symmetric)
+        q = quantize(b, qp)
+    return unblocks(q, w.shape, axis), qp
 
 def dequantize_weight(
     q:Tensor,                     # Integer codes of a weight
@@ -204,8 +233,13 @@ def fake_quant_weight(
     axis:int=0,                   # Output-channel axis
 )->Tensor: # Quantized and dequantized weight, type and shape of `w`, contiguous, with straight-through gradient
     "Fake-quantize a weight; the range is its own, so the gradient is 1 everywhere."
-    b = blocks(w, cfg, axis)
-    return unblocks(fake_quant(b, weight_qparams(b, bits, cfg.weight_symmetric), dynamic=True), w.shape, axis)
+    return _Replace.apply(w, dequantize_weight(*quantize_weight(w, bits, cfg, axis), cfg, axis).to(w.dtype))
+
+class _Replace(torch.autograd.Function):   # the value of the second, the gradient of the first
+    @staticmethod
+    def forward(ctx, w, value): return value
+    @staticmethod
+    def backward(ctx, g): return g, None
 
 # %% ../nbs/00_quantizers.ipynb #937da968
 class EMAObserver(nn.Module):

@@ -20,15 +20,15 @@ from .data import Preset, PRESETS, collate, encode, environment, load_model, loa
 from .joint_training import Policy, TrainConfig, all_profiles, batch_rows, fixed_profile, random_layers, random_profile, train
 from .profiles_eval import Evaluation, evaluate, interval, perplexity
 
-# %% ../nbs/03a_study.ipynb #323e5b0b
+# %% ../nbs/03a_study.ipynb #2e0a57cf
 def study_model(
     preset:Preset, # Names the model, its type and its quantizer
 )->tuple: # Switchable model, not calibrated; tokenizer
     "Load the model of a preset and make it switchable."
     model,tokenizer = load_model(preset.model, preset.dtype)
     model.set_attn_implementation(preset.attention)
-    make_switchable_(model, [p for p in read_profiles(preset.profiles) if p.name!='float'], QuantConfig(weight=preset.weight, act=preset.act))
-    switch_of(model).fused = preset.fused
+    make_switchable_(model, [p for p in read_profiles(preset.profiles) if p.name!='float'], QuantConfig(weight=preset.weight, act=preset.act, codes=preset.codes))
+    switch_of(model).kernel = preset.kernel
     return model, tokenizer
 
 def study_data(
@@ -51,7 +51,7 @@ def calibration_batches(
     lengths = tuple(len(d.ids) for d in data)
     return [collate([data[j] for j in batch_rows(lengths, preset.calibration_size, i, preset.seed)], pad_id) for i in range(preset.calibration)]
 
-# %% ../nbs/03a_study.ipynb #8edc21cd
+# %% ../nbs/03a_study.ipynb #80088dad
 POLICIES = dict(   # name -> (model, names of the profiles, seed) -> policy
     random_profile = lambda model, names, seed: random_profile(names, seed),
     all_profiles   = lambda model, names, seed: all_profiles(names),
@@ -88,14 +88,14 @@ def run_joint(
     preset:Preset,             # What to run
     out:str|Path='runs',       # Folder of records; work in progress and the trained model go below it too
     policy:str='random_profile', # One of `POLICIES`
-    name:str|None=None,        # Name of the record; by default policy and activation scheme
+    name:str|None=None,        # Name of the record; by default policy, activation scheme and, where nested, codes
     progress:bool=True,        # Show bars
     say:Callable=lambda *a: None, # Told what is going on, in words
 )->dict: # The record, which is also saved
     "Calibrate, score every profile, train them together, score again; resumable."
     if policy not in POLICIES: raise ValueError(f"policy={policy!r}: choose one of {', '.join(POLICIES)}")
     if int(os.environ.get('WORLD_SIZE', 1))>1: raise ValueError("the study run scores and writes in one process: start it without a launcher, or launch a script that calls `train`")
-    name = name or f'{policy}-{preset.act}'
+    name = name or f'{policy}-{preset.act}'+'-nested'*(preset.codes=='nested')
     work = Path(out)/'work'/preset.name/f'{name}-s{preset.seed}'
     settings = json.loads(json.dumps(dict(preset=asdict(preset), policy=policy)))
     model,tokenizer = study_model(preset)
@@ -122,7 +122,7 @@ def evaluations(
     "The two evaluations of a record."
     return Evaluation.from_dict(record['before']), Evaluation.from_dict(record['after'])
 
-# %% ../nbs/03a_study.ipynb #7704607a
+# %% ../nbs/03a_study.ipynb #0a5b78b6
 def _arms():   # name -> (quantizer settings, profile, where ranges come from)
     q = lambda act='per_token', **kw: QuantConfig(act=act, **kw)
     w4,w8a8 = Profile('w4', Bits(4)),Profile('w8a8', Bits(8, 8))
@@ -160,7 +160,7 @@ def run_ablation(
     def score(arm, cfg, profile, ranges):
         m = copy.deepcopy(model)
         if profile is None: return asdict(perplexity(m, tokenizer, questions, preset.max_length))
-        make_switchable_(m, [profile], cfg); m.switch.fused = preset.fused
+        make_switchable_(m, [profile], cfg); m.switch.kernel = preset.kernel
         _set_ranges(m, ranges, batches, len(tokenizer))
         with use_profile(m, profile.name): return asdict(perplexity(m, tokenizer, questions, preset.max_length))
     arms = {}
