@@ -666,6 +666,129 @@ SL_API int sl_decode_step(const SlModel *M, i64 id, i64 pos, float *logits) {
     return 0;
 }
 
+// ---- a prompt: all its tokens through the same kernels ----
+static void tokens_linear(const SlLinear *d, const float *x, i64 m, float *y, i64 stride) {
+    if ((features() & 2) && m*digits_of(d) > 6) linear_many(d, (const char*)x, m, d->k, 0, (char*)y, stride);
+    else linear_few(d, (const char*)x, m, d->k, 0, (char*)y, stride);
+}
+// Queries t..t+g-1 (g <= 8) of one head at positions pos+t..; kt holds the keys input by input, `wide` positions apart.
+static void attend_some(const float *q, i64 qstride, const float *kt, const float *values, i64 pos, int g, i64 n, i64 wide, float scale, float *p, float *y, i64 ystride) {
+    const i64 last = pos + g;   // keys that the last query sees
+    for (i64 k = 0; k < last; k += 16) {
+        __m512 a[8];
+        for (int i = 0; i < 8; i++) a[i] = _mm512_setzero_ps();
+        for (i64 j = 0; j < n; j++) {
+            const __m512 v = _mm512_loadu_ps(kt + j*wide + k);
+            for (int i = 0; i < 8; i++) a[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[(i < g ? i : 0)*qstride + j]), v, a[i]);
+        }
+        for (int i = 0; i < g; i++) _mm512_storeu_ps(p + i*wide + k, _mm512_mul_ps(a[i], _mm512_set1_ps(scale)));
+    }
+    for (int i = 0; i < g; i++) {
+        float *s = p + i*wide;
+        const i64 sees = pos + i + 1;
+        __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (i64 k = 0; k < sees; k += 16) top = _mm512_mask_max_ps(top, head(sees - k), top, _mm512_loadu_ps(s + k));
+        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+        for (i64 k = 0; k < sees; k += 16) {
+            const __m512 e = _mm512_maskz_mov_ps(head(sees - k), exp16(_mm512_sub_ps(_mm512_loadu_ps(s + k), top)));
+            _mm512_storeu_ps(s + k, e); sum = _mm512_add_ps(sum, e);
+        }
+        const float inv = 1.f/_mm512_reduce_add_ps(sum);
+        for (i64 k = 0; k < sees; k += 16) _mm512_storeu_ps(s + k, _mm512_mul_ps(_mm512_loadu_ps(s + k), _mm512_set1_ps(inv)));
+        for (i64 k = sees; k < last; k++) s[k] = 0;
+    }
+    for (int i0 = 0; i0 < g; i0 += 4) for (i64 c = 0; c < n; c += 64) {
+        __m512 a[4][4]; __mmask16 m[4];
+        for (int j = 0; j < 4; j++) { m[j] = c + 16*j < n ? head(n - c - 16*j) : 0; for (int i = 0; i < 4; i++) a[i][j] = _mm512_setzero_ps(); }
+        for (i64 k = 0; k < last; k++) {
+            __m512 v[4];
+            for (int j = 0; j < 4; j++) v[j] = _mm512_maskz_loadu_ps(m[j], values + k*n + c + 16*j);
+            for (int i = 0; i < 4; i++) {
+                const __m512 w = _mm512_set1_ps(p[(i0 + i < g ? i0 + i : 0)*wide + k]);
+                for (int j = 0; j < 4; j++) a[i][j] = _mm512_fmadd_ps(w, v[j], a[i][j]);
+            }
+        }
+        for (int i = 0; i < 4 && i0 + i < g; i++) for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
+    }
+}
+static void cache_tokens(const SlModel *M, i64 layer, i64 pos, i64 m, float *qkv, i64 wide, float *spare) {   // rotate, and put keys and values into the cache
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, row = M->context*hd;
+    for (i64 t = 0; t < m; t++) {
+        const float *c = M->cos ? M->cos + (pos + t)*hd : nullptr, *s = M->sin ? M->sin + (pos + t)*hd : nullptr;
+        float *q = qkv + t*wide;
+        if (c) for (i64 i = 0; i < H; i++) { memcpy(spare, q + i*hd, (size_t)hd*4); rotate(spare, c, s, hd, q + i*hd); }
+        for (i64 g = 0; g < G; g++) {
+            rotate(q + (H + g)*hd, c, s, hd, M->keys + (layer*G + g)*row + (pos + t)*hd);
+            memcpy(M->values + (layer*G + g)*row + (pos + t)*hd, q + (H + G + g)*hd, (size_t)hd*4);
+        }
+    }
+}
+static thread_local Arena prompt_arena;
+
+// Tokens ids (m) at positions pos, pos+1, ...: like m decoding steps, of which only the last makes logits. Layers must be packed.
+SL_API int sl_prompt(const SlModel *M, const i64 *ids, i64 m, i64 pos, float *logits) {
+    if (!(features() & 1)) return 1;
+    if (m <= 0 || pos < 0 || pos + m > M->context) return 3;
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim, hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16;
+    const int threads = max_threads();
+    const size_t own = round64(hd*keys + 8*keys + hd + 64);
+    char *mem = prompt_arena.get(4*(round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden) + own*threads) + 64);
+    if (!mem) return 2;
+    float *x = (float*)mem, *norm = x + m*dim, *y = norm + m*dim, *qkv = x + round64(3*m*dim), *att = qkv + round64(m*wide), *up = att + round64(m*H*hd), *gate = up + m*hidden;
+    float *scratch = up + round64(2*m*hidden);
+    for (i64 t = 0; t < m; t++) {
+        embed(M->embedding, ids[t], x + t*dim);
+        if (M->positions) for (i64 i = 0; i < dim; i++) x[t*dim + i] += M->positions[(pos + t)*dim + i];
+    }
+    for (i64 l = 0; l < M->n_layers; l++) {
+        const SlLayer *L = M->layers + l;
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 t = 0; t < m; t++) normalize(x + t*dim, L->norm1_w, L->norm1_b, dim, M->rms, M->eps, norm + t*dim);
+        for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n) tokens_linear(L->qkv[j], norm, m, qkv + at, wide);
+        cache_tokens(M, l, pos, m, qkv, wide, scratch);
+        #pragma omp parallel num_threads(threads)
+        {
+            float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
+            i64 have = -1;
+            #pragma omp for schedule(static)
+            for (i64 h = 0; h < H; h++) {
+                const i64 g = h/(H/G);
+                const float *K = M->keys + (l*G + g)*M->context*hd, *V = M->values + (l*G + g)*M->context*hd;
+                if (have != g) { for (i64 k = 0; k < keys; k++) for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f; have = g; }
+                for (i64 t = 0; t < m; t += 8)
+                    attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, (int)(m - t < 8 ? m - t : 8), hd, keys, (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
+            }
+        }
+        tokens_linear(L->out, att, m, y, dim);
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 t = 0; t < m; t++) {
+            for (i64 i = t*dim; i < (t + 1)*dim; i++) x[i] += y[i];
+            normalize(x + t*dim, L->norm2_w, L->norm2_b, dim, M->rms, M->eps, norm + t*dim);
+        }
+        if (L->gate) tokens_linear(L->gate, norm, m, gate, hidden);
+        tokens_linear(L->up, norm, m, up, hidden);
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 t = 0; t < m; t++) activate(up + t*hidden, L->gate ? gate + t*hidden : nullptr, 0, hidden, M->silu);
+        tokens_linear(L->down, up, m, y, dim);
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 i = 0; i < m*dim; i++) x[i] += y[i];
+    }
+    normalize(x + (m - 1)*dim, M->norm_w, M->norm_b, dim, M->rms, M->eps, norm);
+    char *p = arena.get((round64(3*M->head->kp) + 4*round64(M->head->r))*threads + 64);
+    if (!p) return 2;
+    #pragma omp parallel num_threads(threads)
+    {
+        Own o = {};
+        o.bytes = (int8_t*)p + (round64(3*M->head->kp) + 4*round64(M->head->r))*thread_id(); o.h = (float*)(o.bytes + round64(3*M->head->kp));
+#ifdef _OPENMP
+        share(M->head, norm, logits, false, &o, thread_id(), omp_get_num_threads());
+#else
+        share(M->head, norm, logits, false, &o, 0, 1);
+#endif
+    }
+    return 0;
+}
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -676,4 +799,5 @@ SL_API int sl_decode_step(const SlModel *M, i64 id, i64 pos, float *logits) {
 SL_API int sl_packed_features() { return 0; }
 SL_API int sl_linear(const SlLinear*, const void*, i64, i64, int, void*, i64) { return 1; }
 SL_API int sl_decode_step(const SlModel*, i64, i64, float*) { return 1; }
+SL_API int sl_prompt(const SlModel*, const i64*, i64, i64, float*) { return 1; }
 #endif

@@ -456,18 +456,16 @@ struct Buffer {   // kept per thread between calls
     }
     ~Buffer() { free(p); }
 };
+static thread_local Buffer left, right;
 
 static const int64_t ROWS = 32, SUPER = 16;   // rows of a panel; panels that pass one after another where the second operand comes in several chunks
-#ifndef SPAN
-#define SPAN 13
-#endif
-static int64_t CHUNK = 1280 << 10;            // bytes of the second operand that stay in the second-level cache
+static const int64_t SPAN = 12;               // steps of 64 for which the second operand stays in the first-level cache
+static int64_t CHUNK = 640 << 10;             // bytes of the second operand that stay in the second-level cache
 
 static int64_t chunk_width(const Product& p) { return std::max<int64_t>(64, CHUNK / p.rp / 64 * 64); }   // in columns
 
 template <Mode MODE, int D>
 static T512 void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {   // panels p0..p1, columns c0..c1 (multiples of 64)
-    static thread_local Buffer left, right;
     const int64_t steps = p.rp / 64, size = D * p.rp * ROWS, width = chunk_width(p);
     const int64_t super = c1 - c0 > width ? SUPER : p1 - p0, kept = c1 - c0 > width ? std::min(SUPER, p1 - p0) : 1;   // panels in `left` at a time
     char* a = left.get(size * kept + p.rp * 4 + kept * ROWS * 12 + 2 * D * 4096);
@@ -532,7 +530,7 @@ static int run(const Product& p) {
     for (int64_t t = 1; t <= threads; t++) {   // rows among t threads, columns among the others: the cheapest slowest thread, in cycles / r
         int64_t rows = up(panels, t) / t, cols = up(columns, threads / t) / (threads / t), chunks = up(cols * 64, chunk_width(p)) / chunk_width(p);
         int64_t again = chunks > 1 ? up(rows, SUPER) / SUPER : 1;   // times that the second operand comes in
-        int64_t cost = rows * cols * 2 * D + (MODE == BACKWARD ? 4 : 2) * cols * again + (MODE == FORWARD_INT ? 2 : 8) * rows + (chunks > 1 ? 5 * D * rows * chunks : 0);
+        int64_t cost = rows * cols * 4 * D + (MODE == BACKWARD ? 10 : 3) * cols * again + (MODE == FORWARD_INT ? 3 : 21) * rows + (chunks > 1 ? D * rows * chunks : 0);   // as measured
         if (cost < best) { best = cost; tr = t; tc = threads / t; }
     }
 #pragma omp parallel for schedule(static, 1) num_threads((int)(tr * tc)) if (tr * tc > 1)

@@ -6,8 +6,9 @@
 __all__ = ['number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint', 'make_parser',
            'main']
 
-# %% ../nbs/08_cli.ipynb #c9bc78de
+# %% ../nbs/08_cli.ipynb #59d6c849
 import argparse, os, sys, traceback
+import torch
 from dataclasses import fields, replace
 from pathlib import Path
 from fastcore.docments import docments
@@ -18,9 +19,13 @@ from .lora_routing import load_switchable, read_switchable, save_switchable
 from .data import PRESETS, Preset, load_model, load_squad, save_record
 from .plots import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
 from .profiles_eval import answer, evaluate, profile_cost
+from .native import native_report
+from .integer import KERNELS, try_kernel
+from .packed import freeze, load_packed, load_packed_tokenizer
+from .exports import GGUF_DTYPES, export_float, export_gguf, export_torchao
 from .study import POLICIES, calibration_batches, evaluations, fit, run_ablation, run_joint, study_data, study_model
 
-# %% ../nbs/08_cli.ipynb #2765bed1
+# %% ../nbs/08_cli.ipynb #7069ba2d
 def number_or_all(
     s:str, # An integer, or 'all' or 'none'
 )->int|None: # `None` for 'all' and 'none'
@@ -28,7 +33,7 @@ def number_or_all(
     return None if s in ('all','none') else int(s)
 
 _kinds = {str:dict(type=str), int:dict(type=int), float:dict(type=float), int|None:dict(type=number_or_all, metavar='N|all'), tuple[str,...]:dict(nargs='+'), bool:dict(action=argparse.BooleanOptionalAction)}
-_choices = dict(dtype=('float32','bfloat16','float16'), act=('per_tensor','per_token'), weight=('per_tensor','per_channel','per_group'), target=('answer','text'))
+_choices = dict(dtype=('float32','bfloat16','float16'), act=('per_tensor','per_token'), weight=('per_tensor','per_channel','per_group'), codes=('independent','nested'), kernel=('auto','float','compiled',*KERNELS), target=('answer','text'))
 
 def add_preset_options(
     parser:argparse.ArgumentParser, # Gets `--preset`, and an option for each setting of a preset
@@ -125,12 +130,15 @@ def _train(args):
     fit(preset, model, tokenizer, data, args.policy, f'{out}.training', not args.quiet)
     print(f'model  {save_switchable(model, out, base=preset.model)}')
 
-# %% ../nbs/08_cli.ipynb #84f2141a
+# %% ../nbs/08_cli.ipynb #271b0b90
 def load_checkpoint(
-    folder:str|Path,      # A switchable checkpoint
-    model:str|None=None,  # Its base model, as `load_model` takes it; by default what the checkpoint names
-)->tuple: # Switchable model, tokenizer
-    "Load the base model of a checkpoint, and the checkpoint into it."
+    folder:str|Path,      # A switchable checkpoint, or a packed file
+    model:str|None=None,  # Its base model, as `load_model` takes it; by default what the checkpoint names. A packed file needs none
+)->tuple: # Switchable or packed model, tokenizer
+    "Load the base model of a checkpoint, and the checkpoint into it; or a packed file."
+    if Path(folder).is_file():
+        if model: raise ValueError(f"{folder} is a packed file and holds its model: leave out --model")
+        return load_packed(folder), load_packed_tokenizer(folder)
     base = read_switchable(folder)['base']
     m,tokenizer = load_model(model or base['name'], base['dtype'].removeprefix('torch.'), base['revision'])
     return load_switchable(folder, m), tokenizer
@@ -154,7 +162,28 @@ def _answer(args):
         with use_profile(model, p): said, = answer(model, tokenizer, [question], args.max_length)
         print(f'{p.name}: {said}')
 
-# %% ../nbs/08_cli.ipynb #73ff987f
+# %% ../nbs/08_cli.ipynb #7f830bd0
+def _freeze(args):
+    model,tokenizer = load_checkpoint(args.checkpoint, args.model)
+    size = freeze(model, args.out, args.profiles, args.embedding, args.lm_head, tokenizer)
+    print(text_table([['part','bytes'], *([k, f'{v:,}'] for k,v in size.items()), ['file', f'{sum(size.values()):,}']]))
+
+def _export(args):
+    model,tokenizer = load_checkpoint(args.checkpoint, args.model)
+    tokenizer = None if args.no_tokenizer else tokenizer
+    if args.format=='float': print(f'model  {export_float(model, args.profile, args.out, tokenizer, args.overwrite)}')
+    if args.format=='gguf': print(f'model  {export_gguf(model, args.profile, args.out, args.dtype, tokenizer, overwrite=args.overwrite)}')
+    if args.format=='torchao':
+        if Path(args.out).exists() and not args.overwrite: raise ValueError(f"{args.out}: exists already; choose another path, or --overwrite")
+        torch.save(export_torchao(model, args.profile).state_dict(), args.out)
+        print(f'state dict  {args.out}')
+
+def _kernels(args):
+    print(text_table([['compiled kernel','runs as'], *native_report().items()]), end='\n\n')
+    rows = [[n, d, 'yes' if k else 'no', why] for d in ('cpu', *['cuda']*torch.cuda.is_available()) for n in KERNELS for k,why in [try_kernel(n, d)]]
+    print(text_table([['integer product','device','usable','why'], *rows]))
+
+# %% ../nbs/08_cli.ipynb #ddd4e51d
 def _command(commands, name, do, help, examples):
     p = commands.add_parser(name, help=help, description=help, epilog='examples:\n  switchable-llm '+'\n  switchable-llm '.join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quiet', action='store_true', help='no progress on stderr')
@@ -169,6 +198,7 @@ def make_parser()->argparse.ArgumentParser: # The parser of `main`
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_jobs(commands); _add_checkpoints(commands); _add_profiles(commands)
     _command(commands, 'presets', _presets, 'show the settings of the presets', ['presets'])
+    _command(commands, 'kernels', _kernels, 'say which kernels run on this machine, and why others do not', ['kernels'])
     return parser
 
 def _add_jobs(commands):
@@ -198,11 +228,20 @@ def _add_checkpoints(commands):
                    ['answer my-model --question "When was Bemola born?" --context "Bemola was born in 1834. Tarito was born in 1790."', 'answer my-model --profiles bw4 float --question "Who?" --context - < text.txt'])
     ask.add_argument('--question', required=True, help='the question')
     ask.add_argument('--context', required=True, help="the text that holds the answer; '-' reads it from stdin")
-    for p in (ev, ask):
-        p.add_argument('checkpoint', help='a folder that `run` or `train` wrote')
+    pack = _command(commands, 'freeze', _freeze, 'write one file that serves every profile of a checkpoint trained on nested codes', ['freeze my-model --out my-model.safetensors', 'freeze my-model --out small.safetensors --profiles bw4 bw6 --embedding 8 --lm-head 8'])
+    for end in ('embedding','lm-head'): pack.add_argument('--'+end, type=number_or_all, metavar='BITS|none', help=f'pack the {end} at this width (default: as the profiles say, else float)')
+    out = _command(commands, 'export', _export, 'write one profile for other programs', ['export my-model --profile bw8 --format float --out merged', 'export my-model --profile bw4 --format gguf --dtype Q8_0 --out my-model.gguf'])
+    out.add_argument('--profile', required=True, help='which one')
+    out.add_argument('--format', required=True, choices=('float','gguf','torchao'), help='a transformers folder, a GGUF file, or the state dict of a model with torchao tensors')
+    out.add_argument('--dtype', choices=list(GGUF_DTYPES), default='F32', help='of the matrices in a GGUF file (default: F32)')
+    out.add_argument('--no-tokenizer', action='store_true', help='leave the tokenizer out')
+    out.add_argument('--overwrite', action='store_true', help='replace an older export')
+    for p in (pack, out): p.add_argument('--out', required=True, help='where to')
+    for p in (pack, ev, ask): p.add_argument('--profiles', nargs='+', help="names (default: all of the checkpoint's)" if p is pack else "names, or files of profiles (default: all of the checkpoint's)")
+    for p in (ev, ask): p.add_argument('--max-length', type=int, default=512, help='most tokens of a question with its answer (default: 512)')
+    for p in (ev, ask, pack, out):
+        p.add_argument('checkpoint', help='a folder that `run` or `train` wrote'+', or a file that `freeze` wrote'*(p in (ev, ask)))
         p.add_argument('--model', help='where the base model is (default: as the checkpoint names it)')
-        p.add_argument('--profiles', nargs='+', help="names, or files of profiles (default: all of the checkpoint's)")
-        p.add_argument('--max-length', type=int, default=512, help='most tokens of a question with its answer (default: 512)')
 
 def _add_profiles(commands):
     all_ = _command(commands, 'profiles', _profiles_list, 'list, show or check precision profiles',
@@ -214,7 +253,7 @@ def _add_profiles(commands):
     check = _command(sub, 'check', _profiles_check, 'check files of profiles', ['profiles check my_profiles.yaml', 'profiles check a.json b.json --fit --model ./my-gpt2'])
     check.add_argument('files', nargs='+', metavar='FILE', help='.json, .yaml or .yml')
     check.add_argument('--fit', action='store_true', help='check also that the profiles fit the model of the preset')
-    for p in (show, check): add_preset_options(p, only=('model','dtype','act','weight'))
+    for p in (show, check): add_preset_options(p, only=('model','dtype','act','weight','codes'))
 
 # %% ../nbs/08_cli.ipynb #3cf93e00
 def _complain(e): print('error:', next(iter(str(e).strip().splitlines()), '') or type(e).__name__, file=sys.stderr, flush=True)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logit_gap', 'merged_weight', 'merge', 'export_float',
-           'optional', 'LinearWithLoRA', 'torchao_weight', 'export_torchao', 'GGUFFamily', 'rotary_pairs',
-           'export_gguf', 'gguf_overrides']
+           'LinearWithLoRA', 'torchao_weight', 'export_torchao', 'GGUFFamily', 'rotary_pairs', 'export_gguf']
 
-# %% ../nbs/07a_exports.ipynb #373ae2e5
-import copy, importlib, json, logging, os, shutil
+# %% ../nbs/07a_exports.ipynb #05b8d21e
+import copy, importlib, json, os, shutil
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .quantizers import Bits, quantize_weight
 from .switching import Profile, QuantEmbedding, QuantLayer, Setting, save_profiles, switch_of, use_profile
 from .lora_routing import LoRA
+from .data import optional
 
 # %% ../nbs/07a_exports.ipynb #ba4feeb1
 @contextmanager
@@ -149,18 +149,7 @@ def export_float(
         for f in (tmp, old): shutil.rmtree(f, ignore_errors=True)
     return folder
 
-# %% ../nbs/07a_exports.ipynb #86788f5e
-def optional(
-    name:str,   # Name of the package, which is the name of the extra too
-    what:str,   # What needs it
-)->Any: # The module
-    "Import a package that is not always installed; an `ImportError` names the extra."
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)      # torchao warns of GPU binaries that are not for this machine
-    try: return importlib.import_module(name)
-    except ImportError as e: raise ImportError(f"{what} needs the package {name} ({e}): pip install 'switchable-llm[{name}]'") from e
-    finally: logging.disable(before)
-
+# %% ../nbs/07a_exports.ipynb #7e83d642
 class LinearWithLoRA(nn.Module):
     "A linear layer and the low-rank correction beside it."
     def __init__(self,
@@ -356,14 +345,3 @@ def export_gguf(
     finally:
         w.close(); tmp.unlink(missing_ok=True)
     return path
-
-# %% ../nbs/07a_exports.ipynb #6927f3c7
-def gguf_overrides(
-    path:str|Path, # A .gguf file
-)->dict: # Settings of the configuration
-    "What a GGUF file says of its model and transformers' reader passes over: arguments for `from_pretrained`."
-    reader = optional('gguf', 'gguf_overrides').GGUFReader(str(path))
-    get = lambda k: reader.fields[k].contents() if k in reader.fields else None
-    arch,has = get('general.architecture'),{t.name for t in reader.tensors}
-    if arch=='gpt2': return dict(n_positions=get('gpt2.context_length'), n_inner=get('gpt2.feed_forward_length'), vocab_size=next(t.shape[-1] for t in reader.tensors if t.name=='token_embd.weight').item())
-    return dict(attention_bias='blk.0.attn_q.bias' in has, mlp_bias='blk.0.ffn_up.bias' in has) if arch=='llama' else {}

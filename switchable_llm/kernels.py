@@ -81,7 +81,7 @@ def code_sums(
     "Sum of each row's codes, which the zero point of the activations multiplies: computed once."
     return unpack_planes(planes, bits).sum(1, dtype=torch.int32)
 
-# %% ../nbs/06a_kernels.ipynb #330ebba7
+# %% ../nbs/06a_kernels.ipynb #e3b8a014
 class ActQuant(NamedTuple):
     "How a layer quantizes its input."
     bits:int               # Activation bits, 2 to 16
@@ -104,9 +104,13 @@ class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.cpp
 _TYPES = {torch.float32:0, torch.bfloat16:1, torch.float16:2}
 
 @lru_cache
-def _native(): return library().sl_linear if 'decode' in native_features() else None
+def _native():   # the native product, or None
+    if 'decode' not in native_features(): return None
+    f,(p,i) = library().sl_linear,(ctypes.c_void_p, ctypes.c_int64)
+    f.argtypes = [p, p, i, i, ctypes.c_int, p, i]
+    return f
 
-# %% ../nbs/06a_kernels.ipynb #93b5da10
+# %% ../nbs/06a_kernels.ipynb #7b3ceefd
 class LinearPlan:
     "One packed layer at one precision, ready to be called."
     def __init__(self,
@@ -123,12 +127,13 @@ class LinearPlan:
         if planes.k>65536: raise ValueError(f"{planes.k} inputs: the sums are kept in 32 bits, which is enough for 65536")
         if act is not None: qrange(act.bits, act.symmetric)
         self.planes,self.bits,self.act,self.scale = planes,_check_nested(bits),act,f32(scale)
-        self.sums = code_sums(planes, bits) if sums is None else sums.to(torch.int32).contiguous()
+        if sums is None: sums = torch.zeros_like(scale) if act is None else code_sums(planes, bits)   # float activations have no zero point to multiply
+        self.sums = sums.to(torch.int32).contiguous()
         self.bias = None if bias is None else f32(bias)
         self.lora = None if lora is None else (f32(lora[0]), f32(lora[1]).T.contiguous(), float(lora[2]))
         self.zero,self.codes = nested_zero(bits),None
         self.linear = _describe(self) if planes.high.device.type=='cpu' else None
-        self.ref = None if self.linear is None else ctypes.byref(self.linear)
+        self.ref = None if self.linear is None else ctypes.addressof(self.linear)
 
     def __call__(self, x:Tensor)->Tensor: return plane_linear(x, self)
     def __repr__(self): return f"LinearPlan({self.planes.k} -> {self.planes.n}, w{self.bits}{'' if self.act is None else f'a{self.act.bits}'})"
@@ -146,18 +151,18 @@ def plane_linear(
     p:LinearPlan, # The layer at a precision
 )->Tensor: # (..., outputs), type of `x`
     "Product of quantized (or float) activations and a packed weight, with bias and adapter."
-    f = _native()
-    if f is None or p.ref is None or x.device.type!='cpu' or x.dtype not in _TYPES: return _torch_linear(x, p)
-    shape = x.shape
-    if shape[-1]!=p.planes.k: raise ValueError(f"input of shape {tuple(shape)}: needs {p.planes.k} numbers at the end")
-    x = x.reshape(-1, shape[-1])
-    if x.stride(1)!=1 and shape[-1]!=1: x = x.contiguous()
-    y = x.new_empty(len(x), p.planes.n)
-    if f(p.ref, ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_int64(x.stride(0)), _TYPES[x.dtype], ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(p.planes.n)):
-        raise MemoryError(f"no memory for a product of {len(x)} tokens with {p}")
-    return y.view(*shape[:-1], p.planes.n)
+    f,kind,n,k,shape = _native(),_TYPES.get(x.dtype),p.planes.n,p.planes.k,x.shape
+    if shape[-1]!=k: raise ValueError(f"input of shape {tuple(shape)}: needs {k} numbers at the end")
+    if f is None or p.ref is None or kind is None or not x.is_cpu: return _torch_linear(x, p)
+    y = x.new_empty(shape[:-1]+(n,))
+    if not x.is_contiguous():
+        x = x.reshape(-1, k)
+        if k>1 and x.stride(1)!=1: x = x.contiguous()
+    fault = f(p.ref, x.data_ptr(), x.numel()//k, x.stride(0) if x.dim()==2 else k, kind, y.data_ptr(), n)
+    if fault: raise MemoryError(f"no memory for a product of {tuple(shape)} with {p}")
+    return y
 
-# %% ../nbs/06a_kernels.ipynb #54b1a874
+# %% ../nbs/06a_kernels.ipynb #09486aab
 def _codes(p):   # int8 (inputs, outputs): codes less 2**(bits-1), which fit a signed byte
     if p.codes is None: p.codes = (unpack_planes(p.planes, p.bits).to(torch.int16) - 2**(p.bits-1)).to(torch.int8).T
     return p.codes
@@ -170,7 +175,6 @@ def _int_product(q, w):   # exact integer sums of (tokens, inputs) int8 and (inp
     except (RuntimeError, AttributeError): return q[:m,:k].double()@w[:k,:n].double()
 
 def _torch_linear(x, p):
-    if x.shape[-1]!=p.planes.k: raise ValueError(f"input of shape {tuple(x.shape)}: needs {p.planes.k} numbers at the end")
     if x.numel()==0: return x.new_zeros(*x.shape[:-1], p.planes.n)
     flat,w,offset = x.reshape(-1, p.planes.k),_codes(p),2**(p.bits-1)
     z,scale = p.zero-offset,p.scale.double()

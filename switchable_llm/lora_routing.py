@@ -220,7 +220,7 @@ def save_switchable(
     for f in folder.parent.glob(glob.escape(f'.{folder.name}.')+'*'): shutil.rmtree(f, ignore_errors=True)   # of killed writers too
     return folder
 
-# %% ../nbs/01_lora_routing.ipynb #1f2a4f51
+# %% ../nbs/01_lora_routing.ipynb #036b1384
 def read_switchable(
     folder:str|Path, # A switchable checkpoint
 )->dict: # Its description
@@ -248,7 +248,7 @@ def load_switchable(
     table = {}
     for n,s in d['sites']: table.setdefault(s, []).append(n)
     ends = {k:k in table for k in ('embedding','lm_head')}
-    make_switchable_(model, [p for p in map(Profile.from_dict, d['profiles']) if p.name!='float'], QuantConfig(**d['quantizer']),
+    make_switchable_(model, [p for p in map(Profile.from_dict, d['profiles']) if p.name!='float'], QuantConfig(**{'codes':'independent'}|d['quantizer']),
                      {s:tuple(ns) for s,ns in table.items() if s not in ends}, **ends)
     if d['adapters']: model.requires_grad_(False)
     _restore(switch_of(model), d, state)

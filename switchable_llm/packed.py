@@ -113,17 +113,19 @@ class PackedEmbedding(PackedLayer):
         self.dtype = dtype
     def forward(self, ids): return self.dense(self.switch.settings[self.index].bits.w, ids).to(self.dtype)
 
-# %% ../nbs/07_packed.ipynb #5a6b4b05
+# %% ../nbs/07_packed.ipynb #cd283d40
 class PackedSwitch(Switch):
     "The switch of a packed model."
-    fixed = {}   # Name of an end -> its bits, whatever the profile
+    fixed,floats = {},()   # Name of an end -> its bits, whatever the profile; layers that the file has as float
     def bind(self, profile):
-        bits = profile.bits([s for s in self.sites if s.name not in self.fixed])|self.fixed
+        bits = profile.bits([*(s for s in self.sites if s.name not in self.fixed), *self.floats])|self.fixed
+        for n in (s.name for s in self.floats):
+            if not (b := bits.pop(n)).is_float: raise ValueError(f"profile {profile.name!r}: layer {n} at {b}: it was float in all profiles that were frozen, and is float in this file")
         for n,b in bits.items():
             if b.w is None or b.w>8: raise ValueError(f"profile {profile.name!r}: layer {n} at {b}: a packed file holds weights of 2 to 8 bits; take such a profile from the switchable model")
         return tuple(Setting(bits[s.name], self.route and s.name not in self.fixed and self.route(self, i, profile, bits[s.name]) or None) for i,s in enumerate(self.sites))
 
-# %% ../nbs/07_packed.ipynb #3a381033
+# %% ../nbs/07_packed.ipynb #7787bbf5
 PACKED_VERSION = 1
 
 def freeze(
@@ -150,7 +152,7 @@ def freeze(
             kept.add(id(p)); tensors[n] = p.detach()
     d = dict(format_version=PACKED_VERSION, model_class=type(model).__name__, config=model.config.to_dict(), dtype=str(model.dtype).removeprefix('torch.'),
              generation=model.generation_config.to_dict() if getattr(model, 'generation_config', None) else None, quantizer=asdict(switch.cfg), route=switch.route_name,
-             profiles=[switch.profiles[n].to_dict() for n in names], layers=layers)
+             profiles=[switch.profiles[n].to_dict() for n in names], layers=layers, float_layers=[s for s in switch.sites if s.name not in packed])
     if tokenizer is not None: d['tokenizer'],tensors['tokenizer'] = _tokenizer_parts(tokenizer)
     return _write(Path(path), {k:t.cpu().contiguous() for k,t in tensors.items()}, d)
 
@@ -162,8 +164,8 @@ def _used_bits(switch, names):   # name of a layer -> widths it is packed at; no
     for i,s in enumerate(switch.sites):
         ws = {n:switch.bound[n][i].bits for n in names}
         if all(b.is_float for b in ws.values()): continue
-        if bad := [n for n,b in ws.items() if b.w is None]:
-            raise ValueError(f"layer {s.name} has float weights in profile {bad[0]!r} and packed ones in another: leave one of them out with profiles=[...]")
+        if bad := [n for n,b in ws.items() if b.w is None or b.w>8]:
+            raise ValueError(f"layer {s.name} is at {ws[bad[0]]} in profile {bad[0]!r}: a packed layer has 2 to 8 bits in every profile; leave that one out with profiles=[...]")
         used[s.name] = sorted({b.w for b in ws.values()})
     if not used: raise ValueError(f"profiles={names}: every layer is float in all of them; name one with quantized weights")
     return used
@@ -210,7 +212,7 @@ def _write(path, tensors, d):
     finally: tmp.unlink(missing_ok=True)
     return packed_size(path)
 
-# %% ../nbs/07_packed.ipynb #1c0a0dcf
+# %% ../nbs/07_packed.ipynb #fe46ffe7
 def _description(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
@@ -269,6 +271,7 @@ def _tie(model):   # float ends that share their weight
 
 def _put_layers(model, d, tensors):
     switch = PackedSwitch([Site(l['name'], l['site'], l['layer']) for l in d['layers']], QuantConfig(**d['quantizer']))
+    switch.floats = tuple(Site(*s) for s in d['float_layers'])
     switch.fixed = {l['name']:Bits(l['fixed']) for l in d['layers'] if l['fixed'] is not None}
     for i,l in enumerate(d['layers']):
         own = lambda k, n=l['name']: tensors.pop(f'{n}.{k}', None)

@@ -127,14 +127,14 @@ def fake_quant(
         return torch.fake_quantize_per_tensor_affine(x, qp.scale.view(1), qp.zero_point.view(1), qp.qmin, qp.qmax)
     return _FakeQuant.apply(x, *qp, dynamic)
 
-# %% ../nbs/00_quantizers.ipynb #a61c8bd2
+# %% ../nbs/00_quantizers.ipynb #6c2ca1d0
 @dataclass(frozen=True)
 class QuantConfig:
     "Settings of the quantizers of a model; bit-widths are the profile's business."
     weight:str='per_channel'    # Which weights share a scale: 'per_tensor', 'per_channel' or 'per_group'
     group_size:int=64           # Inputs that share a scale where `weight='per_group'`
     weight_symmetric:bool=True  # Symmetric weights (LLM-QAT)
-    codes:str='independent'     # 'independent': each width rounds the weight anew; 'nested': it takes the top bits of one 8-bit code
+    codes:str='nested'          # 'nested': widths up to 8 take the top bits of one 8-bit code; 'independent': each width rounds the weight anew
     act:str='per_tensor'        # 'per_tensor': one static range, from calibration; 'per_token': a dynamic range for each token
     act_symmetric:bool=False    # Asymmetric activations: a GELU's output is one-sided
     momentum:float=0.1          # Share of a new batch in the running range of `act='per_tensor'`
@@ -202,7 +202,7 @@ def nested_at(
     part = 2**(8-bits)
     return codes>>(8-bits), QParams(step*part, torch.full_like(step, 120/part-.5), 0, 239>>(8-bits))
 
-# %% ../nbs/00_quantizers.ipynb #236a69a8
+# %% ../nbs/00_quantizers.ipynb #03a1dc8b
 def quantize_weight(
     w:Tensor,                     # Weight, (out, in) for axis 0, (in, out) for axis 1
     bits:int,                     # Bit-width, 2 to 16
@@ -211,7 +211,7 @@ def quantize_weight(
 )->tuple[Tensor,QParams]: # Integer codes like `w`; scales of shape (rows, groups, 1)
     "Integer codes of a weight, and their scales."
     b = blocks(w.detach(), cfg, axis)
-    if cfg.codes=='nested': q,qp = nested_at(*nested_codes(b), bits)
+    if cfg.codes=='nested' and bits<=8: q,qp = nested_at(*nested_codes(b), bits)
     else:
         qp = weight_qparams(b, bits, cfg.weight_symmetric)
         q = quantize(b, qp)

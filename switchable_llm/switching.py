@@ -230,7 +230,7 @@ def write_whole(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00b_switching.ipynb #69de0778
+# %% ../nbs/00b_switching.ipynb #90a067d9
 class Setting(NamedTuple):
     "What one layer does under one profile."
     bits:Bits           # Its bits
@@ -254,7 +254,6 @@ class Switch:
     )->tuple[Setting,...]: # One for each layer
         "What each layer does under `profile`; a `ValueError` if it does not fit the model or its adapters."
         bits = profile.bits(self.sites)
-        if self.cfg.codes=='nested' and any((b.w or 0)>8 for b in bits.values()): raise ValueError(f"profile {profile.name!r}: nested codes hold at most 8 weight bits; choose QuantConfig(codes='independent')")
         return tuple(Setting(b:=bits[s.name], self.route and self.route(self, i, profile, b)) for i,s in enumerate(self.sites))
 
     def add(self,

@@ -6,8 +6,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2L
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm import exports
-from switchable_llm.data import load_model, tiny_tokenizer
-from switchable_llm.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, gguf_overrides, logit_gap, merge, merged_weight, use_weights_only
+from switchable_llm.data import gguf_overrides, load_model, tiny_tokenizer
+from switchable_llm.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, logit_gap, merge, merged_weight, use_weights_only
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_, base_hash
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.switching import PROFILES, Profile, QuantLayer, Rule, Setting, calibrate_, load_profiles, make_switchable_, use_profile

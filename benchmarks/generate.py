@@ -1,0 +1,119 @@
+"""Tokens a second and time of a prompt, from one packed file against transformers in float32: `python benchmarks/generate.py [--out results/benchmarks]`.
+
+GPT-2's shape with random weights; embedding and head are packed too, adapters of rank 8 are in. The contestants take turns in one process. `generate` is transformers' own, `lean` the loop of chapter 07b.
+Libraries that are not installed are left out, with a word. Each is asked for the same prompt's logits first, and its distance to float32 is in the table: a fast wrong answer is no answer."""
+import argparse, statistics, tempfile, warnings
+from pathlib import Path
+import torch
+from transformers.pytorch_utils import Conv1D
+from common import gpt2, missing, ratio, table, take_turns, write
+from switchable_llm.lean import LeanDecoder
+from switchable_llm.lora_routing import add_adapters_
+from switchable_llm.packed import freeze, load_packed
+from switchable_llm.quantizers import Bits, QuantConfig
+from switchable_llm.switching import Profile, make_switchable_
+
+WIDTHS = 8,6,4
+PROFILES = [Profile(f'w{w}{a and f"a{a}"}', Bits(w, a or None)) for a in ('', 8) for w in WIDTHS]
+
+def packed_file(args, folder):
+    "One file for all profiles, from the same weights as the float model."
+    model = gpt2(args.layers)
+    make_switchable_(model, PROFILES, QuantConfig(codes='nested', act='per_token'), embedding=True, lm_head=True)
+    add_adapters_(model, r=args.rank, dropout=0.)
+    for l in model.switch.layers:
+        for a in l.adapters.values(): torch.nn.init.normal_(a.b, std=1e-3)
+    return freeze(model, folder/'model.safetensors')
+
+def peers(args):
+    "Other libraries' models: name -> model, or why not."
+    def torchao(config):
+        from torchao.quantization import quantize_
+        m = with_linears(args.layers)
+        quantize_(m, config)
+        return m
+    def quanto(w):
+        from optimum.quanto import freeze, quantize
+        m = with_linears(args.layers)
+        quantize(m, weights=w); freeze(m)
+        return m
+    out = {'transformers bfloat16':lambda: gpt2(args.layers, torch.bfloat16)}
+    if not missing('torchao'):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+        out |= {'torchao int8 weight-only':lambda: torchao(Int8WeightOnlyConfig()), 'torchao int8 dynamic':lambda: torchao(Int8DynamicActivationInt8WeightConfig())}
+    else: print('torchao:', missing('torchao'))
+    if not missing('optimum'):
+        from optimum.quanto import qint4, qint8
+        out |= {'quanto int8':lambda: quanto(qint8), 'quanto int4':lambda: quanto(qint4)}
+    else: print('optimum-quanto:', missing('optimum'))
+    def dynamic(): return torch.ao.quantization.quantize_dynamic(with_linears(args.layers), {torch.nn.Linear}, dtype=torch.qint8)
+    return out | {'torch dynamic int8':dynamic}
+
+def with_linears(layers):
+    "The model with `nn.Linear` in place of `Conv1D`, which other libraries do not know."
+    model = gpt2(layers)
+    for name,c in [(n, m) for n,m in model.named_modules() if isinstance(m, Conv1D)]:
+        linear = torch.nn.Linear(*c.weight.shape)
+        with torch.no_grad(): linear.weight.copy_(c.weight.T); linear.bias.copy_(c.bias)
+        model.set_submodule(name, linear)
+    return model
+
+def contestants(args, file):
+    "name -> (logits of a prompt, run that many new tokens after that prompt)."
+    def through_generate(model, profile=None):
+        def set_profile():
+            if profile: model.switch.profile = profile
+        def logits(ids):
+            set_profile(); return model(ids).logits[0, -1].float()
+        def run(ids, n):
+            set_profile(); model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+        return logits, run
+    def through_lean(decoder, profile):
+        def run(ids, n):
+            decoder.model.switch.profile = profile
+            return list(decoder(ids[0].tolist(), n))
+        def logits(ids):
+            run(ids, 1); return decoder.logits
+        return logits, run
+    base,packed = gpt2(args.layers),load_packed(file)
+    decoder = LeanDecoder(packed)
+    out = {'transformers float32':through_generate(base)}
+    for name,make in (peers(args) if args.peers else {}).items():
+        try: out[name] = through_generate(make())
+        except Exception as e: print(f'{name}: left out: {type(e).__name__}: {str(e).splitlines()[0][:150]}')
+    out |= {f'generate {p.name}':through_generate(packed, p.name) for p in PROFILES}
+    return out | {f'lean {p.name}':through_lean(decoder, p.name) for p in PROFILES}
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('--tokens', type=int, default=32, help='new tokens of a decoding run')
+    p.add_argument('--start', type=int, default=8, help='tokens of its prompt')
+    p.add_argument('--prompt', type=int, default=256, help='tokens of the long prompt')
+    p.add_argument('--rounds', type=int, default=7, help='turns of each contestant')
+    p.add_argument('--layers', type=int, default=12, help='blocks of the model')
+    p.add_argument('--rank', type=int, default=8, help='rank of the adapters')
+    p.add_argument('--threads', type=int, help='threads of PyTorch; by default its own choice')
+    p.add_argument('--peers', action=argparse.BooleanOptionalAction, default=True, help='other libraries too')
+    p.add_argument('--only', nargs='+', help='contestants, by their names in the table; transformers float32 always takes part')
+    p.add_argument('--out', type=Path, help='folder for the record')
+    args = p.parse_args()
+    if args.threads: torch.set_num_threads(args.threads)
+    warnings.filterwarnings('ignore')
+    with tempfile.TemporaryDirectory() as folder:
+        size = packed_file(args, Path(folder))
+        made = contestants(args, Path(folder)/'model.safetensors')
+        made = {k:v for k,v in made.items() if k=='transformers float32' or not args.only or k in args.only}
+        gen = torch.Generator().manual_seed(0)
+        short,long = (torch.randint(50257, (1, n), generator=gen) for n in (args.start, args.prompt))
+        right = made['transformers float32'][0](long)
+        gap = {k:((logits(long)-right).norm()/right.norm()).item() for k,(logits,_) in made.items()}
+        decode = take_turns({k:(lambda run=run: run(short, args.tokens)) for k,(_,run) in made.items()}, args.rounds)
+        prompt = take_turns({k:(lambda run=run: run(long, 1)) for k,(_,run) in made.items()}, args.rounds)
+    base = 'transformers float32'
+    print(f'GPT-2 of {args.layers} layers, batch 1, {torch.get_num_threads()} threads, medians of {args.rounds} turns; {args.tokens} tokens after {args.start}; a prompt of {args.prompt}\n')
+    rows = [[k, f'{args.tokens/statistics.median(decode[k]):.0f}', f'{1/ratio(decode, k, base):.2f}', f'{1e3*statistics.median(prompt[k]):.0f}', f'{1/ratio(prompt, k, base):.2f}', f'{gap[k]:.2g}'] for k in made]
+    table(['','tokens/s','x float32','prompt, ms','x float32','distance of logits'], rows)
+    write(args.out, 'generate', {k:v for k,v in vars(args).items() if k!='out'}, dict(decode=decode, prompt=prompt, gap=gap, file=size))
+
+if __name__=='__main__': main()
