@@ -18,7 +18,7 @@ from .kernels import LinearPlan, _Linear, plane_linear, plane_rows
 from .native import library, native_features
 from .packed import PackedLayer
 
-# %% ../nbs/07b_lean.ipynb #33e5c1a6
+# %% ../nbs/07b_lean.ipynb #de97a3d1
 @dataclass
 class Block:
     "Modules of one layer."
@@ -49,8 +49,8 @@ class Parts:
 
 def _gpt2_parts(model):
     c,t = model.config,model.transformer
-    bad = dict(activation_function=c.activation_function not in ('gelu_new','gelu_pytorch_tanh'), scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx, scale_attn_weights=not c.scale_attn_weights)
-    _refuse(c, bad)
+    _refuse(c, dict(activation_function=c.activation_function not in ('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=not c.scale_attn_weights,
+                    scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx))
     blocks = [Block(b.ln_1, [b.attn.c_attn], b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj) for b in t.h]
     return Parts(blocks, t.wte, t.ln_f, model.lm_head, c.n_head, c.n_head, c.n_embd//c.n_head, c.n_positions, c.layer_norm_epsilon, False, False, positions=t.wpe.weight)
 
@@ -76,7 +76,7 @@ def parts_of(
     if model.config.model_type not in PARTS: raise ValueError(f"model type {model.config.model_type!r} is not in PARTS ({', '.join(PARTS)}): use model.generate()")
     return PARTS[model.config.model_type](model)
 
-# %% ../nbs/07b_lean.ipynb #a96e4751
+# %% ../nbs/07b_lean.ipynb #f8a4bcd9
 _pointers = lambda names: [(k, ctypes.c_void_p) for k in names.split()]
 _integers = lambda names: [(k, ctypes.c_int64) for k in names.split()]
 
@@ -124,8 +124,10 @@ class Step:
         self.parts,self.cache,self.linears,self.norms,self.held = parts,cache,{},{},[]
         for m in [parts.embedding, parts.head] + [m for b in parts.blocks for m in (*b.qkv, b.out, b.up, b.down, b.gate) if m is not None]:
             p = self.linears[id(m)] = plan_of(m) or _weight(m)
-            if isinstance(p, LinearPlan) and p.linear is None: raise ValueError(f"the weights are on {p.planes.high.device}: the lean loop runs on the CPU, use model.generate()")
-            if not isinstance(p, (LinearPlan, tuple)): raise ValueError(f"{type(m).__name__} multiplies by a {type(p).__name__}: the lean loop needs one scale for each output, use model.generate()")
+            if isinstance(p, LinearPlan) and p.linear is None:
+                raise ValueError(f"the weights are on {p.planes.high.device}: the lean loop runs on the CPU, use model.generate()")
+            if not isinstance(p, (LinearPlan, tuple)):
+                raise ValueError(f"{type(m).__name__} multiplies by a {type(p).__name__}: the lean loop needs one scale for each output, use model.generate()")
         for m in [parts.norm] + [m for b in parts.blocks for m in (b.norm1, b.norm2)]: self.norms[id(m)] = _weight(m)
         self.positions = None if parts.positions is None else parts.positions.detach().float().contiguous()
         self.packed = all(isinstance(self.linears[id(m)], LinearPlan) for b in parts.blocks for m in (*b.qkv, b.out, b.up, b.down))

@@ -24,7 +24,7 @@ from .switching import Profile, Setting, Site, Switch, switch_of
 from .lora_routing import LoRA, router
 from .kernels import ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes
 
-# %% ../nbs/07_packed.ipynb #29a56789
+# %% ../nbs/07_packed.ipynb #15f4fc5a
 class PackedLayer(nn.Module):
     "A frozen layer that multiplies from planes of nested codes."
     axis,multiplies = 0,True
@@ -107,10 +107,7 @@ class _DensePlan:   # the product with an unpacked weight, where a plan of plane
 
 class PackedEmbedding(PackedLayer):
     "Rows of a packed table."
-    multiplies = False
-    def __init__(self, *args, dtype:torch.dtype=torch.float32, **kw):
-        super().__init__(*args, **kw)
-        self.dtype = dtype
+    multiplies,dtype = False,torch.float32   # Type of the rows it gives
     def forward(self, ids): return self.dense(self.switch.settings[self.index].bits.w, ids).to(self.dtype)
 
 # %% ../nbs/07_packed.ipynb #cd283d40
@@ -212,7 +209,7 @@ def _write(path, tensors, d):
     finally: tmp.unlink(missing_ok=True)
     return packed_size(path)
 
-# %% ../nbs/07_packed.ipynb #fe46ffe7
+# %% ../nbs/07_packed.ipynb #ba6bfb81
 def _description(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
@@ -279,7 +276,8 @@ def _put_layers(model, d, tensors):
         sums = {b:s for b in l['widths'] if (s := tensors.get(f"{l['codes']}.sums{b}")) is not None}
         ranges = {int(k.rpartition('.range')[2]):tensors[k] for k in tensors if k.startswith(f"{l['name']}.range")}
         args = Planes(shared['high'], shared['middle'], shared['low'], *l['shape']),shared['step'],sums,own('bias'),ranges,switch,i
-        layer = PackedEmbedding(*args, dtype=getattr(torch, d['dtype'])) if l['site']=='embedding' else PackedLayer(*args)
+        layer = (PackedEmbedding if l['site']=='embedding' else PackedLayer)(*args)
+        if l['site']=='embedding': layer.dtype = getattr(torch, d['dtype'])
         for a in l['adapters']:
             lora = LoRA(layer.k, layer.n, a['r'], a['alpha'])
             lora.a,lora.b = (nn.Parameter(own(f"adapters.{a['key']}.{ab}"), requires_grad=False) for ab in 'ab')

@@ -207,7 +207,7 @@ def test_a_missing_package_names_its_extra(name, monkeypatch, tmp_path):
 # --- torchao --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('cfg', [QuantConfig(), QuantConfig(codes='nested'), QuantConfig(weight_symmetric=False), QuantConfig(weight='per_tensor'), QuantConfig(weight='per_group', group_size=32),
+@pytest.mark.parametrize('cfg', [QuantConfig(codes='independent'), QuantConfig(), QuantConfig(codes='independent', weight_symmetric=False), QuantConfig(weight='per_tensor'), QuantConfig(weight='per_group', group_size=32),
                                  QuantConfig(weight='per_group', group_size=16, codes='nested')], ids=str)
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 def test_torchao_holds_the_same_weights(kind, cfg, dtype):
