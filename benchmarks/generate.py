@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 from common import gpt2, missing, ratio, table, take_turns, write
-from switchable_llm.lean import LeanDecoder
+from switchable_llm.lean import LiveStep, lean_tokens
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
@@ -68,21 +68,22 @@ def contestants(args, file):
         def run(ids, n):
             set_profile(); model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
         return logits, run
-    def through_lean(decoder, profile):
+    def through_lean(step, profile):
         def run(ids, n):
-            decoder.model.switch.profile = profile
-            return list(decoder(ids[0].tolist(), n))
+            packed.switch.profile = profile
+            return list(lean_tokens(step, ids[0].tolist(), n))
         def logits(ids):
-            run(ids, 1); return decoder.logits
+            packed.switch.profile,step.cache.length = profile,0
+            return step.prompt(ids[0].tolist()).clone()
         return logits, run
     base,packed = gpt2(args.layers),load_packed(file)
-    decoder = LeanDecoder(packed)
+    step = LiveStep(packed)
     out = {'transformers float32':through_generate(base)}
     for name,make in (peers(args) if args.peers else {}).items():
         try: out[name] = through_generate(make())
         except Exception as e: print(f'{name}: left out: {type(e).__name__}: {str(e).splitlines()[0][:150]}')
     out |= {f'generate {p.name}':through_generate(packed, p.name) for p in PROFILES}
-    return out | {f'lean {p.name}':through_lean(decoder, p.name) for p in PROFILES}
+    return out | {f'lean {p.name}':through_lean(step, p.name) for p in PROFILES}
 
 @torch.no_grad()
 def main():

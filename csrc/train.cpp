@@ -460,7 +460,7 @@ static thread_local Buffer left, right;
 
 static const int64_t ROWS = 32, SUPER = 16;   // rows of a panel; panels that pass one after another where the second operand comes in several chunks
 static const int64_t SPAN = 12;               // steps of 64 for which the second operand stays in the first-level cache
-static int64_t CHUNK = 640 << 10;             // bytes of the second operand that stay in the second-level cache
+static const int64_t CHUNK = 640 << 10;       // bytes of the second operand that stay in the second-level cache
 
 static int64_t chunk_width(const Product& p) { return std::max<int64_t>(64, CHUNK / p.rp / 64 * 64); }   // in columns
 
@@ -572,7 +572,6 @@ API int sl_backward(const void* gy, int gtype, int64_t ldg, int64_t m, int64_t n
     return run_digits<BACKWARD>(p, digits);
 }
 API int sl_train_features(void) { return features(); }
-API void sl_train_tune(int64_t chunk) { CHUNK = chunk; }
 #else   // another processor or compiler: the caller has its torch path
 API int sl_train_features(void) { return 0; }
 #endif

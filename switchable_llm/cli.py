@@ -6,8 +6,9 @@
 __all__ = ['number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint', 'make_parser',
            'main']
 
-# %% ../nbs/08_cli.ipynb #59d6c849
-import argparse, os, sys, traceback
+# %% ../nbs/08_cli.ipynb #da91ca1b
+import argparse, logging, os, sys, traceback
+for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
 from dataclasses import fields, replace
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD_CODE', 'Planes', 'nested_zero', 'pack_planes', 'unpack_planes', 'plane_rows', 'code_sums', 'ActQuant',
-           'LinearPlan', 'plane_linear', 'plane_linear_reference', 'kernel_report']
+           'LinearPlan', 'plane_linear', 'plane_linear_reference', 'plan_report']
 
 # %% ../nbs/06a_kernels.ipynb #3fb7d110
 import ctypes
@@ -162,7 +162,7 @@ def plane_linear(
     if fault: raise MemoryError(f"no memory for a product of {tuple(shape)} with {p}")
     return y
 
-# %% ../nbs/06a_kernels.ipynb #09486aab
+# %% ../nbs/06a_kernels.ipynb #0cf552b2
 def _codes(p):   # int8 (inputs, outputs): codes less 2**(bits-1), which fit a signed byte
     if p.codes is None: p.codes = (unpack_planes(p.planes, p.bits).to(torch.int16) - 2**(p.bits-1)).to(torch.int8).T
     return p.codes
@@ -204,7 +204,7 @@ def plane_linear_reference(
     if p.lora is not None: y = y + flat.double()@p.lora[0].double().T*p.lora[2]@p.lora[1].double()
     return y.view(*x.shape[:-1], p.planes.n)
 
-def kernel_report(
+def plan_report(
     p:LinearPlan,  # The layer at a precision
     tokens:int=1,  # Tokens in a call
 )->str: # Which kernel runs, and why

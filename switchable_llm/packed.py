@@ -209,7 +209,7 @@ def _write(path, tensors, d):
     finally: tmp.unlink(missing_ok=True)
     return packed_size(path)
 
-# %% ../nbs/07_packed.ipynb #ba6bfb81
+# %% ../nbs/07_packed.ipynb #175332a5
 def _description(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
@@ -253,6 +253,8 @@ def load_packed(
     if left := [n for n,p in model.named_parameters() if p.is_meta]: raise ValueError(f"{path}: damaged, or of another transformers version: it has nothing for {left[0]}")
     model.requires_grad_(False)
     if d['generation'] and hasattr(model, 'generation_config'): model.generation_config = GenerationConfig.from_dict(d['generation'])
+    for n,m in list(model.named_modules()):   # the same formula in one operator for seven
+        if type(m).__name__=='NewGELUActivation': model.set_submodule(n, nn.GELU(approximate='tanh'))
     model.switch = switch
     return model.to(device)
 

@@ -88,14 +88,14 @@ def qparams(
     scale,zp = _scale_and_zero(lo, hi, qmin, qmax)
     return QParams(scale, zp.to(torch.int32), qmin, qmax)
 
-# %% ../nbs/00_quantizers.ipynb #0659129e
+# %% ../nbs/00_quantizers.ipynb #d956d673
 def quantize(
     x:Tensor,    # Numbers
     qp:QParams,  # Scale and zero point, broadcastable to `x`
 )->Tensor: # Integer codes, shape of `x`; int8 or uint8 where they fit, else int32
     "Nearest code of each number, ties to even; numbers out of range get the nearest end."
     q = (torch.round(x.float()*(1/qp.scale)) + qp.zero_point).clamp_(qp.qmin, qp.qmax)
-    dtype = torch.int32 if qp.qmax>255 else torch.int8 if qp.qmin<0 else torch.uint8
+    dtype = torch.int32 if qp.qmax-qp.qmin>255 else torch.int8 if qp.qmin<0 else torch.uint8
     return q.to(dtype)
 
 def dequantize(

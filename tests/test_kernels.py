@@ -5,7 +5,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 from switchable_llm import kernels
-from switchable_llm.kernels import ActQuant, LinearPlan, code_sums, kernel_report, pack_planes, plane_linear_reference, plane_rows, unpack_planes
+from switchable_llm.kernels import ActQuant, LinearPlan, code_sums, plan_report, pack_planes, plane_linear_reference, plane_rows, unpack_planes
 from switchable_llm.lean import Cache, Step, lean_tokens, parts_of, torch_step
 from switchable_llm.native import native_features
 from switchable_llm.quantizers import quantize
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_without_the_library(child_env):
     code = ("import torch; from switchable_llm import kernels as K; p=K.LinearPlan(K.pack_planes(torch.arange(200,dtype=torch.uint8).view(10,20)),4,torch.ones(10),act=K.ActQuant(8,False));"
-            "x=torch.linspace(-1,1,40).view(2,20); print(K.kernel_report(p)); assert torch.equal(p(x), K.plane_linear_reference(x,p).float())")
+            "x=torch.linspace(-1,1,40).view(2,20); print(K.plan_report(p)); assert torch.equal(p(x), K.plane_linear_reference(x,p).float())")
     out = subprocess.run([sys.executable, '-c', code], env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'}, capture_output=True, text=True)
     assert out.returncode==0, out.stderr
     assert 'SWITCHABLE_LLM_NATIVE=0' in out.stdout
