@@ -4,6 +4,7 @@ from importlib import metadata
 from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 from switchable_llm.integer import KERNELS, try_kernel
 from switchable_llm.native import native_report
 
@@ -17,15 +18,23 @@ def gpt2(layers=12, dtype=torch.float32, **kw):
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(n_layer=layers, embd_pdrop=0., attn_pdrop=0., resid_pdrop=0., **kw)).to(dtype).eval()
 
+def swap_linears(model, make=torch.nn.Linear):
+    "Every `Conv1D` becomes what `make(in, out)` gives, an `nn.Linear` of some kind: other libraries know no `Conv1D`."
+    for name,c in [(n, m) for n,m in model.named_modules() if isinstance(m, Conv1D)]:
+        linear = make(*c.weight.shape).to(c.weight.dtype)
+        with torch.no_grad(): linear.weight.copy_(c.weight.T); linear.bias.copy_(c.bias)
+        model.set_submodule(name, linear)
+    return model
+
 def take_turns(runs, rounds, warmup=1):
     "Seconds of each run, `rounds` times; they alternate, so that what else the machine does falls on all alike."
     times,order = {k:[] for k in runs},list(runs)
     for i in range(-warmup, rounds):
         for k in order[i%len(order):]+order[:i%len(order)]:
-            print(f'\r{max(i, 0)+1}/{rounds} {k:40}', end='', file=sys.stderr, flush=True)
+            if sys.stderr.isatty(): print(f'\r{max(i, 0)+1}/{rounds} {k:40}', end='', file=sys.stderr, flush=True)
             start = time.perf_counter(); runs[k]()
             if i>=0: times[k].append(time.perf_counter()-start)
-    print('\r'+' '*60, end='\r', file=sys.stderr)
+    if sys.stderr.isatty(): print('\r'+' '*60, end='\r', file=sys.stderr)
     return times
 
 def ratio(times, k, base):

@@ -5,8 +5,7 @@ Libraries that are not installed are left out, with a word. Each is asked for th
 import argparse, statistics, tempfile, warnings
 from pathlib import Path
 import torch
-from transformers.pytorch_utils import Conv1D
-from common import gpt2, missing, ratio, table, take_turns, write
+from common import gpt2, missing, ratio, swap_linears, table, take_turns, write
 from switchable_llm.lean import LiveStep, lean_tokens
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.packed import freeze, load_packed
@@ -29,12 +28,12 @@ def peers(args):
     "Other libraries' models: name -> model, or why not."
     def torchao(config):
         from torchao.quantization import quantize_
-        m = with_linears(args.layers)
+        m = swap_linears(gpt2(args.layers))
         quantize_(m, config)
         return m
     def quanto(w):
         from optimum.quanto import freeze, quantize
-        m = with_linears(args.layers)
+        m = swap_linears(gpt2(args.layers))
         quantize(m, weights=w); freeze(m)
         return m
     out = {'transformers bfloat16':lambda: gpt2(args.layers, torch.bfloat16)}
@@ -46,17 +45,8 @@ def peers(args):
         from optimum.quanto import qint4, qint8
         out |= {'quanto int8':lambda: quanto(qint8), 'quanto int4':lambda: quanto(qint4)}
     else: print('optimum-quanto:', missing('optimum'))
-    def dynamic(): return torch.ao.quantization.quantize_dynamic(with_linears(args.layers), {torch.nn.Linear}, dtype=torch.qint8)
+    def dynamic(): return torch.ao.quantization.quantize_dynamic(swap_linears(gpt2(args.layers)), {torch.nn.Linear}, dtype=torch.qint8)
     return out | {'torch dynamic int8':dynamic}
-
-def with_linears(layers):
-    "The model with `nn.Linear` in place of `Conv1D`, which other libraries do not know."
-    model = gpt2(layers)
-    for name,c in [(n, m) for n,m in model.named_modules() if isinstance(m, Conv1D)]:
-        linear = torch.nn.Linear(*c.weight.shape)
-        with torch.no_grad(): linear.weight.copy_(c.weight.T); linear.bias.copy_(c.bias)
-        model.set_submodule(name, linear)
-    return model
 
 def contestants(args, file):
     "name -> (logits of a prompt, run that many new tokens after that prompt)."

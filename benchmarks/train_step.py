@@ -1,115 +1,160 @@
-"""One training step of switchable LoRA against PEFT's LoRA, on GPT-2's shape: `python benchmarks/train_step.py [--dtype bfloat16] [--out FILE]`.
+"""One training step of switchable LoRA against other ways to train LoRA, on GPT-2's shape: `python benchmarks/train_step.py [--dtype bfloat16] [--growth] [--out results/benchmarks]`.
 
-Random weights, random tokens, LoRA of rank 8 on `c_attn`, `c_proj` (both) and `c_fc`, dropout 0, AdamW, and one loop body for all: the model's own
-loss (`labels`), on all tokens but the first, backward, optimizer step. `peft` has float weights; the others hold five calibrated profiles and draw one
-for each step. The steps of the contestants alternate in one process, so that what else the machine does falls on all alike; the table gives medians."""
-import argparse, json, platform, random, statistics, sys, time
+Random weights, random tokens, LoRA of rank 8 on `c_attn`, `c_proj` (both) and `c_fc`, dropout 0, AdamW, and one loop body for all: the model's own loss (`labels`), backward, optimizer step.
+`peft float` has float weights. The switchable models hold five calibrated profiles and draw one for each step; their observers look at every step (`switch.recording`). The peers train PEFT's LoRA over their own
+fake-quantized layers, all at 8-bit weights and activations; libraries that are not installed are left out, with a word. The steps alternate in one process; ratios are medians of neighbours."""
+import argparse, copy, itertools, random, statistics, time
 from pathlib import Path
-import peft, torch, transformers
+import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+from common import gpt2, missing, ratio, swap_linears, table, take_turns, write
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.quantizers import QuantConfig
-from switchable_llm.switching import calibrate_, make_switchable_, switch_of
+from switchable_llm.quantizers import Bits, QuantConfig
+from switchable_llm.switching import Profile, calibrate_, held_bytes, kernel_report, make_switchable_, switch_of
 
-PROFILES = ('bw4','bw6','bw8','w4a8','mixed8648')
+FLOAT = 'peft float'
+PROFILES = ['bw4','bw6','bw8','w4a8','mixed8648']+[Profile(f'w{w}a{a}', Bits(w, a)) for w,a in ((5,8),(7,8),(3,8),(5,5),(7,7))]   # the first `--profiles` of them
 TARGETS = ['c_attn','c_proj','c_fc']
+GROWTH = dict(batch=(1,2,4,8), length=(64,128,256,512), layers=(2,6,12), profiles=(1,2,5,10), rank=(4,8,16,64))
 
-def base(args):
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=args.layers, n_positions=max(1024, args.length), embd_pdrop=0., attn_pdrop=0., resid_pdrop=0., use_cache=False)
-    return GPT2LMHeadModel(config).to(getattr(torch, args.dtype))
+def tokens(args):
+    ids = torch.randint(50257, (args.batch, args.length), generator=torch.Generator().manual_seed(0))
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids))
 
-def trainables(model):
-    "The adapters, in float32 whatever the base is, and their optimizer."
-    params = [p for p in model.parameters() if p.requires_grad]
-    for p in params: p.data = p.data.float()
-    return params, torch.optim.AdamW(params, lr=2e-4, weight_decay=.01)
+def base(args): return gpt2(args.layers, getattr(torch, args.dtype), n_positions=max(1024, args.length), use_cache=False)
 
-def with_peft(args, batch):
-    model = get_peft_model(base(args), LoraConfig(r=8, lora_alpha=16, lora_dropout=0., target_modules=TARGETS, fan_in_fan_out=True, task_type='CAUSAL_LM')).train()
-    return model, lambda: None
-
-def with_switches(act, fused=False):
-    def make(args, batch):
-        model = base(args)
-        make_switchable_(model, PROFILES, QuantConfig(act=act))
-        if fused: model.switch.fused = True
-        calibrate_(model, [batch])
-        add_adapters_(model, r=8, alpha=16, dropout=0.)
-        rng,switch = random.Random(0),switch_of(model)
-        def draw(): switch.profile = rng.choice(PROFILES)
-        return model.train(), draw
+def with_peft(change=lambda model,args: model):
+    "PEFT's LoRA over what `change` makes of the model."
+    def make(args):
+        model = change(base(args), args)
+        conv = any(isinstance(m, Conv1D) for m in model.modules())
+        return get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=16, lora_dropout=0., target_modules=TARGETS, fan_in_fan_out=conv, task_type='CAUSAL_LM')), lambda: None
     return make
 
-def stepper(make, args, batch):
-    "A function that makes one step and returns its seconds."
-    model,draw = make(args, batch)
-    params,optimizer = trainables(model)
+def with_switches(act, codes='nested', kernel='auto'):
+    def make(args):
+        model,profiles = base(args),PROFILES[:args.profiles]
+        make_switchable_(model, profiles, QuantConfig(act=act, codes=codes))
+        calibrate_(model, [tokens(args)])
+        add_adapters_(model, r=args.rank, alpha=16, dropout=0.)
+        switch,rng = switch_of(model),random.Random(0)
+        switch.kernel,switch.recording = kernel,True
+        drawn = itertools.chain(profiles, iter(lambda: rng.choice(profiles), None))   # each once, so that all weights are ready when timing begins
+        def draw(): switch.profile = next(drawn)
+        return model, draw
+    return make
+
+def torchao_qat(model, args):
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    config = QATConfig(activation_config=IntxFakeQuantizeConfig(torch.int8, 'per_token', is_symmetric=False), weight_config=IntxFakeQuantizeConfig(torch.int8, 'per_channel'), step='prepare')
+    quantize_(swap_linears(model), config, filter_fn=lambda m,name: name.rpartition('.')[2] in TARGETS)
+    return model
+
+def quanto_qat(model, args):
+    from optimum.quanto import Calibration, qint8, quantize
+    quantize(swap_linears(model), weights=qint8, activations=qint8, include=[f'*.{t}' for t in TARGETS])
+    with torch.no_grad(), Calibration(): model(**tokens(args))
+    return model
+
+def brevitas_qat(model, args):
+    from brevitas.nn import QuantLinear
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+    def make(i, o): return QuantLinear(i, o, bias=True, weight_quant=Int8WeightPerChannelFloat, input_quant=Int8ActPerTensorFloat, input_collect_stats_steps=1)   # ranges are fixed after one step
+    return swap_linears(model, make)
+
+PEERS = {'torchao QAT':('torchao', torchao_qat), 'optimum-quanto QAT':('optimum', quanto_qat), 'brevitas':('brevitas', brevitas_qat)}
+OWN = {'per_tensor':with_switches('per_tensor'), 'per_token':with_switches('per_token'), 'per_tensor, independent codes':with_switches('per_tensor', codes='independent'),
+       'per_tensor, float arithmetic':with_switches('per_tensor', kernel='float'), 'per_token, float arithmetic':with_switches('per_token', kernel='float')}
+
+def contestants(only):
+    "Name -> maker, of those that were asked for and are installed."
+    found = {FLOAT:with_peft()} | OWN
+    for k,(package,change) in PEERS.items():
+        if only and k not in only: continue
+        if why := missing(package): print(f'{k}: {why}')
+        else: found[k] = with_peft(change)
+    if only and (lost := set(only)-set(found)-set(PEERS)): raise SystemExit(f"--only {', '.join(lost)}: choose from {', '.join([*found, *PEERS])}")
+    return {k:m for k,m in found.items() if k==FLOAT or not only or k in only}
+
+def stepper(make, args):
+    "A model, one step of it, and the sizes of its adapters' parameters."
+    model,draw = make(args)
+    params,batch = [p for p in model.train().parameters() if p.requires_grad],tokens(args)
+    for p in params: p.data = p.data.float()   # float32 whatever the base is
+    optimizer = torch.optim.AdamW(params, lr=2e-4, weight_decay=.01)
     def step():
-        start = time.perf_counter()
         draw()
-        loss = model(**batch, labels=batch['input_ids'], use_cache=False).loss
-        loss.backward()
+        model(**batch, labels=batch['input_ids'], use_cache=False).loss.backward()
         optimizer.step(); optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter()-start
     return model, step, sum(p.numel() for p in params)
+
+def measure(args, makers):
+    "Models by name, and the seconds of their steps."
+    made = {}
+    for k,m in makers.items():
+        try: made[k] = stepper(m, args)
+        except Exception as e:
+            if k not in PEERS: raise
+            print(f'{k}: {type(e).__name__}: {str(e).splitlines()[0][:200]}')   # a peer that does not run is no reason to stop
+    one = made[FLOAT][2]
+    assert all(n%one==0 for *_,n in made.values()), 'the adapters differ in size'   # a bank holds one for each width
+    return {k:m for k,(m,*_) in made.items()}, take_turns({k:s for k,(_,s,_) in made.items()}, args.steps, max(3, args.profiles))
 
 def change_time(model, n=2000):
     "Median microseconds of a change of profile, by name."
     switch,times,rng = switch_of(model),[],random.Random(1)
+    names = [k for k in switch.profiles if k!='float']
     for _ in range(n):
-        p = rng.choice(PROFILES); start = time.perf_counter()
+        p = rng.choice(names); start = time.perf_counter()
         switch.profile = p
         times.append(time.perf_counter()-start)
     return statistics.median(times)*1e6
 
+def compare(args):
+    "The table of one setting, and its results."
+    models,times = measure(args, contestants(args.only))
+    own = {k:m for k,m in models.items() if k in OWN}
+    changes,held = {k:change_time(m) for k,m in own.items()},{k:held_bytes(m) for k,m in own.items()}
+    print(f'GPT-2 of {args.layers} layers, {args.dtype}, batch {args.batch} x {args.length}, rank {args.rank}, {args.profiles} profiles, {torch.get_num_threads()} threads, medians of {args.steps} steps\n')
+    table(['one training step','seconds','tokens/s','ratio to PEFT','change of profile, µs','weights held ready, MB'],
+          [(k, f'{(t:=statistics.median(v)):.3f}', f'{args.batch*args.length/t:.0f}', f'{ratio(times, k, FLOAT):.2f}', f'{changes[k]:.1f}' if k in changes else '',
+            f"{sum(b for w,b in held[k].items() if w.startswith('ready'))/1e6:.0f}" if k in held else '') for k,v in times.items()])
+    kernels = {k:{p:{why:len(names) for why,names in kernel_report(m, p).items()} for p in switch_of(m).profiles if p!='float'} for k,m in own.items()}
+    for k,report in kernels.items(): print(f"\n{k}: {'; '.join(dict.fromkeys(why for r in report.values() for why in r))}")
+    return dict(seconds=times, ratios={k:ratio(times, k, FLOAT) for k in times}, change_microseconds=changes, held_bytes=held, kernels=kernels)
+
+def grow(args):
+    "How the ratio to PEFT changes with one setting at a time."
+    makers = contestants(args.only or ['per_tensor','per_token'])
+    out,names = [],[k for k in makers if k!=FLOAT]
+    for axis,values in GROWTH.items():
+        rows = []
+        for v in values:
+            here = copy.copy(args); setattr(here, axis, v)
+            times = measure(here, makers)[1]
+            out.append(dict(axis=axis, value=v, seconds=times, ratios={k:ratio(times, k, FLOAT) for k in times}))
+            rows.append((v, *(f'{statistics.median(times[k]):.3f}' for k in times), *(f'{ratio(times, k, FLOAT):.2f}' if k in times else '' for k in names)))
+        table([axis, *(f'{k}, s' for k in times), *(f'{k} / PEFT' for k in names)], rows); print(flush=True)
+    return out
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('--steps', type=int, default=15, help='timed steps of each contestant')
-    p.add_argument('--warmup', type=int, default=len(PROFILES)*2, help='steps before: the quantized weights are made and kept')
     p.add_argument('--batch', type=int, default=4, help='rows')
     p.add_argument('--length', type=int, default=256, help='tokens of a row')
     p.add_argument('--layers', type=int, default=12, help='blocks of the model')
+    p.add_argument('--profiles', type=int, default=5, choices=range(1, len(PROFILES)+1), metavar=f'1..{len(PROFILES)}', help='profiles that a switchable model draws from')
+    p.add_argument('--rank', type=int, default=8, help='rank of the adapters')
     p.add_argument('--dtype', choices=['float32','bfloat16'], default='float32', help='type of the base weights')
     p.add_argument('--threads', type=int, help='threads of PyTorch; by default its own choice')
-    p.add_argument('--only', nargs='+', help='contestants, by their names in the table')
-    p.add_argument('--out', type=Path, help='write the times as a JSON record')
+    p.add_argument('--only', nargs='+', help=f'contestants beside {FLOAT!r}, by their names in the table')
+    p.add_argument('--growth', action='store_true', help='vary batch, length, layers, profiles and rank, one at a time, instead')
+    p.add_argument('--out', type=Path, help='folder for the record, a JSON file')
     args = p.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
-    makers = {'peft float':with_peft, 'per_tensor':with_switches('per_tensor'), 'per_token':with_switches('per_token')}
-    if hasattr(switch_of(_tiny()), 'fused'): makers |= {f'{k} fused':with_switches(k, True) for k in ('per_tensor','per_token')}
-    makers = {k:m for k,m in makers.items() if k=='peft float' or not args.only or k in args.only}
-    ids = torch.randint(GPT2Config().vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0))
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    made = {k:stepper(m, args, batch) for k,m in makers.items()}
-    assert len({n for *_,n in made.values()} - {made['peft float'][2]*3})<=1, 'the adapters differ in size'   # three widths: three adapters
-    for _ in range(args.warmup):
-        for _,step,_ in made.values(): step()
-    times,order = {k:[] for k in made},list(made)
-    for i in range(args.steps):
-        for k in order[i%len(order):]+order[:i%len(order)]:
-            print(f'\rstep {i+1}/{args.steps}', end='', file=sys.stderr, flush=True)
-            times[k].append(made[k][1]())
-    print(file=sys.stderr)
-    report(args, times, {k:change_time(m) for k,(m,*_) in made.items() if k!='peft float'})
-
-def _tiny():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
-    make_switchable_(model, ['bw4'])
-    return model
-
-def report(args, times, changes):
-    "A Markdown table, and the record."
-    tokens,medians = args.batch*args.length,{k:statistics.median(v) for k,v in times.items()}
-    print(f'GPT-2 of {args.layers} layers, {args.dtype}, batch {args.batch} x {args.length}, {torch.get_num_threads()} threads, medians of {args.steps} steps\n')
-    print('| one training step | seconds | tokens/s | ratio to PEFT | change of profile, µs |\n|:--|--:|--:|--:|--:|')
-    for k,t in medians.items():
-        ratio = statistics.median(a/b for a,b in zip(times[k], times['peft float']))
-        print(f"| {k} | {t:.3f} | {tokens/t:.0f} | {ratio:.2f} | {f'{changes[k]:.1f}' if k in changes else ''} |")
-    if not args.out: return
-    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__)
-    record = dict(settings={k:v for k,v in vars(args).items() if k!='out'}, threads=torch.get_num_threads(), versions=versions, seconds=times, change_microseconds=changes)
-    args.out.write_text(json.dumps(record))
+    results = grow(args) if args.growth else compare(args)
+    write(args.out, f"train_{'growth' if args.growth else 'step'}_{args.dtype}", {k:v for k,v in vars(args).items() if k!='out'}, results)
 
 if __name__=='__main__': main()

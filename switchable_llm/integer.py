@@ -134,7 +134,7 @@ class IntMMKernel(ReferenceKernel):
         q = torch.nn.functional.pad((x.codes^down).view(torch.int8), (0, codes.shape[0]-k, 0, max(0, 32-m)))   # CUDA wants 17 rows or more
         return _correct(torch._int_mm(q, codes)[:m, :n].float()*rest[0], x, down, rest, bias, dtype)
 
-# %% ../nbs/00a_integer.ipynb #da533792
+# %% ../nbs/00a_integer.ipynb #31173445
 _DTYPES = {torch.float32:0, torch.bfloat16:1}
 
 def _call(f, *args):
@@ -183,14 +183,14 @@ class NativeKernel(ReferenceKernel):
         (packed,scale,offset,k),x = prepared,_rows(x)
         y = torch.empty(x.shape[0], len(scale), dtype=dtype)
         bias = None if bias is None else bias.float()
-        _call(self.lib.sl_forward_float, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), *x.shape[:1], len(scale), k, packed.data_ptr(), scale.data_ptr(), offset, 3 if x.dtype==torch.float32 else 2,
+        _call(self.lib.sl_forward_float, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), *x.shape[:1], len(scale), k, packed.data_ptr(), scale.data_ptr(), offset, 4 if x.dtype==torch.float32 else 2,
               None if bias is None else bias.data_ptr(), y.data_ptr(), _DTYPES[dtype], len(scale))
         return y
 
     def backward(self, g, prepared, mask, dtype):
         (packed,scale,offset,k),g = prepared,_rows(g)
         gx = torch.empty(g.shape[0], k, dtype=dtype)
-        _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k, packed.data_ptr(), scale.data_ptr(), offset, 3 if g.dtype==torch.float32 else 2,
+        _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k, packed.data_ptr(), scale.data_ptr(), offset, 4 if g.dtype==torch.float32 else 2,
               None if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0), gx.data_ptr(), _DTYPES[dtype], k, 0)
         return gx
 

@@ -6,7 +6,7 @@
 __all__ = ['PACKED_VERSION', 'PackedLayer', 'PackedEmbedding', 'PackedSwitch', 'freeze', 'packed_size', 'load_packed',
            'load_packed_tokenizer']
 
-# %% ../nbs/07_packed.ipynb #94443cfd
+# %% ../nbs/07_packed.ipynb #cb718232
 import json, os
 from pathlib import Path
 from dataclasses import asdict
@@ -22,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from .quantizers import Bits, EMAObserver, QuantConfig, blocks, check_bits, fake_quant, nested_codes
 from .switching import Profile, Setting, Site, Switch, switch_of
 from .lora_routing import LoRA, router
+from .lean import lean_class
 from .kernels import ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes
 
 # %% ../nbs/07_packed.ipynb #15f4fc5a
@@ -209,7 +210,7 @@ def _write(path, tensors, d):
     finally: tmp.unlink(missing_ok=True)
     return packed_size(path)
 
-# %% ../nbs/07_packed.ipynb #175332a5
+# %% ../nbs/07_packed.ipynb #8ab60c0d
 def _description(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
@@ -244,7 +245,7 @@ def load_packed(
     d = _description(path)
     cls = getattr(transformers, d['model_class'], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)): raise ValueError(f"{path}: model class {d['model_class']!r} is not one of this transformers {transformers.__version__}")
-    with init_empty_weights(): model = cls(AutoConfig.for_model(**d['config'])).eval()
+    with init_empty_weights(): model = lean_class(cls)(AutoConfig.for_model(**d['config'])).eval()
     with safe_open(path, 'pt') as f: tensors = {k:f.get_tensor(k) for k in f.keys()}
     switch = _put_layers(model, d, tensors)
     names = dict(model.named_parameters(remove_duplicate=False))|dict(model.named_buffers(remove_duplicate=False))
