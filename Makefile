@@ -30,7 +30,7 @@ readme: env-dev
 	$(BIN)/python scripts/build_docs.py --readme
 
 bench: env-bench
-	$(BIN)/python benchmarks/train_step.py
+	for b in "train_step.py" "train_step.py --dtype bfloat16" "train_step.py --growth" "generate.py" "store.py"; do $(BIN)/python benchmarks/$$b --out results/benchmarks || exit 1; done
 
 clean:
 	rm -rf .venv _docs _proc build dist .pytest_cache *.egg-info
@@ -39,11 +39,11 @@ env:       .venv/installed
 env-dev:   .venv/installed-dev
 env-bench: .venv/installed-bench
 
-# A stamp per set of extras: a second `make` installs nothing, a changed pyproject.toml installs again.
+# A stamp per set of extras: a second `make` installs nothing, a change of pyproject.toml or of the kernels installs again.
 .venv/installed:       EXTRAS =
 .venv/installed-dev:   EXTRAS = [dev]
 .venv/installed-bench: EXTRAS = [bench]
-.venv/installed .venv/installed-dev .venv/installed-bench: pyproject.toml
+.venv/installed .venv/installed-dev .venv/installed-bench: pyproject.toml setup.py $(wildcard csrc/*.cpp)
 	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".$(EXTRAS)"

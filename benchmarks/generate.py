@@ -2,7 +2,7 @@
 
 GPT-2's shape with random weights; embedding and head are packed too, adapters of rank 8 are in. The contestants take turns in one process. `generate` is transformers' own, `lean` the loop of chapter 07b.
 Libraries that are not installed are left out, with a word. Each is asked for the same prompt's logits first, and its distance to float32 is in the table: a fast wrong answer is no answer."""
-import argparse, statistics, tempfile, warnings
+import argparse, statistics, tempfile, time, warnings
 from pathlib import Path
 import torch
 from common import gpt2, missing, ratio, swap_linears, table, take_turns, write
@@ -33,7 +33,7 @@ def peers(args):
         return m
     def quanto(w):
         from optimum.quanto import freeze, quantize
-        m = swap_linears(gpt2(args.layers))
+        m = swap_linears(gpt2(args.layers, torch.bfloat16))   # its kernels for CPU take bfloat16
         quantize(m, weights=w); freeze(m)
         return m
     out = {'transformers bfloat16':lambda: gpt2(args.layers, torch.bfloat16)}
@@ -43,7 +43,7 @@ def peers(args):
     else: print('torchao:', missing('torchao'))
     if not missing('optimum'):
         from optimum.quanto import qint4, qint8
-        out |= {'quanto int8':lambda: quanto(qint8), 'quanto int4':lambda: quanto(qint4)}
+        out |= {'quanto int8, bfloat16':lambda: quanto(qint8), 'quanto int4, bfloat16':lambda: quanto(qint4)}
     else: print('optimum-quanto:', missing('optimum'))
     def dynamic(): return torch.ao.quantization.quantize_dynamic(swap_linears(gpt2(args.layers)), {torch.nn.Linear}, dtype=torch.qint8)
     return out | {'torch dynamic int8':dynamic}
@@ -75,6 +75,21 @@ def contestants(args, file):
     out |= {f'generate {p.name}':through_generate(packed, p.name) for p in PROFILES}
     return out | {f'lean {p.name}':through_lean(step, p.name) for p in PROFILES}
 
+def bandwidth():
+    "Bytes a second that all threads read together: the limit of decoding."
+    x = torch.ones(2**28)                # 1 GiB, more than the caches
+    times = []
+    for _ in range(5):
+        start = time.perf_counter(); x.sum(); times.append(time.perf_counter()-start)
+    return x.numel()*4/min(times)
+
+def bytes_per_token(packed):
+    "What one token reads of the file at each width: planes, steps and sums of every product, its adapter."
+    layers = [l for l in packed.switch.layers if l.multiplies]
+    planes = {n:sum(getattr(l, n).numel() for l in layers) for n in ('high','middle','low')}
+    rest = sum(8*l.n for l in layers)+sum(p.numel()*4 for l in layers for p in l.adapters['8'].parameters())
+    return {8:sum(planes.values())+rest, 6:planes['high']+planes['middle']+rest, 4:planes['high']+rest}
+
 @torch.no_grad()
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -98,6 +113,7 @@ def main():
         gen = torch.Generator().manual_seed(0)
         short,long = (torch.randint(50257, (1, n), generator=gen) for n in (args.start, args.prompt))
         right = made['transformers float32'][0](long)
+        limit = dict(bandwidth=bandwidth(), bytes=bytes_per_token(load_packed(Path(folder)/'model.safetensors')))
         gap = {k:((logits(long)-right).norm()/right.norm()).item() for k,(logits,_) in made.items()}
         decode = take_turns({k:(lambda run=run: run(short, args.tokens)) for k,(_,run) in made.items()}, args.rounds)
         prompt = take_turns({k:(lambda run=run: run(long, 1)) for k,(_,run) in made.items()}, args.rounds)
@@ -105,6 +121,8 @@ def main():
     print(f'GPT-2 of {args.layers} layers, batch 1, {torch.get_num_threads()} threads, medians of {args.rounds} turns; {args.tokens} tokens after {args.start}; a prompt of {args.prompt}\n')
     rows = [[k, f'{args.tokens/statistics.median(decode[k]):.0f}', f'{1/ratio(decode, k, base):.2f}', f'{1e3*statistics.median(prompt[k]):.0f}', f'{1/ratio(prompt, k, base):.2f}', f'{gap[k]:.2g}'] for k in made]
     table(['','tokens/s','x float32','prompt, ms','x float32','distance of logits'], rows)
-    write(args.out, 'generate', {k:v for k,v in vars(args).items() if k!='out'}, dict(decode=decode, prompt=prompt, gap=gap, file=size))
+    shown = [f"{w} bits takes {1e3*b/limit['bandwidth']:.1f} ms" for w,b in limit['bytes'].items()]
+    print(f"\nreading {limit['bandwidth']/1e9:.0f} GB/s; at that rate a token of {', '.join(shown)}")
+    write(args.out, 'generate', {k:v for k,v in vars(args).items() if k!='out'}, dict(decode=decode, prompt=prompt, gap=gap, file=size, **limit))
 
 if __name__=='__main__': main()

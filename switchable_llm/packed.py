@@ -111,19 +111,20 @@ class PackedEmbedding(PackedLayer):
     multiplies,dtype = False,torch.float32   # Type of the rows it gives
     def forward(self, ids): return self.dense(self.switch.settings[self.index].bits.w, ids).to(self.dtype)
 
-# %% ../nbs/07_packed.ipynb #cd283d40
+# %% ../nbs/07_packed.ipynb #7dcd17a7
 class PackedSwitch(Switch):
     "The switch of a packed model."
-    fixed,floats = {},()   # Name of an end -> its bits, whatever the profile; layers that the file has as float
+    fixed,floats,stored = {},(),{}   # Name of an end -> its bits, whatever the profile; layers that the file has as float; name -> most bits it has
     def bind(self, profile):
         bits = profile.bits([*(s for s in self.sites if s.name not in self.fixed), *self.floats])|self.fixed
         for n in (s.name for s in self.floats):
             if not (b := bits.pop(n)).is_float: raise ValueError(f"profile {profile.name!r}: layer {n} at {b}: it was float in all profiles that were frozen, and is float in this file")
         for n,b in bits.items():
             if b.w is None or b.w>8: raise ValueError(f"profile {profile.name!r}: layer {n} at {b}: a packed file holds weights of 2 to 8 bits; take such a profile from the switchable model")
+            if b.w>self.stored.get(n, 8): raise ValueError(f"profile {profile.name!r}: layer {n} at {b}: this file holds its first {self.stored[n]} bits, which was enough for the profiles that were frozen")
         return tuple(Setting(bits[s.name], self.route and s.name not in self.fixed and self.route(self, i, profile, bits[s.name]) or None) for i,s in enumerate(self.sites))
 
-# %% ../nbs/07_packed.ipynb #7787bbf5
+# %% ../nbs/07_packed.ipynb #b8e4a30e
 PACKED_VERSION = 1
 
 def freeze(
@@ -144,6 +145,7 @@ def freeze(
     for l,s in list(zip(switch.layers, switch.sites))+ends:
         widths = used.get(s.name) or ([l[1]] if isinstance(l, tuple) else [])
         if widths: layers.append(_pack_layer(*(l if isinstance(l, tuple) else (l, None)), s, widths, switch, tensors, owner, names))
+    _drop_planes(layers, tensors)
     packed = {d['name'] for d in layers}
     for n,p in model.state_dict(keep_vars=True).items():
         if not any(n.startswith(f'{x}.') for x in packed) and id(p) not in kept and '.adapters.' not in n and '.observers.' not in n:
@@ -196,6 +198,13 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):
     tensors |= {f'{s.name}.range{b}':torch.stack([o.lo, o.hi]) for b,o in layer.observers.items() if o.seen}
     return d|dict(adapters=[dict(key=k, r=layer.adapters[k].r, alpha=layer.adapters[k].alpha) for k in keys])
 
+def _drop_planes(layers, tensors):   # that no profile reads; `stored` says up to which width a layer can go
+    for d in layers:
+        widest = max(w for o in layers if o['codes']==d['codes'] for w in o['widths'])
+        d['stored'] = next(b for b in (4, 6, 8) if b>=widest)
+        for k,b in (('middle',6), ('low',8)):
+            if d['stored']<b: tensors[f"{d['codes']}.{k}"] = torch.empty(0, dtype=torch.uint8)
+
 def _tokenizer_parts(tokenizer):
     if not getattr(tokenizer, 'is_fast', False): raise ValueError(f"{type(tokenizer).__name__}: only tokenizers of the `tokenizers` library go into the file; save this one beside it")
     tokens = {k:str(v) for k in ('bos_token','eos_token','unk_token','pad_token') if (v := getattr(tokenizer, k))}
@@ -210,7 +219,7 @@ def _write(path, tensors, d):
     finally: tmp.unlink(missing_ok=True)
     return packed_size(path)
 
-# %% ../nbs/07_packed.ipynb #8ab60c0d
+# %% ../nbs/07_packed.ipynb #0b942f68
 def _description(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
@@ -271,6 +280,7 @@ def _tie(model):   # float ends that share their weight
 
 def _put_layers(model, d, tensors):
     switch = PackedSwitch([Site(l['name'], l['site'], l['layer']) for l in d['layers']], QuantConfig(**d['quantizer']))
+    switch.stored = {l['name']:l['stored'] for l in d['layers']}
     switch.floats = tuple(Site(*s) for s in d['float_layers'])
     switch.fixed = {l['name']:Bits(l['fixed']) for l in d['layers'] if l['fixed'] is not None}
     for i,l in enumerate(d['layers']):

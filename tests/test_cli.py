@@ -46,7 +46,7 @@ def test_usage(cli):
 def test_every_help_has_an_example(child_env):
     "One process for all: the same parser, without eight starts."
     code = "import sys\nfrom switchable_llm.cli import main\nfor c in sys.argv[1:]:\n    assert main([*c.split(), '--help'])==0"
-    commands = ['run','train','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets']
+    commands = ['run','train','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets','freeze','export','kernels']
     p = subprocess.run([sys.executable, '-c', code, *commands], env=child_env, capture_output=True, text=True, timeout=120)
     assert (p.returncode, p.stderr)==(0, '')
     pages = p.stdout.split('usage: ')[1:]
@@ -54,7 +54,7 @@ def test_every_help_has_an_example(child_env):
 
 def test_help_of_the_command(cli):
     status,out,_ = cli('--help')
-    assert status==0 and all(c in out for c in ('run','train','evaluate','answer','profiles','presets'))
+    assert status==0 and all(c in out for c in ('run','train','evaluate','answer','freeze','export','kernels','profiles','presets'))
 
 def test_run_evaluate_answer(cli, tmp_path, toy_folder):
     status,out,err = cli('run', '--model', toy_folder, *SHORT, '--eval-n', 4, '--no-ablation')
@@ -89,3 +89,28 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
 def test_a_closed_pipe_is_no_traceback(child_env):
     p = subprocess.run(f'"{COMMAND}" presets | true', shell=True, env=child_env, capture_output=True, text=True, timeout=60)
     assert 'Traceback' not in p.stderr
+
+def test_freeze_serve_export(cli, tmp_path, toy_folder):
+    "A checkpoint becomes one file, which answers and is scored without its base model; and is exported."
+    status,_,err = cli('train', '--model', toy_folder, *SHORT, '--act', 'per_token', '--out', 'mine', '--quiet')
+    assert status==0, err
+    status,out,err = cli('freeze', 'mine', '--out', 'mine.safetensors', '--embedding', 8, '--lm-head', 8)
+    assert status==0 and 'codes' in out and f"{(tmp_path/'mine.safetensors').stat().st_size:,}" in out, err
+    ask = ['--question', 'Who?', '--context', 'Bemola was born in 1834.']
+    for path in ('mine','mine.safetensors'):
+        status,out,err = cli('answer', path, '--profiles', 'bw4', 'mixed8648', *ask)
+        assert status==0 and [l.split(':')[0] for l in out.splitlines()]==['bw4','mixed8648'], err
+    status,out,err = cli('evaluate', 'mine.safetensors', '--n', 2, '--quiet')
+    assert status==0 and 'mixed8648' in out, err
+    status,_,err = cli('answer', 'mine.safetensors', '--model', toy_folder, *ask)
+    assert status==1 and 'leave out --model' in err
+    assert cli('export', 'mine', '--profile', 'bw4', '--format', 'float', '--out', 'merged')[0]==0 and (tmp_path/'merged'/'config.json').exists()
+    assert cli('export', 'mine', '--profile', 'bw4', '--format', 'gguf', '--dtype', 'F16', '--no-tokenizer', '--out', 'mine.gguf')[0]==0
+    status,_,err = cli('export', 'mine', '--profile', 'bw4', '--format', 'float', '--out', 'merged')
+    assert status==1 and 'merged' in err
+    status,_,err = cli('freeze', 'mine', '--out', 'x.safetensors', '--profiles', 'bw5')
+    assert status==1 and "'bw5'" in err and not (tmp_path/'x.safetensors').exists()
+
+def test_kernels(cli):
+    status,out,err = cli('kernels')
+    assert (status, err)==(0, '') and 'quantize' in out and 'onednn' in out
