@@ -16,7 +16,7 @@ from switchable_llm.switching import Profile, calibrate_, held_bytes, kernel_rep
 FLOAT = 'peft float'
 PROFILES = ['bw4','bw6','bw8','w4a8','mixed8648']+[Profile(f'w{w}a{a}', Bits(w, a)) for w,a in ((5,8),(7,8),(3,8),(5,5),(7,7))]   # the first `--profiles` of them
 TARGETS = ['c_attn','c_proj','c_fc']
-GROWTH = dict(batch=(1,2,4,8), length=(64,128,256,512), layers=(2,6,12), profiles=(1,2,5,10), rank=(4,8,16,64))
+GROWTH = dict(batch=(1,2,4,8), length=(64,256,512), layers=(2,6,12), profiles=(1,5,10), rank=(8,64))
 
 def tokens(args):
     ids = torch.randint(50257, (args.batch, args.length), generator=torch.Generator().manual_seed(0))

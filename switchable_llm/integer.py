@@ -15,7 +15,7 @@ from torch import Tensor
 from .native import library, native_features, native_report
 from .quantizers import QParams, QuantConfig, quantize_weight, token_qparams
 
-# %% ../nbs/00a_integer.ipynb #493cc2ec
+# %% ../nbs/00a_integer.ipynb #c0d38e76
 class SignedCodes(NamedTuple):
     "A quantized weight: `scale[o]*(codes[o,k] + offset)`."
     codes:Tensor   # int8, (out, in), contiguous
@@ -31,7 +31,7 @@ def signed_codes(
     "The quantized weight as int8 codes."
     if bits>8 or cfg.weight=='per_group' or not cfg.weight_symmetric: raise ValueError(f"bits={bits}, {cfg}: integer products need at most 8 bits, and symmetric codes with a scale per channel or tensor")
     q,qp = quantize_weight(w, bits, cfg, axis)
-    q,scale = (q.T if axis==1 else q).to(torch.int32), qp.scale.flatten()
+    q,scale = (q.T if axis==1 else q).to(torch.int16), qp.scale.flatten()
     zero = float(qp.zero_point.flatten()[0])
     if zero==119.5: codes,offset = q-120,.5
     else:

@@ -184,21 +184,22 @@ def _trailing_mean(y, window): return [y[max(0, i-window):i].mean() for i in ran
 def _rank(name): return (list(STYLES).index(name) if name in STYLES else len(STYLES), name)
 def _short(name): return f"{name.count('+')+1} profiles at once" if '+' in name else name
 
-# %% ../nbs/01b_plots.ipynb #76e30165
+# %% ../nbs/01b_plots.ipynb #495a0cc3
 def plot_ablation(
     record:dict,              # Of the ablation, with `arms`
     score:str='text',         # Perplexity of the full 'text' or of the 'answer'
     intervals:dict|None=None, # Arm -> (value, low, high) of that perplexity, where known
-)->Figure: # Three panels
+)->Figure: # A panel for each kind of arm
     "Perplexity of each arm of an ablation."
     _need(record, 'plot_ablation', 'arms')
     if score not in ('text','answer'): raise ValueError(f"score={score!r}: choose 'text' or 'answer'")
     ppl = {n:np.exp(min(700, sum(a[f'nll_{score}'])/sum(a[f'n_{score}']))) for n,a in record['arms'].items()}
     ppl = {n:(intervals or {}).get(n, (v, v, v)) for n,v in ppl.items()}
-    kinds = dict(weights='4-bit weights, a scale per …', ranges='8-bit activations, ranges …', sites='one site alone at 4 bits')
+    kinds = dict(weights='4-bit weights, a scale per …', ranges='8-bit activations, ranges …', sites='one site alone at 4 bits', codes='weights alone, codes …')
     kind = lambda n: n.split()[0] if n.split()[0] in kinds else 'sites'
+    kinds = {k:title for k,title in kinds.items() if any(n!='float' and kind(n)==k for n in ppl)}
     w,a = ProfileStyle('#0F8BC6','o'),ProfileStyle('#A0703C','s')
-    with _figure(1, 3, 9.5, 2.6) as (fig,axs):
+    with _figure(1, len(kinds), 3.2*len(kinds), 2.6) as (fig,axs):
         for ax,k in zip(axs, kinds):
             arms = [n for n in ppl if n!='float' and kind(n)==k]
             rows = list(dict.fromkeys(n.rpartition(' ')[0] if k=='sites' else n.partition(' ')[2] for n in arms))

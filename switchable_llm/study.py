@@ -122,7 +122,7 @@ def evaluations(
     "The two evaluations of a record."
     return Evaluation.from_dict(record['before']), Evaluation.from_dict(record['after'])
 
-# %% ../nbs/03a_study.ipynb #0a5b78b6
+# %% ../nbs/03a_study.ipynb #64f3feea
 def _arms():   # name -> (quantizer settings, profile, where ranges come from)
     q = lambda act='per_token', **kw: QuantConfig(act=act, **kw)
     w4,w8a8 = Profile('w4', Bits(4)),Profile('w8a8', Bits(8, 8))
@@ -130,6 +130,7 @@ def _arms():   # name -> (quantizer settings, profile, where ranges come from)
     arms = {f'weights {g}':(q(weight=g), w4, None) for g in ('per_tensor','per_channel','per_group')}
     arms |= {f'ranges {r}':(q('per_tensor'), w8a8, r) for r in ('calibrated','one question','random tokens','guessed')}
     arms |= {'ranges per token':(q(), w8a8, None)}
+    arms |= {f'codes {c}, {b} bits':(q(codes=c), Profile(f'w{b}', Bits(b)), None) for b in (4, 6, 8) for c in ('independent','nested')}
     return arms | {f'{s} {b}':(q(), only(s, b), None) for s in SITES[:4] for b in ('w4','a4')}
 
 def _set_ranges(model, source, batches, vocab):
