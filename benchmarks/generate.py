@@ -32,9 +32,9 @@ def peers(args):
         quantize_(m, config)
         return m
     def quanto(w):
-        from optimum.quanto import freeze, quantize
+        from optimum.quanto import freeze, qint4, quantize
         m = swap_linears(gpt2(args.layers, torch.bfloat16))   # its kernels for CPU take bfloat16
-        quantize(m, weights=w); freeze(m)
+        quantize(m, weights=w, exclude=['lm_head'] if w is qint4 else None); freeze(m)   # its four-bit kernel takes rows in multiples of 16
         return m
     out = {'transformers bfloat16':lambda: gpt2(args.layers, torch.bfloat16)}
     if not missing('torchao'):
@@ -43,7 +43,7 @@ def peers(args):
     else: print('torchao:', missing('torchao'))
     if not missing('optimum'):
         from optimum.quanto import qint4, qint8
-        out |= {'quanto int8, bfloat16':lambda: quanto(qint8), 'quanto int4, bfloat16':lambda: quanto(qint4)}
+        out |= {'quanto int8, bfloat16':lambda: quanto(qint8), 'quanto int4, bfloat16, float head':lambda: quanto(qint4)}
     else: print('optimum-quanto:', missing('optimum'))
     def dynamic(): return torch.ao.quantization.quantize_dynamic(swap_linears(gpt2(args.layers)), {torch.nn.Linear}, dtype=torch.qint8)
     return out | {'torch dynamic int8':dynamic}

@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'CAP', 'ProfileStyle', 'profile_style', 'figure_style', 'save_figure', 'plot_profiles', 'plot_cost',
            'plot_curves', 'plot_ablation', 'plot_bits']
 
-# %% ../nbs/01b_plots.ipynb #6ae5d72c
+# %% ../nbs/01b_plots.ipynb #cda27c32
 import io
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from .quantizers import Bits
 from .switching import Profile, Site, Switch, as_profile, write_whole
 
@@ -70,7 +70,7 @@ def save_figure(
     write_whole(path, buffer.getvalue())
     return path
 
-# %% ../nbs/01b_plots.ipynb #44a72a85
+# %% ../nbs/01b_plots.ipynb #c6bc0b38
 def _need(record, what, *keys):
     name = '{}/{}/{}-s{}'.format(*(record.get(k, '?') for k in ('preset','experiment','name','seed')))
     if missing := [k for k in keys if k not in record]:
@@ -91,7 +91,7 @@ def _log(ax, which='x'):   # readable numbers also where the axis spans less tha
     axis = getattr(ax, f'{which}axis')
     ax.set(**{f'{which}scale':'log'}); ax.margins(**{which:.08}); ax.autoscale_view()
     low,high = axis.get_view_interval()
-    if high/low>30: return
+    if high/low>30: return axis.set_minor_formatter(NullFormatter())
     axis.set_major_locator(LogLocator(subs=(1,2,5)) if high/low>5 else MaxNLocator(5, steps=[1,2,2.5,5,10]))
     axis.set_minor_locator(NullLocator()); axis.set_major_formatter('{x:g}')
 
