@@ -256,7 +256,7 @@ def _add_profiles(commands):
     check.add_argument('--fit', action='store_true', help='check also that the profiles fit the model of the preset')
     for p in (show, check): add_preset_options(p, only=('model','dtype','act','weight','codes'))
 
-# %% ../nbs/08_cli.ipynb #3cf93e00
+# %% ../nbs/08_cli.ipynb #86641bad
 def _complain(e): print('error:', next(iter(str(e).strip().splitlines()), '') or type(e).__name__, file=sys.stderr, flush=True)
 
 def main(
@@ -276,7 +276,7 @@ def main(
     except KeyboardInterrupt:
         print('interrupted'+('; the same command goes on from the last checkpoint' if args.resumes else ''), file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as e:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as e:
         if args.debug: traceback.print_exc()
         _complain(e)
         return 1

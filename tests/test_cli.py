@@ -90,7 +90,7 @@ def test_a_closed_pipe_is_no_traceback(child_env):
     p = subprocess.run(f'"{COMMAND}" presets | true', shell=True, env=child_env, capture_output=True, text=True, timeout=60)
     assert 'Traceback' not in p.stderr
 
-def test_freeze_serve_export(cli, tmp_path, toy_folder):
+def test_freeze_serve_export(cli, child_env, tmp_path, toy_folder):
     "A checkpoint becomes one file, which answers and is scored without its base model; and is exported."
     status,_,err = cli('train', '--model', toy_folder, *SHORT, '--act', 'per_token', '--out', 'mine', '--quiet')
     assert status==0, err
@@ -108,6 +108,9 @@ def test_freeze_serve_export(cli, tmp_path, toy_folder):
     assert cli('export', 'mine', '--profile', 'bw4', '--format', 'gguf', '--dtype', 'F16', '--no-tokenizer', '--out', 'mine.gguf')[0]==0
     status,_,err = cli('export', 'mine', '--profile', 'bw4', '--format', 'float', '--out', 'merged')
     assert status==1 and 'merged' in err
+    code = "import sys; sys.modules['gguf'] = None\nfrom switchable_llm.cli import main\nsys.exit(main('export mine --profile bw4 --format gguf --out other.gguf'.split()))"      # as where it is not installed
+    p = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=child_env, capture_output=True, text=True)
+    assert p.returncode==1 and "pip install 'switchable-llm[gguf]'" in p.stderr and 'Traceback' not in p.stderr
     status,_,err = cli('freeze', 'mine', '--out', 'x.safetensors', '--profiles', 'bw5')
     assert status==1 and "'bw5'" in err and not (tmp_path/'x.safetensors').exists()
 
