@@ -49,7 +49,7 @@ def changes(args, packed):
     model = switchable(args)
     return out | {'one assignment, in training':assign(model.switch), 'one assignment, packed':assign(packed.switch)}
 
-def memory(args, size, packed):
+def memory(args, packed):
     "Bytes of the weights of the blocks that are held ready for all widths, and that each reads."
     def ready(**kw):
         model = switchable(args, **kw)
@@ -77,7 +77,7 @@ def main():
         load = {'packed file':seconds(lambda: load_packed(folder/'all.safetensors'), 5),
                 'base model and checkpoint':seconds(lambda: load_switchable(folder/'checkpoint', GPT2LMHeadModel.from_pretrained(folder/'base')), 3)}
         packed = load_packed(folder/'all.safetensors')
-        change,held = changes(args, packed),memory(args, size, packed)
+        change,held = changes(args, packed),memory(args, packed)
     n = sum(m.weight.numel() for b in base.transformer.h for m in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj))
     print(f'GPT-2 of {args.layers} layers, {n/1e6:.1f} million weights in its blocks\n')
     table(['change of precision','time'], [(k, f'{1e3*v:.2f} ms' if v>1e-3 else f'{1e6*v:.1f} µs') for k,v in change.items()]); print()

@@ -108,7 +108,7 @@ def _presets(args):
 
 def _shown(name, v): return ('all' if name.endswith('_n') else 'none') if v is None else ','.join(v) if isinstance(v, tuple) else v
 
-# %% ../nbs/08_cli.ipynb #15d02fea
+# %% ../nbs/08_cli.ipynb #eb6f14e0
 def _say(args): return (lambda *a: None) if args.quiet else lambda *a: print(*a, file=sys.stderr, flush=True)
 
 def _run(args):
@@ -119,7 +119,7 @@ def _run(args):
     if not args.no_ablation: figures['ablation'] = plot_ablation(run_ablation(preset, args.out, args.ablation_n, not args.quiet, say))
     run,root = f"{record['name']}-s{record['seed']}",Path(args.out)/preset.name
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
-    print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'work'/preset.name/run/'model'}")
+    print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'progress'/preset.name/run/'model'}")
 
 # %% ../nbs/08_cli.ipynb #326dce3a
 def _train(args):

@@ -51,7 +51,7 @@ def calibration_batches(
     lengths = tuple(len(d.ids) for d in data)
     return [collate([data[j] for j in batch_rows(lengths, preset.calibration_size, i, preset.seed)], pad_id) for i in range(preset.calibration)]
 
-# %% ../nbs/03a_study.ipynb #80088dad
+# %% ../nbs/03a_study.ipynb #97b99c0f
 POLICIES = dict(   # name -> (model, names of the profiles, seed) -> policy
     random_profile = lambda model, names, seed: random_profile(names, seed),
     all_profiles   = lambda model, names, seed: all_profiles(names),
@@ -96,7 +96,7 @@ def run_joint(
     if policy not in POLICIES: raise ValueError(f"policy={policy!r}: choose one of {', '.join(POLICIES)}")
     if int(os.environ.get('WORLD_SIZE', 1))>1: raise ValueError("the study run scores and writes in one process: start it without a launcher, or launch a script that calls `train`")
     name = name or f'{policy}-{preset.act}'+'-nested'*(preset.codes=='nested')
-    work = Path(out)/'work'/preset.name/f'{name}-s{preset.seed}'
+    work = Path(out)/'progress'/preset.name/f'{name}-s{preset.seed}'
     settings = json.loads(json.dumps(dict(preset=asdict(preset), policy=policy)))
     model,tokenizer = study_model(preset)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
@@ -122,7 +122,7 @@ def evaluations(
     "The two evaluations of a record."
     return Evaluation.from_dict(record['before']), Evaluation.from_dict(record['after'])
 
-# %% ../nbs/03a_study.ipynb #64f3feea
+# %% ../nbs/03a_study.ipynb #93d534d1
 def _arms():   # name -> (quantizer settings, profile, where ranges come from)
     q = lambda act='per_token', **kw: QuantConfig(act=act, **kw)
     w4,w8a8 = Profile('w4', Bits(4)),Profile('w8a8', Bits(8, 8))
@@ -156,7 +156,7 @@ def run_ablation(
     model.set_attn_implementation(preset.attention)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     data,_,questions = study_data(replace(preset, eval_n=n), tokenizer)
-    batches,work = calibration_batches(preset, data, tokenizer.pad_token_id),Path(out)/'work'/preset.name/f'ablation-s{preset.seed}'
+    batches,work = calibration_batches(preset, data, tokenizer.pad_token_id),Path(out)/'progress'/preset.name/f'ablation-s{preset.seed}'
     settings = json.loads(json.dumps(dict(preset=asdict(preset), n=n)))
     def score(arm, cfg, profile, ranges):
         m = copy.deepcopy(model)

@@ -53,7 +53,7 @@ def test_preset_gpt2(gpt2):
     assert 10_000 < before['float'].summary['ppl_text'].value < 500_000             # it knows nothing: about the size of its vocabulary
     assert len(record['training']['curve'])==2 and all(c[1]>0 for c in record['training']['curve'])
     saved, = load_records(gpt2/'runs'); assert saved['after']==record['after']
-    work, = (gpt2/'runs/work/gpt2').iterdir()
+    work, = (gpt2/'runs/progress/gpt2').iterdir()
     model,tok = load_model(gpt2/'model')
     load_switchable(work/'model', model)
     assert any(p.abs().max()>0 for n,p in adapter_params(model).items() if n.endswith('.b')), 'nothing was trained'
