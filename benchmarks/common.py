@@ -6,7 +6,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from switchable_llm.integer import KERNELS, try_kernel
+from switchable_llm.data import environment
 from switchable_llm.native import native_report
+from switchable_llm.switching import write_whole
 
 def missing(*packages):
     "Packages that are not installed, in words, or nothing."
@@ -41,20 +43,19 @@ def ratio(times, k, base):
     "Median of the ratios of turns that were next to each other."
     return statistics.median(a/b for a,b in zip(times[k], times[base]))
 
-def environment():
-    "Where this was measured."
+def where():
+    "Where this was measured: what every record has, and what bears on speed."
     name = next((l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
+    out = environment(None if torch.cuda.is_available() else f'{name or platform.machine()}, {torch.get_num_threads()} threads')
+    out['versions'] |= {p:metadata.version(p) for p in ('peft','torchao','optimum-quanto','brevitas') if not missing(p.replace('optimum-quanto', 'optimum'))}
     flags = [k for k,v in (torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}).items() if v is True and k.startswith(('avx','amx'))]
-    return dict(device=torch.cuda.get_device_name() if torch.cuda.is_available() else f'{name or platform.machine()}, {torch.get_num_threads()} threads', flags=flags,
-                threads=torch.get_num_threads(), native=native_report(), kernels={n:try_kernel(n, 'cpu')[1] for n in KERNELS},
-                versions={p:metadata.version(p) for p in ('torch','transformers','peft','torchao','optimum-quanto','brevitas') if not missing(p.replace('optimum-quanto', 'optimum').replace('-', '_'))})
+    return out | dict(flags=flags, threads=torch.get_num_threads(), native=native_report(), kernels={n:try_kernel(n, 'cpu')[1] for n in KERNELS})
 
 def write(out, name, settings, results):
     "The record of a benchmark: `<out>/<name>.json`."
     if out is None: return
     path = Path(out)/f'{name}.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(benchmark=name, settings=settings, environment=environment(), results=results), indent=1))
+    write_whole(path, json.dumps(dict(benchmark=name, settings=settings, environment=where(), results=results), indent=1).encode())
     print(f'\nrecord  {path}')
 
 def table(heads, rows):
