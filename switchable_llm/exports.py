@@ -6,7 +6,7 @@
 __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logit_gap', 'merged_weight', 'merge', 'export_float',
            'LinearWithLoRA', 'torchao_weight', 'export_torchao', 'GGUFFamily', 'rotary_pairs', 'export_gguf']
 
-# %% ../nbs/07a_exports.ipynb #05b8d21e
+# %% ../nbs/07a_exports.ipynb #1aa09584
 import copy, importlib, json, os, shutil
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 from transformers.pytorch_utils import Conv1D
 from .quantizers import Bits, quantize_weight
-from .switching import Profile, QuantEmbedding, QuantLayer, Setting, save_profiles, switch_of, use_profile
+from .switching import Profile, QuantLayer, Setting, save_profiles, switch_of, use_profile
 from .lora_routing import LoRA
 from .data import optional
 
@@ -149,7 +149,7 @@ def export_float(
         for f in (tmp, old): shutil.rmtree(f, ignore_errors=True)
     return folder
 
-# %% ../nbs/07a_exports.ipynb #7e83d642
+# %% ../nbs/07a_exports.ipynb #ba4b5ff1
 class LinearWithLoRA(nn.Module):
     "A linear layer and the low-rank correction beside it."
     def __init__(self,
@@ -166,7 +166,7 @@ class LinearWithLoRA(nn.Module):
 
 def _torchao_activations(site, layer, bits):   # torchao's name for how the input is quantized
     cfg = layer.switch.cfg
-    if bits.a is None or isinstance(layer, QuantEmbedding): return None
+    if bits.a is None or not layer.multiplies: return None
     if bits.w is not None and bits.a==8 and cfg.act=='per_token' and not cfg.act_symmetric: return 'int8_asym_per_token'
     raise ValueError(f"layer {site.name}: torchao cannot express {bits} with {'' if cfg.act_symmetric else 'a'}symmetric activations {cfg.act.replace('_', ' ')}, only quantized weights with a8, asymmetric, per token: "
                      "pass activations=False to leave activations float, or use QuantConfig(act='per_token') and a8")
@@ -204,7 +204,7 @@ def _torchao_layer(site, layer, setting, memo, activations):
     return base if setting.adapter is None else LinearWithLoRA(base, copy.deepcopy(layer.adapters[setting.adapter]))
 
 def _torchao_base(layer, weight, memo):
-    if isinstance(layer, QuantEmbedding): base = copy.deepcopy(layer.base, {id(layer.base.weight): weight})
+    if not layer.multiplies: base = copy.deepcopy(layer.base, {id(layer.base.weight): weight})
     else:
         base = nn.Linear(layer.in_features, layer.out_features, bias=False, device='meta')
         base.bias = copy.deepcopy(layer.bias, memo)

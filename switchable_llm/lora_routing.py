@@ -6,7 +6,7 @@
 __all__ = ['ROUTES', 'FORMAT_VERSION', 'LoRA', 'adapter_keys', 'router', 'add_adapters_', 'adapter_params', 'use_adapter',
            'export_peft', 'import_peft', 'base_hash', 'save_switchable', 'read_switchable', 'load_switchable']
 
-# %% ../nbs/01_lora_routing.ipynb #745c0c0a
+# %% ../nbs/01_lora_routing.ipynb #b004608a
 import glob, hashlib, json, math, os, shutil
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,8 +16,9 @@ import torch, safetensors
 import torch.nn.functional as F
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn, Tensor
-from .quantizers import EMAObserver, QuantConfig
-from .switching import Profile, Setting, check_unfrozen, find_sites, make_switchable_, switch_of, write_whole
+from .quantizers import QuantConfig
+import switchable_llm.gates   # a checkpoint can hold its gates: it makes their types known
+from .switching import ADDED, GATE_TYPES, Profile, Setting, added_params, base_params, check_unfrozen, make_switchable_, switch_of, write_whole
 
 # %% ../nbs/01_lora_routing.ipynb #00241f98
 class LoRA(nn.Module):
@@ -70,7 +71,7 @@ def router(
                          f"call add_adapters_(model, [{key!r}]), or change the profile")
     return route
 
-# %% ../nbs/01_lora_routing.ipynb #96fd81bb
+# %% ../nbs/01_lora_routing.ipynb #05b8b292
 def add_adapters_(
     model:nn.Module,                 # A model after `make_switchable_`; changed in place
     keys:Iterable[str]|None=None,    # Adapters of each layer; by default one for each weight width (or name) of the model's profiles
@@ -79,8 +80,9 @@ def add_adapters_(
     alpha:float=16,                  # Scaling is `alpha/r`
     dropout:float=0.05,              # Share of an adapter's inputs dropped in training
     sites:Iterable[str]|None=None,   # Only layers of these sites; by default all but the embedding
+    freeze:bool=True,                # Freeze all that the model came with, a task's head too; False leaves it as it is: full fine-tuning beside adapters
 )->list[str]: # Keys that were added
-    "Give layers a bank of adapters and freeze the base."
+    "Give layers a bank of adapters and freeze the base; learned ranges and gates stay as they are."
     switch = check_unfrozen(model)
     if route not in ROUTES: raise ValueError(f"route={route!r}: choose one of {', '.join(ROUTES)}")
     layers = [l for l,s in zip(switch.layers, switch.sites) if l.multiplies and (sites is None or s.site in sites)]
@@ -89,8 +91,8 @@ def add_adapters_(
     new = [k for k in dict.fromkeys(keys) if k not in adapter_keys(model)]
     if not new: raise ValueError(f"keys={keys}: the bank has {', '.join(adapter_keys(model)) or 'nothing'} and nothing new was asked for; give the model a profile that is not float, or other keys")
     _add(switch, layers, {k:dict(r=r, alpha=alpha, dropout=dropout) for k in new}, route)
-    trained = {id(p) for p in adapter_params(model).values()}
-    for p in model.parameters(): p.requires_grad_(id(p) in trained)
+    if freeze:
+        for p in base_params(model).values(): p.requires_grad_(False)
     return new
 
 def _needed_keys(switch, key):
@@ -176,15 +178,17 @@ def _read_tensors(path):
     except FileNotFoundError: raise FileNotFoundError(f"{path}: missing") from None
     except safetensors.SafetensorError as e: raise ValueError(f"{path}: damaged or cut off: {e}") from e
 
-# %% ../nbs/01_lora_routing.ipynb #282b6dce
-FORMAT_VERSION = 1
+# %% ../nbs/01_lora_routing.ipynb #14b5e8dd
+FORMAT_VERSION = 2   # 1: adapters and observers only; written still where there is no more
 
 def base_hash(
-    model:nn.Module, # A model, switchable or not
+    model:nn.Module,          # A model, switchable or not
+    without:Iterable[str]=(), # Names of parameters to leave out
 )->str: # SHA-256 of names, types, shapes and bytes, in hexadecimal
-    "Content hash of the base weights; adapters and ranges are not part of it."
-    h = hashlib.sha256()
-    for n,p in sorted((n.replace('.base.', '.'), p) for n,p in model.named_parameters() if '.adapters.' not in n):
+    "Content hash of the base weights; adapters, ranges and gates are not part of it."
+    h,without = hashlib.sha256(),set(without)
+    for n,p in sorted(base_params(model).items()):
+        if n in without: continue
         h.update(f'{n} {p.dtype} {tuple(p.shape)}'.encode())
         h.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
@@ -201,18 +205,22 @@ def save_switchable(
     base:str|None=None,   # Name or path of the base model; by default what transformers remembers
     revision:str|None=None, # Revision of the base on the hub
 )->Path: # The folder
-    "Write profiles, settings, adapters and ranges; the base model is named and hashed, not copied."
+    "Write profiles, settings, adapters, ranges, gates and what is trained in the base; the rest of the base is named and hashed, not copied."
     switch,folder = check_unfrozen(model),Path(folder)
-    state = {k:v.detach().cpu().contiguous() for l,s in zip(switch.layers, switch.sites) for part in ('adapters','observers')
-             for k,v in getattr(l, part).state_dict(prefix=f'{s.name}.{part}.').items()}
-    data = save_tensors(state, metadata=dict(format='pt'))
-    loras = [dict(layer=s.name, key=k, r=m.r, alpha=m.alpha, dropout=m.dropout.p) for l,s in zip(switch.layers, switch.sites) for k,m in l.adapters.items()]
-    d = dict(format_version=FORMAT_VERSION, base=dict(name=base or model.config._name_or_path, revision=revision, dtype=str(model.dtype), sha256=base_hash(model)),
-             profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=asdict(switch.cfg), route=switch.route_name,
-             sites=[[s.name, s.site] for s in switch.sites], adapters=loras, tensors_sha256=hashlib.sha256(data).hexdigest())
+    rows = list(zip(switch.layers, switch.sites))
+    state = {k:v for l,s in rows for part in ADDED for k,v in getattr(l, part).state_dict(prefix=f'{s.name}.{part}.').items()}
+    trained = {n:p for n,p in base_params(model).items() if p.requires_grad}
+    files = {f:save_tensors({k:v.detach().cpu().contiguous() for k,v in t.items()}, metadata=dict(format='pt')) for f,t in (('adapters',state), ('trained',trained)) if f=='adapters' or t}
+    loras = [dict(layer=s.name, key=k, r=m.r, alpha=m.alpha, dropout=m.dropout.p) for l,s in rows for k,m in l.adapters.items()]
+    gates = [dict(layer=s.name, key=k, type=type(m).__name__, spec=m.spec()) for l,s in rows for k,m in l.gates.items()]
+    new = trained or gates or any(k.endswith('.log_ratio') for k in state)    # than format 1
+    d = dict(format_version=FORMAT_VERSION if new else 1, base=dict(name=base or model.config._name_or_path, revision=revision, dtype=str(model.dtype), sha256=base_hash(model, trained)),
+             profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=asdict(switch.cfg), route=switch.route_name, sites=[[s.name, s.site] for s in switch.sites],
+             adapters=loras, gates=gates, frozen=[n for n,p in added_params(model).items() if not p.requires_grad], tensors_sha256=hashlib.sha256(files['adapters']).hexdigest())
+    if trained: d |= dict(trained=list(trained), trained_sha256=hashlib.sha256(files['trained']).hexdigest())
     tmp,old = (folder.with_name(f'.{folder.name}.{os.getpid()}.{w}') for w in ('new','old'))
     try:
-        write_whole(tmp/'adapters.safetensors', data)
+        for f,data in files.items(): write_whole(tmp/f'{f}.safetensors', data)
         write_whole(tmp/'switchable.json', json.dumps(d | dict(checksum=_sealed(d)), indent=1).encode())
         if folder.exists(): os.replace(folder, old)
         os.replace(tmp, folder)
@@ -220,7 +228,7 @@ def save_switchable(
     for f in folder.parent.glob(glob.escape(f'.{folder.name}.')+'*'): shutil.rmtree(f, ignore_errors=True)   # of killed writers too
     return folder
 
-# %% ../nbs/01_lora_routing.ipynb #036b1384
+# %% ../nbs/01_lora_routing.ipynb #773de311
 def read_switchable(
     folder:str|Path, # A switchable checkpoint
 )->dict: # Its description
@@ -240,30 +248,50 @@ def load_switchable(
     model:nn.Module,   # Its base model, untouched, in the type it was saved with; changed in place
 )->nn.Module: # `model`, switchable, at profile `float`
     "Make a base model what was saved; nothing is changed unless all of the checkpoint is sound and fits."
-    d,path = read_switchable(folder),_whole(Path(folder))/'adapters.safetensors'
-    state = _read_tensors(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest()!=d['tensors_sha256']: raise ValueError(f"{path}: damaged: its checksum does not match switchable.json")
-    if base_hash(model)!=d['base']['sha256']:
-        raise ValueError(f"{folder} was made on base model {d['base']['name']!r} in {d['base']['dtype']}; the {type(model).__name__} given ({model.config._name_or_path or 'unnamed'}, {model.dtype}) has other weights")
+    d,whole = read_switchable(folder),_whole(Path(folder))
+    state,trained = _sound(whole/'adapters.safetensors', d['tensors_sha256']),_sound(whole/'trained.safetensors', d['trained_sha256']) if d.get('trained') else {}
+    _check_fit(folder, d, model, trained)
     table = {}
     for n,s in d['sites']: table.setdefault(s, []).append(n)
     ends = {k:k in table for k in ('embedding','lm_head')}
     make_switchable_(model, [p for p in map(Profile.from_dict, d['profiles']) if p.name!='float'], QuantConfig(**{'codes':'independent'}|d['quantizer']),
                      {s:tuple(ns) for s,ns in table.items() if s not in ends}, **ends)
-    if d['adapters']: model.requires_grad_(False)
+    if d['adapters'] or trained: model.requires_grad_(False)
+    params = base_params(model)
+    with torch.no_grad():
+        for n,t in trained.items(): params[n].copy_(t)
+    for n in trained: params[n].requires_grad_(True)
     _restore(switch_of(model), d, state)
+    for n in d.get('frozen', ()): added_params(model)[n].requires_grad_(False)
     return model
+
+def _sound(path, sha256):
+    state = _read_tensors(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest()!=sha256: raise ValueError(f"{path}: damaged: its checksum does not match switchable.json")
+    return state
+
+def _check_fit(folder, d, model, trained):   # a `ValueError` if the model is not the base, or a gate is of an unknown type
+    params = base_params(model)
+    made_on = f"{folder} was made on base model {d['base']['name']!r} in {d['base']['dtype']}; the {type(model).__name__} given ({model.config._name_or_path or 'unnamed'}, {model.dtype})"
+    for n,t in sorted(trained.items()):
+        if n not in params: raise ValueError(f"{made_on} has no parameter {n}, which was trained: give it a model of the same class and configuration")
+        if (p := params[n]).shape!=t.shape or p.dtype!=t.dtype: raise ValueError(f"{made_on} has {n} as {list(p.shape)} {p.dtype}, trained was {list(t.shape)} {t.dtype}")
+    if base_hash(model, trained)!=d['base']['sha256']: raise ValueError(f"{made_on} has other weights")
+    for g in d.get('gates', ()):
+        if g['type'] not in GATE_TYPES: raise ValueError(f"{folder}: layer {g['layer']} has a gate of type {g['type']!r}; known are {', '.join(GATE_TYPES) or '(none)'}: import the module that defines it first")
 
 def _restore(switch, d, state):
     byname = {s.name:l for l,s in zip(switch.layers, switch.sites)}
     for a in d['adapters']:
         l = byname[a['layer']]
         l.adapters[a['key']] = LoRA(l.in_features, l.out_features, a['r'], a['alpha'], a['dropout']).to(l.weight.device).train(l.training)
+    for g in d.get('gates', ()):
+        l = byname[g['layer']]
+        l.gates[g['key']] = GATE_TYPES[g['type']](**g['spec']).to(l.weight.device).train(l.training)
     for n,l in byname.items():
-        for b in {k.split('.observers.')[1].split('.')[0] for k in state if k.startswith(f'{n}.observers.')}:
-            l.observers[b] = EMAObserver(switch.cfg.momentum).to(l.weight.device)
-        for part in ('adapters','observers'):
-            getattr(l, part).load_state_dict({k.removeprefix(f'{n}.{part}.'):v for k,v in state.items() if k.startswith(f'{n}.{part}.')})
+        parts = {part:{k[len(n)+len(part)+2:]:v for k,v in state.items() if k.startswith(f'{n}.{part}.')} for part in ADDED}
+        l.match_observers(parts['observers'])
+        for part,tensors in parts.items(): getattr(l, part).load_state_dict(tensors)
     if d['adapters']:
         switch.route,switch.route_name = router(d['route']),d['route']
         switch.rebind()

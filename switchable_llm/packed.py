@@ -6,7 +6,7 @@
 __all__ = ['PACKED_VERSION', 'PackedLayer', 'PackedEmbedding', 'PackedSwitch', 'freeze', 'packed_size', 'load_packed',
            'load_packed_tokenizer']
 
-# %% ../nbs/07_packed.ipynb #cb718232
+# %% ../nbs/07_packed.ipynb #dcc42c38
 import json, os
 from pathlib import Path
 from dataclasses import asdict
@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from torch import nn, Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from .quantizers import Bits, EMAObserver, QuantConfig, blocks, check_bits, fake_quant, nested_codes
-from .switching import Profile, Setting, Site, Switch, switch_of
+from .switching import ADDED, Profile, Setting, Site, Switch, switch_of
 from .lora_routing import LoRA, router
+from .data import float32_head_
 from .lean import lean_class
 from .kernels import ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes
 
@@ -124,7 +125,7 @@ class PackedSwitch(Switch):
             if b.w>self.stored.get(n, 8): raise ValueError(f"profile {profile.name!r}: layer {n} at {b}: this file holds its first {self.stored[n]} bits, which was enough for the profiles that were frozen")
         return tuple(Setting(bits[s.name], self.route and s.name not in self.fixed and self.route(self, i, profile, bits[s.name]) or None) for i,s in enumerate(self.sites))
 
-# %% ../nbs/07_packed.ipynb #b8e4a30e
+# %% ../nbs/07_packed.ipynb #a4f150a8
 PACKED_VERSION = 1
 
 def freeze(
@@ -138,6 +139,7 @@ def freeze(
     "Write a model for serving: one file for all precisions."
     switch = switch_of(model)
     if isinstance(switch, PackedSwitch): raise ValueError("the model is packed already: copy its file")
+    if switch.gate is not None: raise ValueError("gates decide the bits here, and a packed file holds profiles: leave use_gates, and freeze gate_profile(model), for gates per layer, or other profiles")
     names = [n for n in switch.profiles if any(not s.bits.is_float for s in switch.bound[n])] if profiles is None else list(profiles)
     used = _used_bits(switch, names)
     ends = _ends(model, switch, dict(embedding=embedding, lm_head=lm_head))
@@ -148,7 +150,7 @@ def freeze(
     _drop_planes(layers, tensors)
     packed = {d['name'] for d in layers}
     for n,p in model.state_dict(keep_vars=True).items():
-        if not any(n.startswith(f'{x}.') for x in packed) and id(p) not in kept and '.adapters.' not in n and '.observers.' not in n:
+        if not any(n.startswith(f'{x}.') for x in packed) and id(p) not in kept and not any(f'.{part}.' in n for part in ADDED):
             kept.add(id(p)); tensors[n] = p.detach()
     d = dict(format_version=PACKED_VERSION, model_class=type(model).__name__, config=model.config.to_dict(), dtype=str(model.dtype).removeprefix('torch.'),
              generation=model.generation_config.to_dict() if getattr(model, 'generation_config', None) else None, quantizer=asdict(switch.cfg), route=switch.route_name,
@@ -180,6 +182,8 @@ def _ends(model, switch, widths):   # [((module, bits), Site)] of ends that are 
     return found
 
 def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):
+    kind = type(getattr(layer, 'base', layer))
+    if s.site=='embedding' and kind is not nn.Embedding: raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float in the profiles, with make_switchable_(embedding=False), and embedding=None")
     w,axis = layer.weight,getattr(layer, 'axis', 0)
     d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed, codes=owner.setdefault(id(w), s.name), shape=list(w.shape[::-1] if axis else w.shape))
     cfg = switch.cfg
@@ -195,7 +199,7 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):
     if fixed is not None: return d|dict(adapters=[])
     keys = dict.fromkeys(st.adapter for n in names if (st := switch.bound[n][switch.layers.index(layer)]).adapter is not None)
     for k in keys: tensors |= {f'{s.name}.adapters.{k}.{ab}':getattr(layer.adapters[k], ab).detach() for ab in 'ab'}
-    tensors |= {f'{s.name}.range{b}':torch.stack([o.lo, o.hi]) for b,o in layer.observers.items() if o.seen}
+    tensors |= {f'{s.name}.range{b}':torch.stack([o.lo, o.hi]).detach() for b,o in layer.observers.items() if o.seen}
     return d|dict(adapters=[dict(key=k, r=layer.adapters[k].r, alpha=layer.adapters[k].alpha) for k in keys])
 
 def _drop_planes(layers, tensors):   # that no profile reads; `stored` says up to which width a layer can go
@@ -219,7 +223,7 @@ def _write(path, tensors, d):
     finally: tmp.unlink(missing_ok=True)
     return packed_size(path)
 
-# %% ../nbs/07_packed.ipynb #0b942f68
+# %% ../nbs/07_packed.ipynb #7eab7d69
 def _description(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
@@ -266,6 +270,7 @@ def load_packed(
     for n,m in list(model.named_modules()):   # the same formula in one operator for seven
         if type(m).__name__=='NewGELUActivation': model.set_submodule(n, nn.GELU(approximate='tanh'))
     model.switch = switch
+    if hasattr(model, 'qa_outputs'): float32_head_(model)
     return model.to(device)
 
 def _set(model, name, tensor):
@@ -276,7 +281,7 @@ def _set(model, name, tensor):
 
 def _tie(model):   # float ends that share their weight
     ends = model.get_input_embeddings(),model.get_output_embeddings()
-    if getattr(model.config, 'tie_word_embeddings', False) and not any(isinstance(e, PackedLayer) for e in ends): ends[1].weight = ends[0].weight
+    if getattr(model.config, 'tie_word_embeddings', False) and not any(e is None or isinstance(e, PackedLayer) for e in ends): ends[1].weight = ends[0].weight
 
 def _put_layers(model, d, tensors):
     switch = PackedSwitch([Site(l['name'], l['site'], l['layer']) for l in d['layers']], QuantConfig(**d['quantizer']))

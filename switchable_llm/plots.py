@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'CAP', 'ProfileStyle', 'profile_style', 'figure_style', 'save_figure', 'plot_profiles', 'plot_cost',
-           'plot_curves', 'plot_ablation', 'plot_bits']
+           'plot_curves', 'plot_ablation', 'plot_bits', 'plot_sensitivity', 'plot_front', 'plot_arms']
 
-# %% ../nbs/01b_plots.ipynb #cda27c32
+# %% ../nbs/01b_plots.ipynb #65ca144b
 import io
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Iterable, NamedTuple
 from zlib import crc32
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -243,3 +244,90 @@ def _cell(ax, x, y, bits):
     ax.add_patch(plt.Rectangle((x-.46, y-.44), .92, .88, color=color, lw=0))
     text = '–'.join(dict.fromkeys('f' if b is None else str(b) for b in sorted(bits, key=lambda b: b or 99)))
     ax.text(x, y, text, ha='center', va='center', fontsize=8 if len(text)<3 else 6, color='#fff' if known and np.mean(known)>5 else '#000' if known else _ink)
+
+# %% ../nbs/01b_plots.ipynb #27351e6c
+def plot_sensitivity(
+    record:dict, # With `sensitivity`, as `Sensitivity.to_dict` writes it
+)->Figure: # A panel for each kind and bits
+    "Rise of the loss when one group alone drops: sites by blocks."
+    _need(record, 'plot_sensitivity', 'sensitivity')
+    s = record['sensitivity']
+    where = {name:('+'.join(r.get('site') or ()) or r.get('glob', 'all').rpartition('.')[2], (r.get('layers') or [None])[0]) for name,r in s['groups']}
+    rise = {(*k.rsplit('|', 2),):v for k,v in s['summary'].items()}
+    panels = sorted({k[1:] for k in rise}, key=lambda k: (k[0]!='w', -int(k[1])))
+    rows,cols = list(dict.fromkeys(y for y,_ in where.values())),sorted({x for _,x in where.values()}, key=lambda x: (x is None, x or 0))
+    seen = [v[0] for v in rise.values() if v[1]>0]
+    norm = LogNorm(max(min(seen, default=1e-4), 1e-4*max(seen, default=1)), max(seen, default=1)*1.001)
+    across = 2 if len(cols)<=16 and len(panels)>1 else 1
+    with _figure(-(-len(panels)//across), across, across*max(2.6, 1.3+.21*len(cols))+.6, -(-len(panels)//across)*(.75+.24*len(rows)), sharex=True, sharey=True) as (fig,axs):
+        for ax in axs[len(panels):]: ax.set_visible(False)
+        for ax,panel in zip(axs, panels):
+            for name,(site,block) in where.items():
+                if (name, *panel) in rise: _rise(ax, cols.index(block), rows.index(site), rise[name, *panel], norm, gid='|'.join((name, *panel)))
+            _rows(ax, rows); ax.grid(visible=False); ax.set(title=f"one alone at {panel[1]} {dict(w='weight', a='activation')[panel[0]]} bits", xlim=(-.5, len(cols)-.5))
+            ax.set_xticks(range(len(cols)), ['–' if c is None else c if len(cols)<=16 or c%5==0 else '' for c in cols])
+        for ax in axs[max(0, len(panels)-across):len(panels)]: ax.set(xlabel='block')
+        fig.colorbar(ScalarMappable(norm, _rise_cmap), ax=list(axs[:len(panels)]), label='rise of the loss (nats per token)', aspect=30)
+    return fig
+
+_rise_cmap = LinearSegmentedColormap.from_list('rise', ['#F3E7B3','#E2A15C','#B5485E','#3B1B4F'])
+
+def _rise(ax, x, y, ivl, norm, gid):
+    if ivl[1]<=0: ax.plot(x, y, '.', c=_ink, ms=3, gid=gid)
+    else: ax.add_patch(plt.Rectangle((x-.46, y-.44), .92, .88, color=_rise_cmap(norm(ivl[0])), lw=0, gid=gid))
+
+# %% ../nbs/01b_plots.ipynb #921aa05a
+_KINDS = dict(random=('#7f7f7f','.'), allocated=('#0F8BC6','P'), searched=('#CC4C7B','*'))
+_UNIFORM = dict(w4a4='bw4', w6a6='bw6', w8a8='bw8')
+
+def plot_front(
+    record:dict,        # With `front`, as `Front.to_dict` writes it
+    score:str='loss',   # 'loss' (of the answer) or, where the record has it, 'f1'
+)->Figure: # A panel for bytes and one for bit-operations
+    "Quality against memory and against bit-operations per token, adapters included, with the record's intervals."
+    _need(record, 'plot_front', 'front')
+    points = record['front']['points']
+    if score not in ('loss','f1') or any(score not in p['summary'] for p in points): raise ValueError(f"score={score!r}: the record has {', '.join(points[0]['summary'])}")
+    scale = 100 if score=='f1' else 1
+    with _figure(1, 2, 8.4, 3.9, sharey=True) as (fig,axs):
+        todo = []
+        for ax,key,what in zip(axs, ('bytes','bops'), ('memory with adapters ({}B)','bit-operations per token with adapters ({}BOPs)')):
+            total = [p['cost'][key]+p['cost'][f'adapter_{key}'] for p in points]
+            factor,prefix = _unit(max(total)/3)
+            for p,x in zip(points, total):
+                if (aim := p.get('aim')) and aim!=key: continue
+                _mark(ax, None, x/factor, np.array(p['summary'][score])*scale, _front_style(p), p['kind']=='allocated', True, gid=f"{key}-{p['profile']['name']}")
+            named = [(p['profile']['name'], x/factor, p['summary'][score][0]*scale, _front_style(p).color) for p,x in zip(points, total) if p['kind'] in ('uniform','built-in')]
+            best = [(x, y) for _,x,y,_ in named if not any((x2<=x and (y2>=y if score=='f1' else y2<=y)) and (x2,y2)!=(x,y) for _,x2,y2,_ in named)]
+            ax.plot(*zip(*sorted(best)), '-', c=_ink, lw=1, alpha=.6, zorder=1, gid=f'{key}-line')
+            _log(ax); ax.set(xlabel=what.format(prefix)); ax.margins(x=.12)
+            todo.append((ax, named))
+        if score=='loss': _log(axs[0], 'y')
+        axs[0].set(ylabel='F1 (%)' if score=='f1' else 'loss of the answer (nats per token)')
+        for ax,named in todo: _label(fig, ax, named)
+        keys = [Line2D([], [], ls='', marker=m, c=c, mfc='none' if k=='allocated' else c, label=k) for k,(c,m) in _KINDS.items()]
+        fig.legend(handles=[Line2D([], [], ls='-', marker='o', c=_ink, label='uniform or built in'), *keys], loc='outside lower center', ncols=4)
+    return fig
+
+def _front_style(p):
+    name = p['profile']['name']
+    return ProfileStyle(*_KINDS[p['kind']]) if p['kind'] in _KINDS else profile_style(_UNIFORM.get(name, name))
+
+# %% ../nbs/01b_plots.ipynb #1d4286ca
+def plot_arms(
+    comparisons:dict,          # Title of a panel -> comparisons with `arm`, `at` ('steps' or 'bit-operations') and `difference` (value, low, high)
+    xlabel:str='difference in log perplexity of the answer (nats per token)', # What the differences are
+)->Figure: # A panel for each title, arms in the order of the first panel's differences at equal steps
+    "Paired differences of arms from a baseline, with their intervals."
+    if not comparisons or not all(comparisons.values()): raise ValueError("comparisons is empty: give at least one panel with at least one comparison")
+    first = next(iter(comparisons.values()))
+    arms = list(dict.fromkeys(c.arm for c in sorted(first, key=lambda c: (c.at!='steps', c.difference[0]))))
+    styles = {'steps':ProfileStyle('#0F8BC6','o'), 'bit-operations':ProfileStyle('#A0703C','s')}
+    with _figure(1, len(comparisons), 2.2+2.7*len(comparisons), 1.2+.3*len(arms), sharey=True) as (fig,axs):
+        for ax,(title,cs) in zip(axs, comparisons.items()):
+            for c in cs: _mark(ax, None, arms.index(c.arm)+(-.16 if c.at=='steps' else .16), np.array(c.difference), styles[c.at], c.at!='steps', gid=f'{title}-{c.at}-{c.arm}')
+            ax.axvline(0, ls=':', c=_ink); ax.set(title=title); ax.grid(axis='y', visible=False)
+        _rows(axs[0], arms); fig.supxlabel(xlabel, color=_ink, fontsize=9)
+        keys = [Line2D([], [], marker=s.marker, ls='-', c=s.color, mfc='none' if k!='steps' else s.color, label=f'at equal {k}') for k,s in styles.items()]
+        fig.legend(handles=keys, loc='outside upper center', ncols=2)
+    return fig

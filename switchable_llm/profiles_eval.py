@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'scoring_mode', 'batches_by_length', 'Perplexity', 'perplexity', 'stop_ids', 'answer', 'em_f1', 'Interval',
-           'interval', 'Cost', 'profile_cost', 'ProfileScores', 'Evaluation', 'evaluate', 'compare', 'verdict',
-           'ppl_ratio']
+           'interval', 'Cost', 'profile_cost', 'ProfileScores', 'score_answers', 'Evaluation', 'evaluate', 'compare',
+           'interval_over_seeds', 'verdict', 'ppl_ratio']
 
-# %% ../nbs/03_profiles_eval.ipynb #b72724dc
+# %% ../nbs/03_profiles_eval.ipynb #0c573e67
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from .data import Encoded, collate, encode
 from .quantizers import blocks
-from .switching import Profile, check_unique, switch_of, use_profile
+from .switching import Profile, added_params, check_unique, switch_of, use_profile
 
-# %% ../nbs/03_profiles_eval.ipynb #1ccf431b
+# %% ../nbs/03_profiles_eval.ipynb #72776b18
 @contextmanager
 def scoring_mode(
     model:nn.Module, # Any model
@@ -33,13 +33,14 @@ def scoring_mode(
     "Evaluation mode and neutral generation settings, for the length of a `with` block."
     training,own = [m for m in model.modules() if m.training],getattr(model, 'generation_config', None)
     # the last position of a batch is a strided slice, for which torch's batched product copies the head's weight once for each row
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda m, args: (args[0].contiguous(), *args[1:]))
+    head = model.get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda m, args: (args[0].contiguous(), *args[1:]))
     try:
         model.eval()
         if own is not None: model.generation_config = GenerationConfig()
         yield model
     finally:
-        hook.remove()
+        if hook: hook.remove()
         for m in training: m.training = True
         if own is not None: model.generation_config = own
 
@@ -233,7 +234,7 @@ def _resolve(model, profiles):
             raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(switch.profiles)}; add it with switch.add, or give a Profile")
     return [switch.profiles[p] if isinstance(p, str) else p for p in chosen]
 
-# %% ../nbs/03_profiles_eval.ipynb #a430c175
+# %% ../nbs/03_profiles_eval.ipynb #12a2f397
 def profile_cost(
     model:nn.Module,        # A model after `make_switchable_`
     profile:'str|Profile',  # A profile, or the name of one that the model has
@@ -245,7 +246,7 @@ def profile_cost(
     kept = {}   # tied weights once, at the wider of their bits
     for l,w,_,s in sorted(rows, key=lambda r: r[1]): kept[id(l.weight)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
     macs = [(l.in_features*l.out_features, w, a) for l,w,a,_ in rows if l.multiplies]   # a look-up multiplies nothing
-    held = {id(p) for l in switch.layers for p in l.adapters.parameters()}
+    held = {id(p) for p in added_params(model).values()}   # adapters, gates, learned ranges
     rest = sum(p.numel() for p in model.parameters() if id(p) not in held and id(p) not in kept)
     live = sum(p.numel() for l,*_,s in rows if s.adapter is not None for p in l.adapters[s.adapter].parameters())
     return Cost(w_bits=sum(n*w for n,w,_ in kept.values())/sum(n for n,_,_ in kept.values()),
@@ -253,8 +254,8 @@ def profile_cost(
                 bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=sum(m*w*a for m,w,a in macs),
                 adapter_bytes=live*float_bits//8, adapter_bops=live*float_bits**2, float_bits=float_bits)
 
-# %% ../nbs/03_profiles_eval.ipynb #9cf1da90
-SCORES = ('ppl_text','ppl_answer','em','f1')
+# %% ../nbs/03_profiles_eval.ipynb #5f99a7f5
+SCORES = dict(ppl_text='PPL text', ppl_answer='PPL answer', em='EM %', f1='F1 %')   # key of a summary -> head of its column
 _PER_EXAMPLE = ('prediction','em','f1','nll_text','n_text','nll_answer','n_answer')
 
 @dataclass(frozen=True)
@@ -262,12 +263,12 @@ class ProfileScores:
     "One profile of one model on some questions."
     profile:Profile                                  # What was live
     cost:Cost                                        # What it takes
-    summary:dict[str,Interval]                       # `ppl_text`, `ppl_answer`, `em` and `f1` (both 0 to 1)
+    summary:dict[str,Interval]                       # `ppl_text` (where a text is predicted), `ppl_answer`, `em` and `f1` (both 0 to 1)
     ids:tuple[str,...] = field(repr=False)           # Of the questions; what follows is in their order
     prediction:tuple[str,...] = field(repr=False)    # Answers
     em:tuple[float,...] = field(repr=False)          # Exact match, 0 or 1
     f1:tuple[float,...] = field(repr=False)          # 0 to 1
-    nll_text:tuple[float,...] = field(repr=False)    # Negative log-likelihood of the text, nats
+    nll_text:tuple[float,...] = field(repr=False)    # Negative log-likelihood of the text, nats; empty where none is predicted
     n_text:tuple[int,...] = field(repr=False)        # Its tokens
     nll_answer:tuple[float,...] = field(repr=False)  # Of the answer
     n_answer:tuple[int,...] = field(repr=False)      # Its tokens
@@ -286,19 +287,29 @@ class ProfileScores:
         return cls(Profile.from_dict(d['profile']), Cost(**d['cost']), {k:Interval(*v) for k,v in d['summary'].items()}, tuple(ids),
                    **{k:tuple(d[k]) for k in _PER_EXAMPLE})
 
+def score_answers(
+    model:nn.Module,          # The model, for the cost
+    profile:Profile,          # What was live
+    examples:list[dict],      # Questions with reference answers
+    said:Iterable[str],       # What was answered
+    likelihood:dict,          # `nll_answer` and `n_answer`; where a text is predicted, `nll_text` and `n_text`
+    settings:dict,            # `n_resamples`, `seed` and `float_bits`
+)->ProfileScores: # All scores of the profile
+    "Exact match, F1 and intervals of given answers, beside their likelihoods and the cost of the profile."
+    em,f1 = zip(*(em_f1(s, e['answers']['text']) for s,e in zip(said, examples)))
+    kw = dict(n_resamples=settings['n_resamples'], seed=settings['seed'])
+    ppl = {f'ppl_{k}':_ppl_interval(likelihood[f'nll_{k}'], likelihood[f'n_{k}'], **kw) for k in ('text','answer') if f'nll_{k}' in likelihood}
+    return ProfileScores(profile, profile_cost(model, profile, settings['float_bits']), ppl | dict(em=interval(_mean, em, **kw), f1=interval(_mean, f1, **kw)),
+                         tuple(str(e['id']) for e in examples), tuple(said), em, f1, **dict(nll_text=(), n_text=()) | likelihood)
+
 def _score_profile(model, profile, tokenizer, items, prompts, examples, settings, progress):
     budget = settings['tokens_per_batch']
     with use_profile(model, profile):
         ppl = perplexity(model, tokenizer, items, tokens_per_batch=budget, progress=progress)
         said = answer(model, tokenizer, prompts, max_new_tokens=settings['max_new_tokens'], tokens_per_batch=4*budget, progress=progress)   # one row of logits each: room for more
-    em,f1 = zip(*(em_f1(s, e['answers']['text']) for s,e in zip(said, examples)))
-    kw = dict(n_resamples=settings['n_resamples'], seed=settings['seed'])
-    summary = dict(ppl_text=_ppl_interval(ppl.nll_text, ppl.n_text, **kw), ppl_answer=_ppl_interval(ppl.nll_answer, ppl.n_answer, **kw),
-                   em=interval(_mean, em, **kw), f1=interval(_mean, f1, **kw))
-    return ProfileScores(profile, profile_cost(model, profile, settings['float_bits']), summary, tuple(str(e['id']) for e in examples),
-                         tuple(said), em, f1, ppl.nll_text, ppl.n_text, ppl.nll_answer, ppl.n_answer)
+    return score_answers(model, profile, examples, said, vars(ppl), settings)
 
-# %% ../nbs/03_profiles_eval.ipynb #c0e556ef
+# %% ../nbs/03_profiles_eval.ipynb #0149a2e3
 def _unit(x): return next(((f,p) for f,p in ((1e12,'T'),(1e9,'G'),(1e6,'M')) if x>=f), (1e3,'k'))
 
 @dataclass(frozen=True, repr=False)
@@ -330,11 +341,11 @@ class Evaluation:
         "Cost and scores of each profile; EM and F1 in percent."
         costs = [s.cost for s in self.scores]
         (mem,m),(ops,o) = _unit(max(c.bytes for c in costs)),_unit(max(c.bops for c in costs))
-        lora = any(c.adapter_bytes for c in costs)
-        rows = [['profile','W bits','A bits',f'{m}B',*[f'LoRA {m}B']*lora,f'{o}BOPs/token','PPL text','PPL answer','EM %','F1 %']]
+        lora,scores = any(c.adapter_bytes for c in costs),[k for k in SCORES if k in self.scores[0].summary]
+        rows = [['profile','W bits','A bits',f'{m}B',*[f'LoRA {m}B']*lora,f'{o}BOPs/token',*(SCORES[k] for k in scores)]]
         for s,c in zip(self.scores, costs):
             rows.append([s.profile.name, f'{c.w_bits:.3g}', f'{c.a_bits:.3g}', _digits(c.bytes/mem), *[_digits(c.adapter_bytes/mem)]*lora, _digits(c.bops/ops),
-                         *(s.summary[k].show(1 if 'ppl' in k else 100) for k in SCORES)])
+                         *(s.summary[k].show(1 if 'ppl' in k else 100) for k in scores)])
         return rows
 
     @property
@@ -374,7 +385,7 @@ def evaluate(
     scores = (_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in tqdm(chosen, 'profiles', disable=not progress))
     return Evaluation(tuple(scores), settings)
 
-# %% ../nbs/03_profiles_eval.ipynb #188dad84
+# %% ../nbs/03_profiles_eval.ipynb #aaef1bed
 def compare(
     a:ProfileScores,       # One profile's scores
     b:ProfileScores,       # Another's on the same questions; it may be of another model
@@ -386,8 +397,28 @@ def compare(
     kw = dict(n_resamples=n_resamples, seed=seed)
     out = {k:interval(_mean, np.subtract(getattr(a, k), getattr(b, k)), **kw) for k in ('em','f1')}
     def log_ratio(la, na, lb, nb, axis): return _per_token(la, na, axis)-_per_token(lb, nb, axis)
-    for k in ('text','answer'): out[f'log_ppl_{k}'] = interval(log_ratio, *(getattr(s, f'{n}_{k}') for s in (a, b) for n in ('nll','n')), **kw)
+    for k in ('text','answer'):
+        if getattr(a, f'n_{k}') and getattr(b, f'n_{k}'): out[f'log_ppl_{k}'] = interval(log_ratio, *(getattr(s, f'{n}_{k}') for s in (a, b) for n in ('nll','n')), **kw)
     return out
+
+# %% ../nbs/03_profiles_eval.ipynb #57da1587
+def interval_over_seeds(
+    differences:Iterable,     # (seeds, examples), paired differences of two arms
+    sizes:Iterable|None=None, # (examples,), what the mean is over, such as tokens where differences are sums of nats; by default 1 each
+    level:float=.95,          # Coverage; for k comparisons at once 1 - .05/k keeps the chance of any false verdict at 5 % (Bonferroni)
+    n_resamples:int=4000,     # Resamples
+    seed:int=0,               # Of the resampling
+)->Interval: # Mean difference and its interval; with one seed over examples alone
+    "Bootstrap over seeds and examples at once (Owen 2007, section 3)."
+    d = np.atleast_2d(np.asarray(list(differences), dtype=float))
+    if d.ndim!=2 or not d.size: raise ValueError(f"differences of shape {d.shape}: needs (seeds, examples), at least one of each")
+    if not 0<level<1: raise ValueError(f"level={level}: needs to lie between 0 and 1")
+    sizes = np.ones(d.shape[1]) if sizes is None else np.asarray(list(sizes), dtype=float)
+    rng,(s,e) = np.random.default_rng(seed),d.shape
+    rows,cols = rng.multinomial(s, np.full(s, 1/s), n_resamples),rng.multinomial(e, np.full(e, 1/e), n_resamples)
+    values = ((rows@d)*cols).sum(1)/(s*(cols@sizes))
+    low,high = np.quantile(values, [(1-level)/2, (1+level)/2])
+    return Interval(float(d.sum()/(s*sizes.sum())), float(low), float(high))
 
 # %% ../nbs/03_profiles_eval.ipynb #9d16edea
 def verdict(

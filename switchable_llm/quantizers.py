@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_BITS', 'MAX_BITS', 'check_bits', 'Bits', 'qrange', 'QParams', 'qparams', 'quantize', 'dequantize', 'fake_quant',
            'QuantConfig', 'blocks', 'unblocks', 'weight_qparams', 'nested_codes', 'nested_at', 'quantize_weight',
-           'dequantize_weight', 'fake_quant_weight', 'EMAObserver', 'token_qparams', 'fused_fake_quant']
+           'dequantize_weight', 'fake_quant_weight', 'EMAObserver', 'LearnedRange', 'token_qparams', 'fused_fake_quant']
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
 import re, warnings
@@ -278,6 +278,72 @@ class EMAObserver(nn.Module):
         return self
 
     def extra_repr(self): return f'[{self.lo:.4g}, {self.hi:.4g}], seen={int(self.seen)}'
+
+# %% ../nbs/00_quantizers.ipynb #1130bd7a
+class _LearnedFakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, offset, qp, factor):
+        ctx.save_for_backward(x, *qp[:2]); ctx.ends,ctx.factor = qp[2:],factor
+        return fake_quant(x, qp)
+
+    @staticmethod
+    def backward(ctx, g):
+        x,scale,zero = ctx.saved_tensors
+        u = x.float()*(1/scale)
+        q,(qmin,qmax) = u.round(),ctx.ends
+        low,high = q<qmin-zero,q>qmax-zero
+        slope = torch.where(low, float(qmin), torch.where(high, float(qmax), q-u))
+        total = lambda t: (g.float()*t).sum()*ctx.factor
+        return g*~(low | high), total(slope), total(low | high) if ctx.needs_input_grad[2] else None, None, None
+
+class LearnedRange(nn.Module):
+    "A static range with a gradient (LSQ, Esser et al. 2020, eq. 3; LSQ+, Bhalgat et al. 2020), in the place of an `EMAObserver`; float32 whatever the model's type."
+    lr_factor,decays = 10.,False   # For the training loop: a range moves faster than an adapter's weights, and is not drawn back
+    def __init__(self,
+        lo:Tensor,        # Smallest value, from calibration
+        hi:Tensor,        # Largest value
+        symmetric:bool,   # Symmetric codes: both ends move as one
+    ):
+        super().__init__()
+        self.register_buffer('start', torch.stack([lo.detach().float().clamp(max=0), hi.detach().float().clamp(min=0)]))
+        self.register_buffer('seen', torch.ones((), dtype=torch.int64))   # as an observer says it
+        self.log_ratio = nn.Parameter(torch.zeros(1 if symmetric else 2, device=lo.device))
+        self._last = None
+
+    @property
+    def lo(self)->Tensor: return self.start[0]*self.log_ratio[0].exp()
+    @property
+    def hi(self)->Tensor: return self.start[1]*self.log_ratio[-1].exp()
+
+    @torch.no_grad()
+    def qparams(self,
+        bits:int,        # Bit-width, 2 to 16
+        symmetric:bool,  # Symmetric or asymmetric codes, as the range was made for
+    )->QParams: # One scale and zero point
+        "Scale and zero point of the range as it is now; the same objects as long as it does not move."
+        if symmetric!=(len(self.log_ratio)==1): raise ValueError(f"symmetric={symmetric}: this range was made for {'a' if symmetric else ''}symmetric codes")
+        key = bits,self.log_ratio._version,self.log_ratio.data_ptr(),self.start._version
+        if self._last is None or self._last[0]!=key: self._last = key,qparams(self.lo, self.hi, bits, symmetric)
+        return self._last[1]
+
+    def fake_quant(self,
+        x:Tensor,        # Activations, (..., features)
+        bits:int,        # Bit-width, 2 to 16
+        symmetric:bool,  # Symmetric or asymmetric codes
+    )->Tensor: # What `fake_quant` returns for this range, bit for bit
+        "Quantize and dequantize, with a gradient for the range too."
+        qp = self.qparams(bits, symmetric)
+        scale,_ = _scale_and_zero(self.lo, self.hi, qp.qmin, qp.qmax)
+        return _LearnedFakeQuant.apply(x, scale, None if symmetric else self.lo, qp, (x.shape[-1]*qp.qmax)**-.5)
+
+    def _apply(self, fn, recurse=True):   # .to(bfloat16) moves the range but must not round it
+        start,log = self.start,self.log_ratio.detach()
+        super()._apply(fn, recurse)
+        self.start,self.log_ratio.data,self._last = start.to(self.start.device),log.to(self.log_ratio.device),None
+        return self
+
+    def __getstate__(self): return self.__dict__ | dict(_last=None)
+    def extra_repr(self): return f'[{self.lo:.4g}, {self.hi:.4g}], learned'
 
 # %% ../nbs/00_quantizers.ipynb #2e92b341
 def token_qparams(

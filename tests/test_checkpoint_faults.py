@@ -4,38 +4,61 @@ from dataclasses import asdict
 import pytest, torch
 from torch import nn
 from switchable_llm.data import load_model
-from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, read_switchable, save_switchable
+from switchable_llm.lora_routing import _sealed, adapter_params, add_adapters_, load_switchable, read_switchable, save_switchable
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.switching import calibrate_, make_switchable_, save_profiles, PROFILES
+from switchable_llm.switching import ADDED, GATE_TYPES, added_params, base_params, calibrate_, learn_ranges_, make_switchable_, save_profiles, PROFILES
 
 FILES = ('adapters.safetensors','switchable.json')
+ALL = [('small', f) for f in FILES] + [('large', f) for f in (*FILES, 'trained.safetensors')]
+
+class ToyGate(nn.Module):
+    "The least that a gate is for a checkpoint."
+    def __init__(self, n): super().__init__(); self.n,self.w = n,nn.Parameter(torch.zeros(n)); self.register_buffer('offset', torch.zeros(()))
+    def spec(self): return dict(n=self.n)
+
+@pytest.fixture(autouse=True)
+def toy_gate(monkeypatch): monkeypatch.setitem(GATE_TYPES, 'ToyGate', ToyGate)
 
 def content(model):
     "All that a checkpoint holds, as one comparable value."
     s = model.switch
-    tensors = {f'{site.name}.{part}.{k}':v.numpy().tobytes() for l,site in zip(s.layers, s.sites) for part in ('adapters','observers') for k,v in getattr(l, part).state_dict().items()}
+    tensors = {f'{site.name}.{part}.{k}':v.numpy().tobytes() for l,site in zip(s.layers, s.sites) for part in ADDED for k,v in getattr(l, part).state_dict().items()}
+    tensors |= {n:p.detach().numpy().tobytes() for n,p in base_params(model).items()}
+    grads = {n:p.requires_grad for n,p in [*added_params(model).items(), *base_params(model).items()]}
     loras = [(site.name, k, m.r, m.alpha, m.dropout.p) for l,site in zip(s.layers, s.sites) for k,m in l.adapters.items()]
-    return tensors, loras, asdict(s.cfg), s.route_name, s.sites, {n:p.to_dict() for n,p in s.profiles.items()}, s.bound
+    return tensors, grads, loras, asdict(s.cfg), s.route_name, s.sites, {n:p.to_dict() for n,p in s.profiles.items()}, s.bound
 
 @pytest.fixture(scope='module')
 def base(toy_folder): return load_model(toy_folder)[0]
 
 @pytest.fixture(scope='module')
-def checkpoint(base, tmp_path_factory):
-    "A checkpoint with static ranges, two adapters and a mixed profile; its folder, and what it holds."
-    model = copy.deepcopy(base)
-    make_switchable_(model, ['bw4','bw8','mixed8648'], QuantConfig(act='per_tensor'))
-    calibrate_(model, [dict(input_ids=torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0)))])
-    torch.manual_seed(0); add_adapters_(model, r=4)
-    for p in adapter_params(model).values(): nn.init.normal_(p, std=.1)
-    return save_switchable(model, tmp_path_factory.mktemp('good')/'model'), content(model)
+def checkpoints(base, tmp_path_factory):
+    "Name -> a checkpoint with static ranges, two adapters and a mixed profile, and what it holds; the large one also learned ranges, a gate, and a trained part of the base."
+    found = {}
+    for name in ('small','large'):
+        model = copy.deepcopy(base)
+        make_switchable_(model, ['bw4','bw8','mixed8648'], QuantConfig(act='per_tensor'))
+        calibrate_(model, [dict(input_ids=torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0)))])
+        torch.manual_seed(0); add_adapters_(model, r=4)
+        if name=='large':
+            learn_ranges_(model); model.switch.layers[1].gates['bits'] = ToyGate(3); model.transformer.ln_f.requires_grad_(True)
+            model.switch.layers[2].observers['8'].requires_grad_(False)
+            with torch.no_grad():
+                for n,p in added_params(model).items(): p.add_(.1*torch.randn_like(p))
+                model.transformer.ln_f.weight.mul_(1.5)
+        for p in adapter_params(model).values(): nn.init.normal_(p, std=.1)
+        found[name] = save_switchable(model, tmp_path_factory.mktemp('good')/name), content(model)
+    return found
+
+@pytest.fixture(scope='module')
+def checkpoint(checkpoints): return checkpoints['small']
 
 def attempt(checkpoint, base, tmp_path, name, data):
     "Load the checkpoint with one file replaced; the model if that worked, after checking that it is the saved one."
     folder,want = checkpoint
     bad = tmp_path/'bad'
     if not bad.exists(): shutil.copytree(folder, bad)
-    for f in FILES: (bad/f).write_bytes(data if f==name else (folder/f).read_bytes())
+    for f in folder.iterdir(): (bad/f.name).write_bytes(data if f.name==name else f.read_bytes())
     model = copy.deepcopy(base)
     try: load_switchable(bad, model)
     except (ValueError, FileNotFoundError) as e:
@@ -45,12 +68,14 @@ def attempt(checkpoint, base, tmp_path, name, data):
     assert content(model)==want, 'another model, silently'
     return model
 
-def test_the_sound_one_loads(checkpoint, base, tmp_path): assert attempt(checkpoint, base, tmp_path, None, None) is not None
+@pytest.mark.parametrize('kind', ('small','large'))
+def test_the_sound_one_loads(kind, checkpoints, base, tmp_path): assert attempt(checkpoints[kind], base, tmp_path, None, None) is not None
 
-@pytest.mark.parametrize('name', FILES)
-def test_changed_bytes(name, checkpoint, base, tmp_path):
+@pytest.mark.parametrize('kind,name', ALL)
+def test_changed_bytes(kind, name, checkpoints, base, tmp_path):
+    checkpoint,many = checkpoints[kind],4 if kind=='small' else 1
     good,rng,harmless = (checkpoint[0]/name).read_bytes(),random.Random(name),0
-    places = {0, 1, 7, 8, 9, len(good)-1, len(good)-2} | {rng.randrange(len(good)) for _ in range(300)} | {rng.randrange(min(len(good), 600)) for _ in range(100)}
+    places = {0, 1, 7, 8, 9, len(good)-1, len(good)-2} | {rng.randrange(len(good)) for _ in range(75*many)} | {rng.randrange(min(len(good), 600)) for _ in range(25*many)}
     for at in sorted(places):
         for new in (good[at]^(1<<rng.randrange(8)), rng.randrange(256)):
             if new==good[at]: continue
@@ -60,31 +85,66 @@ def test_changed_bytes(name, checkpoint, base, tmp_path):
             harmless += 1
     assert harmless<len(places)/4
 
-@pytest.mark.parametrize('name', FILES)
-def test_cut_off(name, checkpoint, base, tmp_path):
+@pytest.mark.parametrize('kind,name', ALL)
+def test_cut_off(kind, name, checkpoints, base, tmp_path):
+    checkpoint = checkpoints[kind]
     good,rng = (checkpoint[0]/name).read_bytes(),random.Random(name)
-    for n in [0, 1, 7, 8, 9, len(good)-1] + [rng.randrange(len(good)) for _ in range(60)]:
+    for n in [0, 1, 7, 8, 9, len(good)-1] + [rng.randrange(len(good)) for _ in range(60 if kind=='small' else 15)]:
         assert attempt(checkpoint, base, tmp_path, name, good[:n]) is None, f'cut to {n} bytes of {len(good)}'
 
-@pytest.mark.parametrize('name', FILES)
-def test_too_long_or_foreign(name, checkpoint, base, tmp_path):
+@pytest.mark.parametrize('kind,name', ALL)
+def test_too_long_or_foreign(kind, name, checkpoints, base, tmp_path):
+    checkpoint = checkpoints[kind]
     good = (checkpoint[0]/name).read_bytes()
     for data in (good+b'x', good+b'{}', b'\0'*len(good), b'null', b'[]', b'{}', b'{"format_version": "1"}', b'{"format_version": null}', bytes(range(256)), (checkpoint[0]/FILES[name==FILES[0]]).read_bytes()):
         assert attempt(checkpoint, base, tmp_path, name, data) is None, data[:40]
 
-def test_a_file_of_another_checkpoint(checkpoint, base, tmp_path):
+@pytest.mark.parametrize('kind', ('small','large'))
+def test_a_file_of_another_checkpoint(kind, checkpoints, base, tmp_path):
+    checkpoint = checkpoints[kind]
     model = load_switchable(checkpoint[0], copy.deepcopy(base))
-    with torch.no_grad(): next(iter(adapter_params(model).values())).view(-1)[0] += 1
+    with torch.no_grad():
+        next(iter(adapter_params(model).values())).view(-1)[0] += 1
+        if kind=='large': model.transformer.ln_f.bias[0] += 1
     other = save_switchable(model, tmp_path/'other')
-    for name in FILES: assert attempt(checkpoint, base, tmp_path, name, (other/name).read_bytes()) is None
+    for f in other.iterdir(): assert attempt(checkpoint, base, tmp_path, f.name, f.read_bytes()) is None
 
-def test_missing(checkpoint, base, tmp_path):
-    for name in FILES:
-        bad = tmp_path/name.split('.')[0]; shutil.copytree(checkpoint[0], bad); (bad/name).unlink()
-        with pytest.raises(FileNotFoundError, match=name): load_switchable(bad, copy.deepcopy(base))
+@pytest.mark.parametrize('kind,name', ALL)
+def test_missing(kind, name, checkpoints, base, tmp_path):
+    bad = tmp_path/'bad'; shutil.copytree(checkpoints[kind][0], bad); (bad/name).unlink()
+    with pytest.raises(FileNotFoundError, match=name): load_switchable(bad, copy.deepcopy(base))
+
+def test_no_checkpoint(tmp_path):
     for folder in (tmp_path/'nowhere', tmp_path/'file'):
         (tmp_path/'file').write_text('')
         with pytest.raises((FileNotFoundError, NotADirectoryError)): read_switchable(folder)
+
+def rewritten(folder, to, change):
+    "A copy whose description was changed and sealed anew, as a writer would."
+    shutil.copytree(folder, to)
+    d = json.loads((to/'switchable.json').read_text()); d.pop('checksum'); change(d)
+    (to/'switchable.json').write_text(json.dumps(d|dict(checksum=_sealed(d))))
+    return to
+
+def test_one_of_the_first_format(checkpoint, base, tmp_path):
+    "Without the keys that the first format did not have."
+    old = rewritten(checkpoint[0], tmp_path/'old', lambda d: [d.pop(k) for k in ('gates','frozen')])
+    assert read_switchable(old)['format_version']==1 and content(load_switchable(old, copy.deepcopy(base)))==checkpoint[1]
+
+def test_a_gate_of_an_unknown_type(checkpoints, base, monkeypatch):
+    monkeypatch.delitem(GATE_TYPES, 'ToyGate'); model = copy.deepcopy(base)
+    with pytest.raises(ValueError, match='ToyGate.*import the module'): load_switchable(checkpoints['large'][0], model)
+    assert not hasattr(model, 'switch')
+
+def test_a_base_of_another_shape(checkpoints, base, toy_folder):
+    folder = checkpoints['large'][0]
+    with pytest.raises(ValueError, match='has transformer.ln_f.bias as .*bfloat16'): load_switchable(folder, copy.deepcopy(base).to(torch.bfloat16))
+    other = copy.deepcopy(base)
+    with torch.no_grad(): other.transformer.ln_f.weight.mul_(3)                 # it is replaced: nothing is wrong with it
+    assert content(load_switchable(folder, other))==checkpoints['large'][1]
+    other = copy.deepcopy(base)
+    with torch.no_grad(): other.transformer.h[0].ln_1.weight.mul_(3)
+    with pytest.raises(ValueError, match='other weights'): load_switchable(folder, other)
 
 def test_a_target_that_cannot_be_written(checkpoint, base, tmp_path):
     model = load_switchable(checkpoint[0], copy.deepcopy(base))

@@ -1,0 +1,31 @@
+"Trains gates under `accelerate launch`: `gates_worker.py FOLDER OUT`; each process writes OUT/RANK.pt."
+import os, sys
+from pathlib import Path
+import torch
+import train_worker
+from switchable_llm.gates import BitBudget, add_gates_, gate_params, use_gates
+from switchable_llm.joint_training import Objective, fixed_profile, train
+from switchable_llm.lora_routing import adapter_params
+
+def toy(folder, per='layer', dropout=0.):
+    "The toy model of the training tests, with gates."
+    model,tok,data = train_worker.toy(folder, dropout)
+    add_gates_(model, per=per)
+    return model, tok, data
+
+def run(folder, per='layer', steps=4, dropout=0., checkpoint=None, callback=None, model=None, budget=5., **kw):
+    "Train gates and adapters in the real loop; returns the model and the loop's result."
+    m,tok,data = toy(folder, per, dropout)
+    m = model or m
+    with use_gates(m):
+        result = train(m, data, fixed_profile('gates'), train_worker.settings(steps, lr=2e-3, **kw), tok.pad_token_id, objective=Objective((BitBudget(budget),)),
+                       checkpoint=checkpoint, every=2, progress=False, callback=callback, cpu=True)
+    return m, result
+
+def learnt(m): return {n:p.detach().clone() for n,p in (gate_params(m)|adapter_params(m)).items()}
+
+def main(folder, out):
+    m,r = run(folder, steps=3)
+    torch.save(dict(params=learnt(m), processes=r['processes']), Path(out)/f"{os.environ['RANK']}.pt")
+
+if __name__=='__main__': main(*sys.argv[1:])

@@ -1,0 +1,212 @@
+"Learned gates in the real loop, in checkpoints and packed files, at other precisions, on other model classes, under faults, and in two processes."
+import copy, json, random, subprocess, sys
+import pytest, torch
+import gates_worker as worker
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2ForQuestionAnswering, OPTConfig, OPTForCausalLM
+from switchable_llm.data import encode, load_model, tiny_squad
+from switchable_llm.gates import BitBudget, add_gates_, calibrate_gates_, expected_bits, gate_params, gate_profile, mean_bits, realised_bits, remove_gates_, use_gates
+from switchable_llm.joint_training import Objective, all_profiles, answering, random_profile, token_weights, train
+from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
+from switchable_llm.packed import freeze, load_packed
+from switchable_llm.profiles_eval import evaluate, profile_cost
+from switchable_llm.quantizers import Bits, QuantConfig
+from switchable_llm.switching import Profile, Rule, calibrate_, make_switchable_, use_profile
+
+IDS = torch.randint(2, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+
+def shuffle(m, seed=0):
+    "Gates and adapters that decide and do something."
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in (gate_params(m)|adapter_params(m)).values(): nn.init.normal_(p, std=.1 if p.dim()>1 and p.shape[0]!=3 else 5. if p.dim()>1 else 1.)
+    return m
+
+def logits(m):
+    with torch.no_grad(): return m(input_ids=IDS).logits
+
+@pytest.mark.parametrize('per', ['layer','token'])
+def test_a_killed_run_ends_like_a_whole_one(per, toy_folder, tmp_path):
+    "To the bit, with gates that draw at random and dropout on."
+    whole,r = worker.run(toy_folder, per, 6, dropout=.1)
+    def die(step, curve):
+        if step==4: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): worker.run(toy_folder, per, 6, dropout=.1, checkpoint=tmp_path, callback=die)
+    again,r2 = worker.run(toy_folder, per, 6, dropout=.1, checkpoint=tmp_path)
+    want,got = worker.learnt(whole),worker.learnt(again)
+    assert all(torch.equal(want[n], got[n]) for n in want) and [c[:3] for c in r['curve']]==[c[:3] for c in r2['curve']]
+    assert again.switch.gate is None and again.switch.profile.name=='float' and 'gates' not in again.switch.profiles
+
+def test_what_moves(toy_folder):
+    "Gates alone where adapters are frozen; adapters alone, at the gates' own profile, where gates are frozen."
+    for frozen in (adapter_params, gate_params):
+        m = shuffle(worker.toy(toy_folder)[0])
+        for p in frozen(m).values(): p.requires_grad_(False)
+        chosen = gate_profile(m)
+        live = {f'{s.name}.adapters.{x.adapter}' for s,x in zip(m.switch.sites, m.switch.bind(chosen))}
+        old = {n:p.detach().clone() for n,p in m.named_parameters()}
+        worker.run(toy_folder, model=m, steps=2)
+        moved = {n for n,p in m.named_parameters() if not torch.equal(p, old[n])}
+        if frozen is adapter_params: assert moved==set(gate_params(m))
+        else: assert {n.rpartition('.')[0] for n in moved}==live
+
+def test_other_profiles_in_the_same_run(toy_folder):
+    "Inside use_gates a float teacher is float, and a step at bw8 is bw8; the budget presses at gated steps only."
+    m,tok,data = worker.toy(toy_folder)
+    batch = answering.collate(data[:4], tok.pad_token_id); w = token_weights(batch)
+    with torch.no_grad(): plain = answering.predict(m, batch, w).logits
+    heard = []
+    class Spy:
+        weight,teacher = 0.,'float'
+        def __call__(self, model, out, teachers):
+            heard.append((model.switch.profile.name, torch.equal(teachers[0].logits, plain), torch.equal(out.logits.detach(), at8)))
+            return out.logits.sum()
+    class Budget:
+        weight = 0.
+        def __call__(self, model, out, teachers): heard.append((model.switch.profile.name, BitBudget(4.)(model).item()>0)); return out.logits.sum()
+    with torch.no_grad(), use_profile(m, 'bw8'): at8 = answering.predict(m, batch, w).logits
+    with use_gates(m): list(Objective((Spy(), Budget())).losses(m, answering, batch, w, ('bw8', 'gates')))
+    assert heard==[('bw8', True, True), ('bw8', False), ('gates', True, False), ('gates', True)]
+    with use_gates(m): r = train(m, data, random_profile(['bw8', 'gates']), worker.train_worker.settings(6), tok.pad_token_id, objective=Objective((BitBudget(5.),)), progress=False, cpu=True)
+    assert {c[2] for c in r['curve']}=={'bw8', 'gates'}
+
+@pytest.mark.parametrize('per', ['layer','token'])
+def test_checkpoint(per, toy_folder, tmp_path):
+    "Gates, their offsets and whether they are trained come back; the base's hash knows nothing of them."
+    m = shuffle(worker.toy(toy_folder, per)[0])
+    calibrate_gates_(m, [dict(input_ids=IDS)], 5.)
+    if per=='layer':
+        for p in gate_params(m).values(): p.requires_grad_(False)
+    save_switchable(m, tmp_path/'c')
+    assert base_hash(m)==base_hash(load_model(toy_folder)[0])
+    back = load_switchable(tmp_path/'c', load_model(toy_folder)[0])
+    assert {n:p.requires_grad for n,p in gate_params(back).items()}=={n:p.requires_grad for n,p in gate_params(m).items()}
+    with use_gates(m), use_gates(back): assert torch.equal(logits(m), logits(back))
+    assert realised_bits(back, [dict(input_ids=IDS)])==realised_bits(m, [dict(input_ids=IDS)])<=5
+    if per=='layer': assert gate_profile(back)==gate_profile(m)
+    # a copy, and the plain state dict
+    twin = shuffle(worker.toy(toy_folder, per)[0], seed=9); twin.load_state_dict(m.state_dict())
+    with use_gates(m) as _:
+        for other in (copy.deepcopy(back), twin):
+            with use_gates(other): assert torch.equal(logits(m), logits(other))
+
+def test_gates_before_adapters(toy_folder):
+    "The order of adding does not matter: gates stay trainable, and route to adapters that came later."
+    m,_ = load_model(toy_folder)
+    make_switchable_(m, cfg=QuantConfig(act='per_token')); add_gates_(m); add_adapters_(m, r=4)
+    assert all(p.requires_grad for p in gate_params(m).values())
+    shuffle(m)
+    with use_profile(m, gate_profile(m)): want = logits(m)
+    with use_gates(m): assert torch.equal(logits(m), want)
+
+def test_evaluate_at_gates(toy_folder):
+    "`gates` is a profile to be evaluated, with the scores and the cost of the profile that the gates are."
+    m,tok,_ = worker.toy(toy_folder); shuffle(m)
+    m.switch.add(gate_profile(m, 'chosen'))
+    kw = dict(max_new_tokens=4, n_resamples=20)
+    with use_gates(m) as gates:
+        e = evaluate(m, tok, tiny_squad(6), profiles=['gates', 'chosen', 'bw8'], **kw)
+    assert e['gates'].nll_text==e['chosen'].nll_text and e['gates'].prediction==e['chosen'].prediction and e['gates'].nll_text!=e['bw8'].nll_text
+    assert e['gates'].cost==e['chosen'].cost
+    assert gates.mean_bits()==pytest.approx(e['chosen'].cost.w_bits) and mean_bits(m, 'chosen', 'activation')==pytest.approx(e['chosen'].cost.a_bits)
+    with_gates = profile_cost(m, 'bw8'); remove_gates_(m)
+    assert profile_cost(m, 'bw8')==with_gates               # gates are not counted as part of the base
+
+def test_packed(toy_folder, tmp_path):
+    "Gates per layer go into a packed file as a profile; gates per token do not, and say so."
+    m = shuffle(worker.toy(toy_folder)[0]); remove_gates_(m); add_gates_(m, sites=['mlp_in','mlp_out']); shuffle(m)
+    with use_profile(m, 'bw8'): m.switch.add(gate_profile(m, 'chosen'))
+    assert {s.bits.w for s,x in zip(m.switch.bound['chosen'], m.switch.sites) if x.site.startswith('attn')}=={8}
+    freeze(m, tmp_path/'p', profiles=['chosen'])
+    packed = load_packed(tmp_path/'p')
+    with use_profile(m, 'chosen'), use_profile(packed, 'chosen'): torch.testing.assert_close(logits(packed), logits(m), rtol=1e-3, atol=1e-3)
+    assert not any('gates' in n for n in packed.state_dict())
+    with pytest.raises(ValueError, match='frozen'): add_gates_(packed)
+    with pytest.raises(ValueError, match='frozen'), use_gates(packed): pass
+    with use_gates(m), pytest.raises(ValueError, match='leave use_gates'): freeze(m, tmp_path/'q')
+    assert not (tmp_path/'q').exists()
+
+@pytest.mark.parametrize('per', ['layer','token'])
+def test_other_precisions(per, toy_folder):
+    "A bfloat16 model and autocast run in all modes; a token's choice is the same under autocast."
+    m = shuffle(worker.toy(toy_folder, per)[0])
+    layer = m.switch.layers[2]; gate = layer.gates[per]; x = torch.randn(4, 7, layer.in_features)
+    with torch.autocast('cpu', torch.bfloat16): cast = gate(x)
+    assert cast.dtype==torch.float32 and torch.equal(cast, gate(x))
+    half = copy.deepcopy(m).to(torch.bfloat16)
+    for model,cast in ((m, True), (half, False)):
+        for sample in ('hard','soft','mean'):
+            for training in (True, False):
+                model.train(training); model.zero_grad(set_to_none=True)
+                with use_gates(model, sample), torch.autocast('cpu', torch.bfloat16, enabled=cast): loss = model(input_ids=IDS, labels=IDS).loss
+                if training: loss.backward(); assert all(p.grad is not None and p.grad.isfinite().all() for p in gate_params(model).values())
+                assert loss.isfinite()
+
+def test_classes_without_the_usual_shapes():
+    "Padding is not counted, also where a layer sees its tokens in one row after the other, or the model has another head."
+    torch.manual_seed(0)
+    models = [OPTForCausalLM(OPTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32)),
+              GPT2ForQuestionAnswering(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4))]
+    mask = torch.ones_like(IDS); mask[0, 8:] = 0; mask[2, 5:] = 0
+    for m in models:
+        make_switchable_(m.eval(), cfg=QuantConfig(act='per_token')); add_gates_(m, per='token')
+        with torch.no_grad(), use_gates(m) as gates: m(input_ids=IDS, attention_mask=mask)
+        assert {int(c.sum()) for c in gates.counts.values()}=={int(mask.sum())} and len(gates.counts)==len(m.switch.layers)
+        m.train()
+        with use_gates(m): m(input_ids=IDS, attention_mask=mask); assert expected_bits(m).item()==pytest.approx(6)
+
+def test_static_ranges_and_empty_batches(toy_folder):
+    "Options with calibrated ranges; a batch without rows; rows that are all padding."
+    m,_ = load_model(toy_folder); make_switchable_(m); calibrate_(m, [dict(input_ids=IDS)]); add_gates_(m, per='token'); shuffle(m)
+    with torch.no_grad(), use_gates(m) as gates:
+        x = torch.zeros(0, 5, m.switch.layers[0].in_features)
+        assert m.switch.layers[0](x).shape==(0, 5, m.switch.layers[0].out_features) and int(gates.counts[0].sum())==0
+    with pytest.raises(RuntimeError, match='never calibrated for 5-bit'): remove_gates_(m); add_gates_(m, ['w4a5', 'w8a8'])
+    assert not gate_params(m)
+
+def test_repair_always_meets_the_budget(toy_folder):
+    "Whatever the logits and the measure; and a larger budget never lowers a choice that a smaller one left alone."
+    rng,m = random.Random(0),worker.toy(toy_folder)[0]
+    ends = dict(weight=(4, 8), activation=(4, 8), operations=(16, 64))
+    for i in range(30):
+        shuffle(m, i)
+        if i%5==0:
+            for p in gate_params(m).values(): p.data.zero_()           # ties
+        measure = rng.choice(list(ends)); low,high = ends[measure]
+        budgets = sorted(rng.uniform(low, high) for _ in range(4))
+        for b in (low, *budgets, high): assert mean_bits(m, gate_profile(m, budget=b, measure=measure), measure)<=b*(1+1e-9)
+        assert gate_profile(m, budget=high, measure=measure, fill=False)==gate_profile(m) and mean_bits(m, gate_profile(m, budget=high, measure=measure), measure)==high
+        full = {x.name:b for x,b in zip(m.switch.sites, (s.bits for s in m.switch.bind(gate_profile(m, budget=budgets[0], measure=measure))))}
+        for n,b in full.items():                                       # nothing more would fit
+            for up in map(Bits.parse, ('w6a6','w8a8')):
+                if up.w>b.w: assert mean_bits(m, Profile('up', rules=tuple(Rule(v, glob=k) for k,v in (full|{n:up}).items())), measure)>budgets[0]
+        kept = [sum(l.gates['layer'].logits[l.gates['layer'].bits.index(s.bits)].item() for l,s in zip(m.switch.layers, m.switch.bind(gate_profile(m, budget=b, measure=measure, fill=False)))) for b in budgets]
+        assert kept==sorted(kept)
+
+def test_faults_leave_the_model_as_it_was(toy_folder):
+    "An exception in the middle of counting, calibrating or training."
+    m = shuffle(worker.toy(toy_folder, 'token')[0]); m.train(); m.switch.profile = 'bw6'
+    was = [(n, x.training) for n,x in m.named_modules()]
+    bad = dict(input_ids=torch.full((1, 3), 10**6))
+    with pytest.raises(IndexError): realised_bits(m, [bad])
+    assert [(n, x.training) for n,x in m.named_modules()]==was and m.switch.profile.name=='bw6' and m.switch.gate is None
+    assert not m.base_model._forward_pre_hooks and not m._forward_pre_hooks
+    with use_gates(m) as outer:                                        # counting inside a context does not disturb it
+        realised_bits(m, [dict(input_ids=IDS)])
+        assert m.switch.gate is outer and m.switch.profile.name=='gates' and not outer.counts
+    m.switch.add(Profile('gates', m.switch.profiles['bw4'].default))   # somebody's own profile of that name
+    with use_gates(m): pass
+    assert m.switch.profiles['gates'].default==m.switch.profiles['bw4'].default and 'gates' in m.switch.bound
+
+def test_two_processes(toy_folder, child_env, tmp_path):
+    "Each draws its own options, so that different adapters get a gradient in each; they end with the same gates and adapters."
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()): pytest.skip('this build of PyTorch has no gloo')
+    cmd = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+           '--dynamo_backend', 'no', '--main_process_port', '0', worker.__file__, str(toy_folder), str(tmp_path)]
+    p = subprocess.run(cmd, env={**child_env, 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=300)
+    assert p.returncode==0, p.stderr[-3000:]
+    a,b = (torch.load(tmp_path/f'{r}.pt') for r in (0, 1))
+    start = worker.learnt(worker.toy(toy_folder)[0])
+    assert a['processes']==2 and all(torch.equal(a['params'][n], b['params'][n]) for n in start)
+    assert sum(not torch.equal(a['params'][n], start[n]) for n in start)>len(start)/2
