@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint',
            'make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #48441d60
+# %% ../nbs/08_cli.ipynb #df910d6a
 import argparse, logging, os, sys, traceback
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
@@ -24,11 +24,12 @@ from .native import native_report
 from .integer import KERNELS, try_kernel
 from .packed import freeze, load_packed, load_packed_tokenizer
 from .exports import GGUF_DTYPES, export_float, export_gguf, export_torchao
+from .allocation import run_allocation
 from .spans import run_spans, span_report
 from .experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
 from .study import OBJECTIVES, POLICIES, calibration_batches, evaluations, fit, run_ablation, run_joint, study_data, study_model
 
-# %% ../nbs/08_cli.ipynb #7069ba2d
+# %% ../nbs/08_cli.ipynb #5926104d
 def number_or_all(
     s:str, # An integer, or 'all' or 'none'
 )->int|None: # `None` for 'all' and 'none'
@@ -36,7 +37,7 @@ def number_or_all(
     return None if s in ('all','none') else int(s)
 
 _kinds = {str:dict(type=str), int:dict(type=int), float:dict(type=float), int|None:dict(type=number_or_all, metavar='N|all'), tuple[str,...]:dict(nargs='+'), bool:dict(action=argparse.BooleanOptionalAction)}
-_choices = dict(dtype=('float32','bfloat16','float16'), act=('per_tensor','per_token'), weight=('per_tensor','per_channel','per_group'), codes=('independent','nested'), kernel=('auto','float','compiled',*KERNELS), target=('answer','text'))
+_choices = dict(dtype=('float32','bfloat16','float16'), act=('per_tensor','per_token'), ranges=('learned','calibrated'), weight=('per_tensor','per_channel','per_group'), codes=('independent','nested'), kernel=('auto','float','compiled',*KERNELS), target=('answer','text'))
 
 def add_preset_options(
     parser:argparse.ArgumentParser, # Gets `--preset`, and an option for each setting of a preset
@@ -123,11 +124,12 @@ def _run(args):
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
     print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'progress'/preset.name/run/'model'}")
 
-# %% ../nbs/08_cli.ipynb #e02fca57
+# %% ../nbs/08_cli.ipynb #6b5ea73d
 def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
 def _objectives(preset, args, say): run_objectives(preset, args.out, args.arms or ARMS, args.questions, args.mix, args.unseen, not args.quiet, say)
 def _calibration(preset, args, say): run_calibration(preset, args.out, args.mix, 2*args.unseen, args.questions, say)
+def _allocation(preset, args, say): run_allocation(preset, args.out, args.checkpoint, n_search=args.search_questions, n_score=args.questions or 300, w_bits=args.w_bits, a_bits=args.a_bits, evaluations=args.evaluations, f1=args.f1, progress=not args.quiet, say=say)
 def _spans(preset, args, say): run_spans(preset, args.out, progress=not args.quiet, say=say)
 def _objectives_said(preset, out):
     records = load_records(out, preset, 'objectives')
@@ -140,6 +142,7 @@ def _spans_said(preset, out):
 EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records of a preset say)
     objectives  = (_objectives, _objectives_said),
     calibration = (_calibration, lambda preset, out: calibration_verdict(load_records(out, preset, 'calibration'))),
+    allocation  = (_allocation, lambda preset, out: '\n'.join(f"{r['name']}, seed {r['seed']}, {of}: {v}" for r in load_records(out, preset, 'allocation') for of,v in r['verdicts'].items())),
     spans       = (_spans, _spans_said))
 
 def _experiment(args):
@@ -210,7 +213,7 @@ def _kernels(args):
     rows = [[n, d, 'yes' if k else 'no', why] for d in ('cpu', *['cuda']*torch.cuda.is_available()) for n in KERNELS for k,why in [try_kernel(n, d)]]
     print(text_table([['integer product','device','usable','why'], *rows]))
 
-# %% ../nbs/08_cli.ipynb #256f5ecd
+# %% ../nbs/08_cli.ipynb #55168efa
 def _command(commands, name, do, help, examples):
     p = commands.add_parser(name, help=help, description=help, epilog='examples:\n  switchable-llm '+'\n  switchable-llm '.join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quiet', action='store_true', help='no progress on stderr')
@@ -247,6 +250,11 @@ def _add_jobs(commands):
     ex.add_argument('--questions', type=int, help="validation questions to score (default: all of the preset's)")
     ex.add_argument('--mix', nargs='+', default=['w4a4','w6a6','w8a8'], metavar='BITS', help='what mixed profiles that no training saw draw from (default: w4a4 w6a6 w8a8)')
     ex.add_argument('--unseen', type=int, default=4, help='how many of them (default: 4)')
+    ex.add_argument('--checkpoint', help="trained model of `allocation` (default: that of `run` below --out, or one trained now)")
+    ex.add_argument('--search-questions', type=int, default=128, help='training questions that `allocation` chooses by (default: 128)')
+    ex.add_argument('--evaluations', type=int, default=24, help='profiles that each search of `allocation` measures (default: 24)')
+    for k,what in (('w','weight'), ('a','activation')): ex.add_argument(f'--{k}-bits', type=int, nargs='+', metavar='BITS', help=f'{what} bits that `allocation` chooses from (default: all that the model has)')
+    ex.add_argument('--f1', action='store_true', help='`allocation` generates answers at the front too')
     add_preset_options(ex)
     for p in (run, fit):
         p.add_argument('--policy', choices=list(POLICIES), default='random_profile', help='which profiles a step trains (default: random_profile)')

@@ -234,7 +234,7 @@ def _forget_gguf(model):   # the weights were dequantized while reading: without
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     model.hf_quantizer,model.is_quantized = None,False
 
-# %% ../nbs/01a_data.ipynb #18f540d1
+# %% ../nbs/01a_data.ipynb #307577cd
 @dataclass(frozen=True)
 class Preset:
     "Settings of the main job: a model, questions, profiles, training and scoring."
@@ -245,6 +245,7 @@ class Preset:
     dtype:str='float32'          # Type of the base weights
     attention:str='sdpa'         # transformers' implementation; 'eager' is faster for short rows in bfloat16 on a CPU
     act:str='per_tensor'         # Activation ranges: 'per_tensor' (static) or 'per_token' (dynamic)
+    ranges:str='learned'         # Static activation ranges: 'learned' from where calibration put them, or 'calibrated', and left there
     weight:str='per_channel'     # Weight scales: 'per_tensor', 'per_channel' or 'per_group'
     codes:str='nested'           # Weight codes: 'nested' in one 8-bit code, or 'independent' at each width
     kernel:str='auto'            # How quantized products run, as `switch.kernel`

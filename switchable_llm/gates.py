@@ -57,7 +57,7 @@ class TokenGate(Gate):
 GATES = dict(layer=LayerGate, token=TokenGate)
 GATE_TYPES.update({g.__name__:g for g in GATES.values()})   # so that checkpoints can be read
 
-# %% ../nbs/00c_gates.ipynb #ee264ae4
+# %% ../nbs/00c_gates.ipynb #804aefc4
 def _rows(switch):   # (layer, gate) of each layer that has one
     rows = [(l, g) for l in switch.layers for g in l.gates.values()]
     if not rows: raise ValueError("the model has no gates: call add_gates_(model) first")
@@ -68,7 +68,8 @@ def _settings(switch, layers, bits):   # {bits: setting of each layer}; an error
     bound = {b:switch.bind(Profile(f'gates-{b}', b)) for b in bits}
     if switch.cfg.act=='per_tensor':
         for l in layers:
-            for b in bits: b.a is None or l.act_qparams(b.a)
+            for b in bits:
+                if b.a is not None: l.act_qparams(b.a)
     return bound
 
 def add_gates_(
@@ -82,7 +83,7 @@ def add_gates_(
     if per not in GATES: raise ValueError(f"per={per!r}: choose one of {', '.join(GATES)}")
     if len(set(bits))<2 or len(set(bits))<len(bits): raise ValueError(f"bits={', '.join(map(str, bits))}: a choice needs two or more, all different")
     chosen = [(l, s) for l,s in zip(switch.layers, switch.sites) if l.multiplies and (sites is None or s.site in sites)]
-    if not chosen: raise ValueError(f"sites={list(sites)}: the model has {', '.join(dict.fromkeys(s.site for s in switch.sites))}")
+    if not chosen: raise ValueError(f"sites={sites}: the model has {', '.join(dict.fromkeys(s.site for s in switch.sites))}")
     if twice := [s.name for l,s in chosen if l.gates]: raise ValueError(f"layer {twice[0]} has a gate already: call remove_gates_(model) first")
     _settings(switch, [l for l,_ in chosen], bits)
     for l,_ in chosen: l.gates[per] = GATES[per](bits, l.in_features).to(l.weight.device).train(l.training)
@@ -310,7 +311,7 @@ def _fit(rows, picks, budget, measure, fill):   # in place; each move loses leas
     while total>limit: _,i,k,d = best(-1, 0); picks[i],total = k,total+d
     while fill and (move := best(1, limit-total)): _,i,k,d = move; picks[i],total = k,total+d
 
-# %% ../nbs/00c_gates.ipynb #0a1c8b3f
+# %% ../nbs/00c_gates.ipynb #073b1f38
 @torch.no_grad()
 def realised_bits(
     model:nn.Module,          # A model with gates
@@ -343,18 +344,25 @@ def calibrate_gates_(
     if not batches: raise ValueError("batches is empty: calibration needs at least one training batch")
     if not 0<=margin<1: raise ValueError(f"margin={margin!r}: needs a share from 0 to below 1")
     typical,target = sum(l.weight.numel() for l,_ in rows)/len(rows),max(budget*(1-margin), low)*(1+1e-9)
+    if not all(p.isfinite().all() for p in gate_params(model).values()): raise ValueError("the gates hold NaN or infinite numbers: no price orders their choices; train them anew")
     def at(price):
         for l,g in rows: g.offset.copy_(price*_costs(g, measure)*l.weight.numel()/typical)
         return realised_bits(model, batches, measure)
-    if (got := at(0.))<=target and not fill: return got
-    if got>target: below,above = 0.,1.
-    else: below,above = -1.,0.
-    while at(above)>target: below,above = above,2*above   # in the end the cheapest option wins everywhere
-    while (got := at(below))<=target:                     # or the dearest
-        if got>=high*(1-1e-9): return got
-        below,above = 2*below,below
+    before = [g.offset.clone() for _,g in rows]
+    try: return at(_price(at, target, high, fill, halvings))
+    except BaseException:   # leave all as it was
+        for (_,g),o in zip(rows, before): g.offset.copy_(o)
+        raise
+
+def _price(at, target, high, fill, halvings):   # the lowest price that meets the target
+    got,below,above = at(0.),0.,0.
+    if got<=target and not fill: return 0.
+    step = 1. if got>target else -1.
+    while got>target if step>0 else got<=target and got<high*(1-1e-9):   # in the end the cheapest option wins everywhere, or the dearest
+        below,above = (above,step) if step>0 else (step,below)
+        got,step = at(step),2*step
+    if got<=target and step<0: return below                              # all at the dearest option: within the budget
     for _ in range(halvings):
         middle = (below+above)/2
-        if at(middle)<=target: above = middle
-        else: below = middle
-    return at(above)
+        below,above = (below,middle) if at(middle)<=target else (middle,above)
+    return above

@@ -276,8 +276,8 @@ def _rise(ax, x, y, ivl, norm, gid):
     if ivl[1]<=0: ax.plot(x, y, '.', c=_ink, ms=3, gid=gid)
     else: ax.add_patch(plt.Rectangle((x-.46, y-.44), .92, .88, color=_rise_cmap(norm(ivl[0])), lw=0, gid=gid))
 
-# %% ../nbs/01b_plots.ipynb #921aa05a
-_KINDS = dict(random=('#7f7f7f','.'), allocated=('#0F8BC6','P'), searched=('#CC4C7B','*'))
+# %% ../nbs/01b_plots.ipynb #7cc2e5cd
+_KINDS = dict(random=('#7f7f7f','.'), allocated=('#0F8BC6','P'), searched=('#D62728','*'))
 _UNIFORM = dict(w4a4='bw4', w6a6='bw6', w8a8='bw8')
 
 def plot_front(

@@ -27,5 +27,6 @@ def learnt(m): return {n:p.detach().clone() for n,p in (gate_params(m)|adapter_p
 def main(folder, out):
     m,r = run(folder, steps=3)
     torch.save(dict(params=learnt(m), processes=r['processes']), Path(out)/f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()   # its threads must not outlive the interpreter
 
 if __name__=='__main__': main(*sys.argv[1:])

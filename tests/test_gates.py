@@ -192,6 +192,12 @@ def test_faults_leave_the_model_as_it_was(toy_folder):
     with pytest.raises(IndexError): realised_bits(m, [bad])
     assert [(n, x.training) for n,x in m.named_modules()]==was and m.switch.profile.name=='bw6' and m.switch.gate is None
     assert not m.base_model._forward_pre_hooks and not m._forward_pre_hooks
+    with pytest.raises(IndexError): calibrate_gates_(m, [bad], 5.)
+    calibrate_gates_(m, [dict(input_ids=IDS)], 5.); old = [l.gates['token'].offset.clone() for l in m.switch.layers]
+    with pytest.raises(IndexError): calibrate_gates_(m, [dict(input_ids=IDS), bad], 4.5)
+    assert all(torch.equal(l.gates['token'].offset, o) for l,o in zip(m.switch.layers, old))
+    broken = copy.deepcopy(m); next(iter(gate_params(broken).values())).data.fill_(float('nan'))
+    with pytest.raises(ValueError, match='NaN'): calibrate_gates_(broken, [dict(input_ids=IDS)], 5.)
     with use_gates(m) as outer:                                        # counting inside a context does not disturb it
         realised_bits(m, [dict(input_ids=IDS)])
         assert m.switch.gate is outer and m.switch.profile.name=='gates' and not outer.counts

@@ -176,5 +176,5 @@ def test_objectives_of_the_other_task(term):
 def test_run_with_an_objective(toy_folder, tmp_path):
     preset = replace(PRESETS['tiny'], name='toy', model=str(toy_folder), profiles=('bw4','bw8'), steps=2, batch_size=2, train_n=20, calibration=1, eval_n=4, max_length=64)
     record = run_spans(preset, tmp_path, policy='with_highest', objective='kl_highest', progress=False)
-    assert record['name']=='with_highest-kl_highest-per_tensor-nested' and record['train_windows']>=record['train_questions']==20
+    assert record['name']=='with_highest-kl_highest-per_tensor-learned-nested' and record['train_windows']>=record['train_questions']==20
     saved, = load_records(tmp_path, 'toy', 'spans'); assert saved['after']==record['after']

@@ -54,5 +54,6 @@ def main(folder, out, phase):
         run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'stopped', stop_at=2)
     else: todo['dropout'] = run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'stopped')
     torch.save(todo, out/f"{phase}-{os.environ['RANK']}.pt")
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()   # its threads must not outlive the interpreter
 
 if __name__=='__main__': main(*sys.argv[1:])
