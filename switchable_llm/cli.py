@@ -124,7 +124,7 @@ def _run(args):
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
     print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'progress'/preset.name/run/'model'}")
 
-# %% ../nbs/08_cli.ipynb #6b5ea73d
+# %% ../nbs/08_cli.ipynb #7f98e9c7
 def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
 def _objectives(preset, args, say): run_objectives(preset, args.out, args.arms or ARMS, args.questions, args.mix, args.unseen, not args.quiet, say)
@@ -135,9 +135,11 @@ def _objectives_said(preset, out):
     records = load_records(out, preset, 'objectives')
     return _told(objective_verdicts(records) | gate_verdict(records))
 def _spans_said(preset, out):
-    joint,spans = ({r['name']:r for r in load_records(out, preset, e)} for e in ('joint','spans'))
-    both = [n for n in spans if n in joint]
-    return '\n'.join(str(span_report(spans[n], joint[n])) for n in both) or 'no record of joint training to compare with: `switchable-llm run` makes it'
+    runs = {e:{} for e in ('joint','spans')}
+    for e in runs:
+        for r in load_records(out, preset, e): runs[e].setdefault(r['name'], []).append(r)
+    reports = {n:span_report(rs, runs['joint'][n]) for n,rs in runs['spans'].items() if n in runs['joint']}
+    return '\n'.join(f'{n}\n{text_table(r.table())}\n{r.caption}' for n,r in reports.items()) or 'no record of joint training to compare with: `switchable-llm run` makes it'
 
 EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records of a preset say)
     objectives  = (_objectives, _objectives_said),

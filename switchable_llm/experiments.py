@@ -25,7 +25,7 @@ from .objectives import RangePenalty
 from .profiles_eval import Evaluation, Interval, evaluate, interval_over_seeds, perplexity, profile_cost, verdict
 from .study import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model
 
-# %% ../nbs/03e_experiments.ipynb #cbd1eb16
+# %% ../nbs/03e_experiments.ipynb #fa122dd5
 def step_cost(
     model:nn.Module,      # A model after `make_switchable_`
     policy:Policy,        # Which profiles a step runs
@@ -45,10 +45,16 @@ def unseen_profiles(
     bits:Iterable[str],     # Bits to draw from
     n:int=4,                # Profiles
     seed:int=20_000,        # Of the draw; nothing else uses it
-)->list[Profile]: # Called mix0, mix1, ...
+)->list[Profile]: # Called mix0, mix1, ...; a `ValueError` for bits that no profile of the model has
     "Mixed profiles that no training has seen: each layer draws its own bits."
+    switch = switch_of(model); known = [s.bits for n,b in switch.bound.items() if n!='float' for s in b]
+    for b in map(Bits.parse, bits):
+        if b.w not in {k.w for k in known} or b.a not in {k.a for k in known}:
+            raise ValueError(f"mix={b}: no profile of the model has these widths, so nothing would be trained or calibrated for them; there are weight bits {_widths(k.w for k in known)} and activation bits {_widths(k.a for k in known)}")
     draw = random_layers(model, bits, seed)
     return [replace(draw(i)[0], name=f'mix{i}') for i in range(n)]
+
+def _widths(ks): return ', '.join(str(k) for k in sorted(set(ks)-{None}))
 
 # %% ../nbs/03e_experiments.ipynb #691f569d
 @dataclass(frozen=True)

@@ -315,7 +315,7 @@ class Switch:
         else: raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(self.profiles)}; add it with switch.add")
         self._profile,self.settings = p,settings
 
-# %% ../nbs/00b_switching.ipynb #805a81bc
+# %% ../nbs/00b_switching.ipynb #dfd7c6ca
 ADDED = ('adapters','observers','gates')   # what a layer has beside the original one
 GATE_TYPES:dict[str,type] = {}             # name of a class of modules in `gates` -> the class: `cls(**module.spec())` makes an empty one again
 
@@ -451,7 +451,7 @@ class QuantLayer(nn.Module):
         keys:Iterable[str], # Names of saved tensors, like '8.lo' of an observer or '8.log_ratio' of a learned range
     ):
         "Make the observers of the kinds that were saved, so that their tensors can be loaded."
-        for b,k in (k.split('.') for k in keys if k.endswith(('.lo','.log_ratio'))):
+        for b,k in (k.split('.') for k in sorted(keys) if k.endswith(('.lo','.log_ratio'))):
             kind = EMAObserver if k=='lo' else LearnedRange
             if type(self.observers[b] if b in self.observers else None) is kind: continue
             self.observers[b] = (EMAObserver(self.switch.cfg.momentum) if k=='lo' else LearnedRange(torch.zeros(()), torch.zeros(()), self.switch.cfg.act_symmetric)).to(self.weight.device)

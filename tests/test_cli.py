@@ -46,7 +46,7 @@ def test_usage(cli):
 def test_every_help_has_an_example(child_env):
     "One process for all: the same parser, without eight starts."
     code = "import sys\nfrom switchable_llm.cli import main\nfor c in sys.argv[1:]:\n    assert main([*c.split(), '--help'])==0"
-    commands = ['run','train','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets','freeze','export','kernels']
+    commands = ['run','train','experiment','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets','freeze','export','kernels']
     p = subprocess.run([sys.executable, '-c', code, *commands], env=child_env, capture_output=True, text=True, timeout=120)
     assert (p.returncode, p.stderr)==(0, '')
     pages = p.stdout.split('usage: ')[1:]
@@ -54,7 +54,7 @@ def test_every_help_has_an_example(child_env):
 
 def test_help_of_the_command(cli):
     status,out,_ = cli('--help')
-    assert status==0 and all(c in out for c in ('run','train','evaluate','answer','freeze','export','kernels','profiles','presets'))
+    assert status==0 and all(c in out for c in ('run','train','experiment','evaluate','answer','freeze','export','kernels','profiles','presets'))
 
 def test_run_evaluate_answer(cli, tmp_path, toy_folder):
     status,out,err = cli('run', '--model', toy_folder, *SHORT, '--eval-n', 4, '--no-ablation')
@@ -71,6 +71,20 @@ def test_run_evaluate_answer(cli, tmp_path, toy_folder):
     assert status==0 and [l.split(':')[0] for l in out.splitlines()]==['float','bw4','mixed8648'], err
 
 @pytest.mark.skipif(os.name!='posix', reason='needs signals')
+def test_experiments(cli, tmp_path, toy_folder):
+    common = ['--quiet', '--model', toy_folder, *SHORT, '--eval-n', 12]
+    assert cli('run', *common, '--no-ablation')[0]==0
+    for name,options,word in (('objectives', ['--seeds', 0, 1, '--arms', 'random_profile', 'ranges', '--mix', 'w4a4', 'w6a8', '--unseen', 1], 'By default: '), ('calibration', ['--mix', 'w4a4', 'w6a8', '--unseen', 1], 'ranges'),
+                              ('spans', [], 'extractive F1 %'), ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ')):
+        status,out,err = cli('experiment', name, *common, *options)
+        assert (status, err)==(0, '') and word in out, (name, out, err)
+        assert len(list((tmp_path/'runs/tiny'/name).glob('*.json')))==(4 if name=='objectives' else 1)
+        assert cli('experiment', name, *common, *options)==(0, out, '')         # all is there: nothing is run again
+    status,out,err = cli('experiment', 'allocation', *common, '--search-questions', 41)
+    assert status==1 and err.startswith('error: ') and 'other settings' in err
+    assert cli('experiment', 'luck')[0]==2
+    assert 'mix=w8a8: no profile' in cli('experiment', 'objectives', *common, '--arms', 'random_profile', '--out', 'other')[2]   # the default mix, without eight weight bits
+
 def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
     argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 400, '--out']
