@@ -83,7 +83,7 @@ def test_experiments(cli, tmp_path, toy_folder):
     status,out,err = cli('experiment', 'allocation', *common, '--search-questions', 41)
     assert status==1 and err.startswith('error: ') and 'other settings' in err
     assert cli('experiment', 'luck')[0]==2
-    assert 'mix=w8a8: no profile' in cli('experiment', 'objectives', *common, '--arms', 'random_profile', '--out', 'other')[2]   # the default mix, without eight weight bits
+    assert 'mix=w6a6: no profile' in cli('experiment', 'objectives', *common, '--arms', 'random_profile', '--out', 'other')[2]   # the default mix, without six activation bits
 
 def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
