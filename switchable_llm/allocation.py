@@ -6,7 +6,7 @@
 __all__ = ['Choices', 'Allocation', 'allocate', 'Step', 'search', 'best', 'Point', 'Contest', 'Front', 'front_verdict', 'front',
            'search_items', 'default_budgets', 'random_choice', 'trained_model', 'run_allocation']
 
-# %% ../nbs/03c_allocation.ipynb #8c8e681f
+# %% ../nbs/03c_allocation.ipynb #46850493
 import itertools, json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .switching import PROFILES, Profile, calibrate_, switch_of, use_profile
 from .lora_routing import base_hash, load_switchable, read_switchable, save_switchable
 from .data import Encoded, Preset, encode, load_model, save_record
 from .joint_training import batch_rows
-from .profiles_eval import Cost, Interval, answer, em_f1, interval, profile_cost, verdict
+from .profiles_eval import Cost, Interval, answer, em_f1, interval, per_token, profile_cost, verdict
 from .study import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
 from .sensitivity import Meter, Sensitivity, bit_options, compact_profile, dropped, find_groups, highest, sensitivity, tolerance, total, uniform
 
@@ -172,7 +172,7 @@ def best(
     "The measured profile of least loss."
     return min(history, key=lambda s: s.loss)
 
-# %% ../nbs/03c_allocation.ipynb #13ee1131
+# %% ../nbs/03c_allocation.ipynb #ec1e272d
 @dataclass(frozen=True)
 class Point:
     "A scored profile."
@@ -205,13 +205,13 @@ class Front:
         name:str, # Of a profile
     )->Interval: # Nats per token
         "Mean loss, with its interval over questions."
-        return interval(_per_token, self[name].nll, self.n)
+        return interval(per_token, self[name].nll, self.n)
     def difference(self,
         a:str, # Name of a profile
         b:str, # Of another
     )->Interval: # a − b, nats per token
         "Loss of one less that of another, paired over questions."
-        return interval(_per_token, np.subtract(self[a].nll, self[b].nll), self.n)
+        return interval(per_token, np.subtract(self[a].nll, self[b].nll), self.n)
     def pareto(self,
         of:str,                  # 'bytes' or 'bops'
         kinds:Iterable[str]=('uniform',), # Among these
@@ -238,7 +238,7 @@ class Front:
     def to_dict(self)->dict:
         "As `from_dict` reads it, and with the intervals that a figure needs."
         def one(p): return dict(profile=p.profile.to_dict(), kind=p.kind, aim=p.aim, cost=asdict(p.cost), nll=_rounded(p.nll), f1=p.f1 and _rounded(p.f1),
-                                summary=dict(loss=list(self.loss(p.profile.name))) | (dict(f1=list(interval(_mean, p.f1))) if p.f1 else {}))
+                                summary=dict(loss=list(self.loss(p.profile.name))) | (dict(f1=list(interval(np.mean, p.f1))) if p.f1 else {}))
         return dict(n=list(self.n), points=[one(p) for p in self.points])
     @classmethod
     def from_dict(cls,
@@ -248,8 +248,6 @@ class Front:
         return cls(tuple(Point(Profile.from_dict(p['profile']), p['kind'], Cost(**p['cost']), tuple(p['nll']), p['f1'] and tuple(p['f1']), p['aim']) for p in d['points']), tuple(d['n']))
 
 def _rounded(x): return [float(f'{v:.4g}') for v in x]
-def _per_token(x, n, axis): return x.sum(axis)/n.sum(axis)
-def _mean(x, axis): return x.mean(axis)
 
 def front_verdict(
     contests:list[Contest], # From `Front.contests`

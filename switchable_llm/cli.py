@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint',
            'make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #df910d6a
+# %% ../nbs/08_cli.ipynb #1683e1a3
 import argparse, logging, os, sys, traceback
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
@@ -25,7 +25,7 @@ from .integer import KERNELS, try_kernel
 from .packed import freeze, load_packed, load_packed_tokenizer
 from .exports import GGUF_DTYPES, export_float, export_gguf, export_torchao
 from .allocation import run_allocation
-from .spans import run_spans, span_report
+from .spans import run_spans, span_reports
 from .experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
 from .study import OBJECTIVES, POLICIES, calibration_batches, evaluations, fit, run_ablation, run_joint, study_data, study_model
 
@@ -124,7 +124,7 @@ def _run(args):
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
     print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'progress'/preset.name/run/'model'}")
 
-# %% ../nbs/08_cli.ipynb #7f98e9c7
+# %% ../nbs/08_cli.ipynb #20dafd90
 def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
 def _objectives(preset, args, say): run_objectives(preset, args.out, args.arms or ARMS, args.questions, args.mix, args.unseen, not args.quiet, say)
@@ -135,10 +135,7 @@ def _objectives_said(preset, out):
     records = load_records(out, preset, 'objectives')
     return _told(objective_verdicts(records) | gate_verdict(records))
 def _spans_said(preset, out):
-    runs = {e:{} for e in ('joint','spans')}
-    for e in runs:
-        for r in load_records(out, preset, e): runs[e].setdefault(r['name'], []).append(r)
-    reports = {n:span_report(rs, runs['joint'][n]) for n,rs in runs['spans'].items() if n in runs['joint']}
+    reports = span_reports(load_records(out, preset))
     return '\n'.join(f'{n}\n{text_table(r.table())}\n{r.caption}' for n,r in reports.items()) or 'no record of joint training to compare with: `switchable-llm run` makes it'
 
 EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records of a preset say)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'scoring_mode', 'batches_by_length', 'Perplexity', 'perplexity', 'stop_ids', 'answer', 'em_f1', 'Interval',
-           'interval', 'Cost', 'profile_cost', 'ProfileScores', 'score_answers', 'Evaluation', 'evaluate', 'compare',
-           'interval_over_seeds', 'verdict', 'ppl_ratio']
+           'interval', 'per_token', 'Cost', 'profile_cost', 'ProfileScores', 'score_answers', 'Evaluation', 'evaluate',
+           'compare', 'interval_over_seeds', 'verdict', 'ppl_ratio']
 
 # %% ../nbs/03_profiles_eval.ipynb #0c573e67
 import math
@@ -169,7 +169,7 @@ def em_f1(
     s = squad(dict(id='', prediction_text=prediction), target)
     return s['exact_match'].item()/100, round(s['f1'].item()/100, 6)
 
-# %% ../nbs/03_profiles_eval.ipynb #51e25fb5
+# %% ../nbs/03_profiles_eval.ipynb #bece9f0d
 class Interval(NamedTuple):
     "A score and its 95 % bootstrap interval."
     value:float  # From all examples
@@ -204,9 +204,15 @@ def interval(
                    batch=max(1, 10**6//n), rng=seed).confidence_interval
     return Interval(value, float(ci.low), float(ci.high))
 
-def _mean(x, axis): return x.mean(axis)
-def _per_token(nll, n, axis): return nll.sum(axis)/n.sum(axis)
-def _ppl_interval(*args, **kw): return Interval(*map(_exp, interval(_per_token, *args, **kw)))
+def per_token(
+    nll,     # Summed nats of each example, as an array
+    n,       # Tokens of each
+    axis=-1, # The examples' axis
+): # Nats per token
+    "A statistic for `interval`: long examples count by their tokens."
+    return nll.sum(axis)/n.sum(axis)
+
+def _ppl_interval(*args, **kw): return Interval(*map(_exp, interval(per_token, *args, **kw)))
 
 # %% ../nbs/03_profiles_eval.ipynb #e490d922
 @dataclass(frozen=True)
@@ -254,7 +260,7 @@ def profile_cost(
                 bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=sum(m*w*a for m,w,a in macs),
                 adapter_bytes=live*float_bits//8, adapter_bops=live*float_bits**2, float_bits=float_bits)
 
-# %% ../nbs/03_profiles_eval.ipynb #5f99a7f5
+# %% ../nbs/03_profiles_eval.ipynb #1844bee1
 SCORES = dict(ppl_text='PPL text', ppl_answer='PPL answer', em='EM %', f1='F1 %')   # key of a summary -> head of its column
 _PER_EXAMPLE = ('prediction','em','f1','nll_text','n_text','nll_answer','n_answer')
 
@@ -299,7 +305,7 @@ def score_answers(
     em,f1 = zip(*(em_f1(s, e['answers']['text']) for s,e in zip(said, examples)))
     kw = dict(n_resamples=settings['n_resamples'], seed=settings['seed'])
     ppl = {f'ppl_{k}':_ppl_interval(likelihood[f'nll_{k}'], likelihood[f'n_{k}'], **kw) for k in ('text','answer') if f'nll_{k}' in likelihood}
-    return ProfileScores(profile, profile_cost(model, profile, settings['float_bits']), ppl | dict(em=interval(_mean, em, **kw), f1=interval(_mean, f1, **kw)),
+    return ProfileScores(profile, profile_cost(model, profile, settings['float_bits']), ppl | dict(em=interval(np.mean, em, **kw), f1=interval(np.mean, f1, **kw)),
                          tuple(str(e['id']) for e in examples), tuple(said), em, f1, **dict(nll_text=(), n_text=()) | likelihood)
 
 def _score_profile(model, profile, tokenizer, items, prompts, examples, settings, progress):
@@ -385,7 +391,7 @@ def evaluate(
     scores = (_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in tqdm(chosen, 'profiles', disable=not progress))
     return Evaluation(tuple(scores), settings)
 
-# %% ../nbs/03_profiles_eval.ipynb #aaef1bed
+# %% ../nbs/03_profiles_eval.ipynb #77cbd98c
 def compare(
     a:ProfileScores,       # One profile's scores
     b:ProfileScores,       # Another's on the same questions; it may be of another model
@@ -395,8 +401,8 @@ def compare(
     "Paired differences, a less b, with 95 % intervals over questions."
     if a.ids!=b.ids: raise ValueError(f"{a.profile.name!r} and {b.profile.name!r} were scored on different questions: a paired comparison needs the same, in the same order")
     kw = dict(n_resamples=n_resamples, seed=seed)
-    out = {k:interval(_mean, np.subtract(getattr(a, k), getattr(b, k)), **kw) for k in ('em','f1')}
-    def log_ratio(la, na, lb, nb, axis): return _per_token(la, na, axis)-_per_token(lb, nb, axis)
+    out = {k:interval(np.mean, np.subtract(getattr(a, k), getattr(b, k)), **kw) for k in ('em','f1')}
+    def log_ratio(la, na, lb, nb, axis): return per_token(la, na, axis)-per_token(lb, nb, axis)
     for k in ('text','answer'):
         if getattr(a, f'n_{k}') and getattr(b, f'n_{k}'): out[f'log_ppl_{k}'] = interval(log_ratio, *(getattr(s, f'{n}_{k}') for s in (a, b) for n in ('nll','n')), **kw)
     return out
@@ -420,7 +426,7 @@ def interval_over_seeds(
     low,high = np.quantile(values, [(1-level)/2, (1+level)/2])
     return Interval(float(d.sum()/(s*sizes.sum())), float(low), float(high))
 
-# %% ../nbs/03_profiles_eval.ipynb #9d16edea
+# %% ../nbs/03_profiles_eval.ipynb #d50a8ae1
 def verdict(
     difference:Interval,  # Paired difference, from `compare` or `ppl_ratio`
     up:str='higher',      # Word for a difference above 0
@@ -441,5 +447,5 @@ def ppl_ratio(
     "Paired ratio of two perplexities, as a difference of logarithms."
     if score not in ('text','answer'): raise ValueError(f"score={score!r}: choose 'text' or 'answer'")
     if getattr(a, f'n_{score}')!=getattr(b, f'n_{score}'): raise ValueError("the two were scored on different examples: a ratio needs the same, in the same order")
-    return interval(lambda la,lb,n,axis: _per_token(la, n, axis)-_per_token(lb, n, axis), *(getattr(s, f'nll_{score}') for s in (a, b)), getattr(a, f'n_{score}'),
+    return interval(lambda la,lb,n,axis: per_token(la, n, axis)-per_token(lb, n, axis), *(getattr(s, f'nll_{score}') for s in (a, b)), getattr(a, f'n_{score}'),
                     n_resamples=n_resamples, seed=seed)

@@ -6,7 +6,7 @@
 __all__ = ['GROUPINGS', 'Meter', 'Group', 'find_groups', 'compact_profile', 'bit_options', 'Sensitivity', 'highest', 'uniform',
            'dropped', 'sensitivity', 'outliers', 'total', 'Tolerance', 'tolerance']
 
-# %% ../nbs/03b_sensitivity.ipynb #f31e2e13
+# %% ../nbs/03b_sensitivity.ipynb #b342b3f1
 import hashlib, itertools, json
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -23,7 +23,7 @@ from .switching import SITES, Profile, Rule, Site, as_profile, switch_of, use_pr
 from .lora_routing import adapter_keys
 from .data import Encoded, collate
 from .joint_training import token_outputs, token_weights
-from .profiles_eval import Cost, Interval, batches_by_length, interval, profile_cost, scoring_mode
+from .profiles_eval import Cost, Interval, batches_by_length, interval, per_token, profile_cost, scoring_mode
 
 # %% ../nbs/03b_sensitivity.ipynb #c5576013
 def _blocks(model):   # the list of blocks that the sites' numbers count, or none
@@ -192,7 +192,7 @@ def compact_profile(
         if now[s.name]!=bits[s.name]: put(Rule(bits[s.name], glob=s.name))
     return Profile(name, default, tuple(rules))
 
-# %% ../nbs/03b_sensitivity.ipynb #3e927e36
+# %% ../nbs/03b_sensitivity.ipynb #b557ae9c
 def bit_options(
     model:nn.Module, # A model after `make_switchable_`
 )->tuple[list[int],list[int]]: # Weight bits and activation bits, ascending
@@ -206,7 +206,6 @@ def bit_options(
     return sorted(w), sorted(a)
 
 def _rounded(x): return [float(f'{v:.3g}') for v in x]
-def _per_token(x, n, axis): return x.sum(axis)/n.sum(axis)
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -230,7 +229,7 @@ class Sensitivity:
         bits:int,   # To which it dropped
     )->Interval: # Nats per token
         "Mean rise and its 95 % interval over examples."
-        return interval(_per_token, self._of(group, kind, bits), self.n)
+        return interval(per_token, self._of(group, kind, bits), self.n)
     def bits(self,
         kind:str, # 'w' or 'a'
     )->list[int]: # Ascending
@@ -324,7 +323,7 @@ def outliers(
     usual = np.mean(sorted(map(abs, rises.values()))[:-len(rises)//10])
     return [n for n,v in sorted(rises.items(), key=lambda r: -r[1]) if v>factor*usual and s.interval(n, kind, bits).low>0]
 
-# %% ../nbs/03b_sensitivity.ipynb #aaa15ea4
+# %% ../nbs/03b_sensitivity.ipynb #b3a2b63a
 def total(
     cost:Cost, # Of a profile
     of:str,    # 'bytes' or 'bops'
@@ -354,5 +353,5 @@ def tolerance(
         rise[part] += s._of(g.name, kind, bits)
         saved[part] += (total(profile_cost(model, s.reference), of)-total(profile_cost(model, dropped(model, s.reference, g, **{kind:bits})), of))/1e6
     if not all(saved.values()): raise ValueError(f"{kind}{bits}: not measured for attention and MLP; there are w {s.bits('w')} and a {s.bits('a')}")
-    diff = lambda f: interval(_per_token, f(rise['mlp'], saved['mlp'])-f(rise['attn'], saved['attn']), s.n)
+    diff = lambda f: interval(per_token, f(rise['mlp'], saved['mlp'])-f(rise['attn'], saved['attn']), s.n)
     return Tolerance(diff(lambda r, n: r), diff(lambda r, n: r/n), saved)

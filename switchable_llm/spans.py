@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['span_extraction', 'TASKS', 'Window', 'encode_windows', 'collate_windows', 'span_outputs', 'train_head_', 'best_spans',
            'Extraction', 'pick_answers', 'extract', 'evaluate_spans', 'span_data', 'run_spans', 'TaskReport',
-           'span_report', 'plot_tasks']
+           'span_report', 'span_reports', 'plot_tasks']
 
 # %% ../nbs/03d_spans.ipynb #25ebc072
 import itertools, json
@@ -245,7 +245,7 @@ def run_spans(
     save_record(record, out)
     return record
 
-# %% ../nbs/03d_spans.ipynb #26788bd4
+# %% ../nbs/03d_spans.ipynb #e84578e7
 TASKS = ('generative','extractive')
 
 @dataclass(frozen=True)
@@ -291,6 +291,15 @@ def span_report(
     scores = {task:{n:{k:interval_over_seeds(values(t, n, k)) for k in ('em','f1')} for n in names} for task,t in zip(TASKS, (g, e))}
     difference = {n:{k:interval_over_seeds(values(e, n, k)-values(g, n, k)) for k in ('em','f1')} for n in names}
     return TaskReport(scores, difference, len(ids.pop()), tuple(seeds))
+
+def span_reports(
+    records:Iterable[dict], # Of `run_joint` and `run_spans`; others are passed over
+)->dict[str,TaskReport]: # Name of the runs -> report, where both tasks have it
+    "Put all runs that both tasks have beside each other."
+    runs = dict(joint={}, spans={})
+    for r in records:
+        if r['experiment'] in runs: runs[r['experiment']].setdefault(r['name'], []).append(r)
+    return {n:span_report(rs, runs['joint'][n]) for n,rs in runs['spans'].items() if n in runs['joint']}
 
 def _after(record):
     _need(record, 'span_report', 'after')
