@@ -6,7 +6,7 @@
 __all__ = ['Choices', 'Allocation', 'allocate', 'Step', 'search', 'best', 'Point', 'Contest', 'Front', 'front_verdict', 'front',
            'search_items', 'default_budgets', 'random_choice', 'trained_model', 'run_allocation']
 
-# %% ../nbs/03c_allocation.ipynb #46850493
+# %% ../nbs/03c_allocation.ipynb #93757289
 import itertools, json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from .switching import PROFILES, Profile, calibrate_, switch_of, use_profile
 from .lora_routing import base_hash, load_switchable, read_switchable, save_switchable
 from .data import Encoded, Preset, encode, load_model, save_record
 from .joint_training import batch_rows
-from .profiles_eval import Cost, Interval, answer, em_f1, interval, per_token, profile_cost, verdict
+from .comparisons import Interval, interval, per_token
+from .profiles_eval import Cost, answer, em_f1, profile_cost, verdict
 from .study import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
 from .sensitivity import Meter, Sensitivity, bit_options, compact_profile, dropped, find_groups, highest, sensitivity, tolerance, total, uniform
 

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint',
            'make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #1683e1a3
+# %% ../nbs/08_cli.ipynb #211e13ba
 import argparse, logging, os, sys, traceback
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
@@ -27,6 +27,9 @@ from .exports import GGUF_DTYPES, export_float, export_gguf, export_torchao
 from .allocation import run_allocation
 from .spans import run_spans, span_reports
 from .experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
+from .cpt_study import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
+from .robustness import PLANS, TRAININGS, run_robustness
+from .defences import robustness_verdicts
 from .study import OBJECTIVES, POLICIES, calibration_batches, evaluations, fit, run_ablation, run_joint, study_data, study_model
 
 # %% ../nbs/08_cli.ipynb #5926104d
@@ -124,9 +127,17 @@ def _run(args):
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
     print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'progress'/preset.name/run/'model'}")
 
-# %% ../nbs/08_cli.ipynb #20dafd90
+# %% ../nbs/08_cli.ipynb #53372364
 def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
+def _given(**settings): return {k:v for k,v in settings.items() if v is not None}
+def _cpt(preset, args, say):
+    plan = CPT_PLANS.get(preset.name, CPTPlan())
+    cycle = replace(plan.cycle, **_given(cycles=args.cycles, b_min=args.b_min, b_max=args.b_max))
+    run_cpt(preset, args.out, replace(plan, cycle=cycle, **_given(steps=getattr(args, 'steps', None), questions=args.questions, arms=args.arms)), not args.quiet, say)
+def _robustness(preset, args, say):
+    plan = PLANS.get(preset.name, PLANS['tiny'])
+    run_robustness(preset, args.out, replace(plan, **_given(questions=args.questions)), args.trainings, args.checkpoint, not args.quiet, say)
 def _objectives(preset, args, say): run_objectives(preset, args.out, args.arms or ARMS, args.questions, args.mix, args.unseen, not args.quiet, say)
 def _calibration(preset, args, say): run_calibration(preset, args.out, args.mix, 2*args.unseen, args.questions, say)
 def _allocation(preset, args, say): run_allocation(preset, args.out, args.checkpoint, n_search=args.search_questions, n_score=args.questions or 300, w_bits=args.w_bits, a_bits=args.a_bits, evaluations=args.evaluations, f1=args.f1, progress=not args.quiet, say=say)
@@ -142,12 +153,15 @@ EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records o
     objectives  = (_objectives, _objectives_said),
     calibration = (_calibration, lambda preset, out: calibration_verdict(load_records(out, preset, 'calibration'))),
     allocation  = (_allocation, lambda preset, out: '\n'.join(f"{r['name']}, seed {r['seed']}, {of}: {v}" for r in load_records(out, preset, 'allocation') for of,v in r['verdicts'].items())),
-    spans       = (_spans, _spans_said))
+    spans       = (_spans, _spans_said),
+    cpt         = (_cpt, lambda preset, out: _told(cpt_verdicts(load_records(out, preset, 'cpt')))),
+    robustness  = (_robustness, lambda preset, out: _told(robustness_verdicts(load_records(out, preset, 'robustness')))))
 
 def _experiment(args):
-    preset,(run,told) = chosen_preset(args),EXPERIMENTS[args.experiment]
-    for seed in args.seeds: run(replace(preset, seed=seed), args, _say(args))
-    print(told(preset.name, args.out))
+    preset,several = chosen_preset(args),len(args.experiment)>1
+    for seed in args.seeds:
+        for e in args.experiment: EXPERIMENTS[e][0](replace(preset, seed=seed), args, _say(args))
+    for e in args.experiment: print(f'# {e}\n'*several+EXPERIMENTS[e][1](preset.name, args.out))
 
 # %% ../nbs/08_cli.ipynb #66d6658f
 def _train(args):
@@ -212,7 +226,7 @@ def _kernels(args):
     rows = [[n, d, 'yes' if k else 'no', why] for d in ('cpu', *['cuda']*torch.cuda.is_available()) for n in KERNELS for k,why in [try_kernel(n, d)]]
     print(text_table([['integer product','device','usable','why'], *rows]))
 
-# %% ../nbs/08_cli.ipynb #55168efa
+# %% ../nbs/08_cli.ipynb #0fb13ad3
 def _command(commands, name, do, help, examples):
     p = commands.add_parser(name, help=help, description=help, epilog='examples:\n  switchable-llm '+'\n  switchable-llm '.join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quiet', action='store_true', help='no progress on stderr')
@@ -240,16 +254,18 @@ def _add_jobs(commands):
     fit = _command(commands, 'train', _train, 'train the adapters of a base model and write a switchable checkpoint; run it again to go on where it was stopped',
                    ['train --preset tiny --out my-model', 'train --preset smollm2 --profiles bw4 bw8 --steps 500 --out smollm2-switchable'])
     fit.add_argument('--out', required=True, help='the checkpoint, a folder')
-    ex = _command(commands, 'experiment', _experiment, 'run one experiment of the study at several seeds; run it again to go on where it was stopped',
-                  ['experiment objectives --preset tiny --steps 200 --seeds 0 1 2 3 4', 'experiment calibration --preset tiny --seeds 0 1', 'experiment spans --preset smollm2 --data squad/'])
-    ex.add_argument('experiment', choices=list(EXPERIMENTS), help='which one')
+    ex = _command(commands, 'experiment', _experiment, 'run experiments of the study at several seeds; run it again to go on where it was stopped',
+                  ['experiment objectives --preset tiny --steps 200 --seeds 0 1 2 3 4', 'experiment cpt robustness --preset tiny --seeds 0 1 2 3 4', 'experiment spans --preset smollm2 --data squad/'])
+    ex.add_argument('experiment', nargs='+', choices=list(EXPERIMENTS), help='which ones; options that an experiment has no use for are not looked at')
     ex.add_argument('--seeds', type=int, nargs='+', default=[0], help='one run for each (default: 0); replaces --seed')
     ex.add_argument('--out', default='runs', help='folder of records and work in progress (default: runs)')
-    ex.add_argument('--arms', nargs='+', choices=list(ARMS), metavar='ARM', help=f"arms of `objectives` (default: all): {', '.join(ARMS)}")
+    ex.add_argument('--arms', nargs='+', choices=[*ARMS, *CPT_ARMS], metavar='ARM', help=f"arms of `objectives` (default: all): {', '.join(ARMS)}; of `cpt` (default: all, or what the preset has time for): {', '.join(CPT_ARMS)}")
     ex.add_argument('--questions', type=int, help="validation questions to score (default: all of the preset's)")
     ex.add_argument('--mix', nargs='+', default=['w4a4','w6a6','w8a8'], metavar='BITS', help='what mixed profiles that no training saw draw from (default: w4a4 w6a6 w8a8)')
     ex.add_argument('--unseen', type=int, default=4, help='how many of them (default: 4)')
-    ex.add_argument('--checkpoint', help="trained model of `allocation` (default: that of `run` below --out, or one trained now)")
+    for name,what in (('cycles','cycles in a training'), ('b-min','lowest width of a cycle'), ('b-max','highest width of a cycle')): ex.add_argument('--'+name, type=int, help=f'`cpt`: {what} (default: {getattr(CPTPlan().cycle, name.replace("-", "_"))})')
+    ex.add_argument('--trainings', nargs='+', choices=list(TRAININGS), default=['joint','rpt'], metavar='TRAINING', help=f"models that `robustness` attacks: {', '.join(TRAININGS)} (default: joint rpt)")
+    ex.add_argument('--checkpoint', help="trained model of `allocation` and `robustness` (default: that of `run` below --out, or one trained now)")
     ex.add_argument('--search-questions', type=int, default=128, help='training questions that `allocation` chooses by (default: 128)')
     ex.add_argument('--evaluations', type=int, default=24, help='profiles that each search of `allocation` measures (default: 24)')
     for k,what in (('w','weight'), ('a','activation')): ex.add_argument(f'--{k}-bits', type=int, nargs='+', metavar='BITS', help=f'{what} bits that `allocation` chooses from (default: all that the model has)')

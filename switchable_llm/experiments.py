@@ -7,7 +7,7 @@ __all__ = ['GATE_BUDGET', 'SETUPS', 'ARMS', 'GROUPS', 'CALIBRATIONS', 'step_cost
            'arm_steps', 'run_objectives', 'Comparison', 'compare_arms', 'objective_verdicts', 'gate_verdict',
            'default_arm', 'run_calibration', 'compare_calibrations', 'calibration_verdict']
 
-# %% ../nbs/03e_experiments.ipynb #fa08e8a9
+# %% ../nbs/03e_experiments.ipynb #e8f0d4af
 import copy, json, math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from .lora_routing import base_hash
 from .data import Preset, PRESETS, load_records, save_record
 from .joint_training import Objective, Policy, random_layers
 from .objectives import RangePenalty
-from .profiles_eval import Evaluation, Interval, evaluate, interval_over_seeds, perplexity, profile_cost, verdict
+from .comparisons import Interval, crossed_mean
+from .profiles_eval import Evaluation, evaluate, perplexity, profile_cost, verdict
 from .study import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model
 
 # %% ../nbs/03e_experiments.ipynb #fa122dd5
@@ -180,7 +181,7 @@ def _arm(record): return record['config']['arm']
 
 def _lean(s): return dict(profile=s.profile.to_dict(), cost=asdict(s.cost), em=list(s.em), f1=[round(x, 4) for x in s.f1], nll_answer=[round(x, 5) for x in s.nll_answer])
 
-# %% ../nbs/03e_experiments.ipynb #5490368b
+# %% ../nbs/03e_experiments.ipynb #0e89426c
 GROUPS = 'lowest','trained','unseen'
 
 def _is_baseline(record): return (a:=_arm(record))['policy']=='random_profile' and a['objective']=='cross_entropy' and a['setup']=='adapters'
@@ -227,9 +228,9 @@ def _compare(a, b, arm, baseline, group, score, at, level):
     first,other = a[seeds[0]],b[seeds[0]]
     if first['ids']!=other['ids']: raise ValueError(f"arms {arm!r} and {baseline!r} were scored on different questions")
     d = _matrix([a[s] for s in seeds], group, score)-_matrix([b[s] for s in seeds], group, score)
-    return Comparison(arm, group, at, interval_over_seeds(d, first['n_answer'] if score=='nll_answer' else None, level), baseline, first['bops_per_step']/other['bops_per_step'], len(seeds))
+    return Comparison(arm, group, at, crossed_mean(d, first['n_answer'] if score=='nll_answer' else None).interval(level), baseline, first['bops_per_step']/other['bops_per_step'], len(seeds))
 
-# %% ../nbs/03e_experiments.ipynb #717c3bcf
+# %% ../nbs/03e_experiments.ipynb #490225ef
 def _clear(cs, sign): return {c.arm:c.difference for c in cs if (c.difference.low>0 if sign>0 else c.difference.high<0)}
 def _listed(found): return ', '.join(f'`{n}` ({d.show()})' for n,d in sorted(found.items(), key=lambda i: i[1].value)) or 'none'
 
@@ -265,7 +266,7 @@ def gate_verdict(
         runs = [r for r in records if _arm(r)['setup']==f'gates_{per}']
         if not runs: out[f'Gates per {per}'] = 'Not decided: there is no record.'; continue
         draws = [n for n in runs[0]['scores'] if n.startswith('draw')]
-        d = interval_over_seeds([np.array(r['scores']['gated']['nll_answer'])-np.mean([r['scores'][n]['nll_answer'] for n in draws], axis=0) for r in runs], runs[0]['n_answer'])
+        d = crossed_mean([np.array(r['scores']['gated']['nll_answer'])-np.mean([r['scores'][n]['nll_answer'] for n in draws], axis=0) for r in runs], runs[0]['n_answer']).interval()
         bits,other = [r['scores']['gated']['cost']['w_bits'] for r in runs],np.mean([r['scores'][n]['cost']['w_bits'] for r in runs for n in draws])
         out[f'Gates per {per}'] = (f"They choose **{verdict(d, 'worse than chance', 'better than chance', 'no differently from chance, as far as this can tell')}**: {d.show()} nats per token of the answer against {len(draws)} random choices of {other:.2f} mean weight bits on the same adapters. "
                                    f"Realised mean: {np.mean(bits):.2f} bits, at most {max(bits):.2f}, for a budget of {GATE_BUDGET:g}; {_plural(len(runs), 'seed')}.")
@@ -279,7 +280,7 @@ def default_arm(
     worse = {n for g in GROUPS for n in _clear(equal[g], 1)}
     return min(((d.value,n) for n,d in _clear(equal['lowest'], -1).items() if n not in worse), default=(0., 'random_profile'))[1]
 
-# %% ../nbs/03e_experiments.ipynb #59f4d484
+# %% ../nbs/03e_experiments.ipynb #23813a17
 def run_calibration(
     preset:Preset,           # Model, questions, profiles; `act` needs to be 'per_tensor'
     out:str|Path='runs',     # Folder of records; work in progress goes below it too
@@ -322,7 +323,7 @@ def compare_calibrations(
     if not records: raise ValueError("records is empty: run_calibration makes them")
     total = lambda r,how: np.mean([w[f'nll_{score}'] for w in r['ways'][how].values()], axis=0)
     sizes = next(iter(records[0]['ways']['own'].values()))[f'n_{score}']
-    return {how:interval_over_seeds([total(r, how)-total(r, 'own') for r in records], sizes) for how in ('one set','switched')}
+    return {how:crossed_mean([total(r, how)-total(r, 'own') for r in records], sizes).interval() for how in ('one set','switched')}
 
 def calibration_verdict(
     records:Iterable[dict], # Records of `run_calibration`, of one preset

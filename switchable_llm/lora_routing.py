@@ -47,10 +47,11 @@ class LoRA(nn.Module):
 
     def extra_repr(self): return f'r={self.r}, alpha={self.alpha}'
 
-# %% ../nbs/01_lora_routing.ipynb #4c4f2bf1
+# %% ../nbs/01_lora_routing.ipynb #892b1b14
 def _by_bits(profile, bits): return 'float' if bits.w is None else str(bits.w)
 def _by_profile(profile, bits): return profile.name
-ROUTES = dict(bits=_by_bits, profile=_by_profile)
+def _shared(profile, bits): return 'float' if bits.w is None else 'shared'
+ROUTES = dict(bits=_by_bits, profile=_by_profile, shared=_shared)
 
 def adapter_keys(
     model:nn.Module, # A model after `make_switchable_`
@@ -71,11 +72,11 @@ def router(
                          f"call add_adapters_(model, [{key!r}]), or change the profile")
     return route
 
-# %% ../nbs/01_lora_routing.ipynb #05b8b292
+# %% ../nbs/01_lora_routing.ipynb #d63eac98
 def add_adapters_(
     model:nn.Module,                 # A model after `make_switchable_`; changed in place
     keys:Iterable[str]|None=None,    # Adapters of each layer; by default one for each weight width (or name) of the model's profiles
-    route:str='bits',                # How a layer finds its adapter: by its weight 'bits' or by the 'profile' name
+    route:str='bits',                # How a layer finds its adapter: by its weight 'bits', by the 'profile' name, or one 'shared' by all widths
     r:int=8,                         # Rank
     alpha:float=16,                  # Scaling is `alpha/r`
     dropout:float=0.05,              # Share of an adapter's inputs dropped in training

@@ -6,7 +6,7 @@
 __all__ = ['GROUPINGS', 'Meter', 'Group', 'find_groups', 'compact_profile', 'bit_options', 'Sensitivity', 'highest', 'uniform',
            'dropped', 'sensitivity', 'outliers', 'total', 'Tolerance', 'tolerance']
 
-# %% ../nbs/03b_sensitivity.ipynb #b342b3f1
+# %% ../nbs/03b_sensitivity.ipynb #53c8599a
 import hashlib, itertools, json
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -23,7 +23,8 @@ from .switching import SITES, Profile, Rule, Site, as_profile, switch_of, use_pr
 from .lora_routing import adapter_keys
 from .data import Encoded, collate
 from .joint_training import token_outputs, token_weights
-from .profiles_eval import Cost, Interval, batches_by_length, interval, per_token, profile_cost, scoring_mode
+from .comparisons import Interval, interval, per_token
+from .profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
 
 # %% ../nbs/03b_sensitivity.ipynb #c5576013
 def _blocks(model):   # the list of blocks that the sites' numbers count, or none
@@ -192,13 +193,13 @@ def compact_profile(
         if now[s.name]!=bits[s.name]: put(Rule(bits[s.name], glob=s.name))
     return Profile(name, default, tuple(rules))
 
-# %% ../nbs/03b_sensitivity.ipynb #b557ae9c
+# %% ../nbs/03b_sensitivity.ipynb #16a5c7b5
 def bit_options(
     model:nn.Module, # A model after `make_switchable_`
 )->tuple[list[int],list[int]]: # Weight bits and activation bits, ascending
     "Bits that every layer can have: weight bits of the adapters (without adapters, of the profiles), activation bits of the profiles."
     switch = switch_of(model)
-    if switch.route_name not in (None, 'bits'): raise ValueError(f"route={switch.route_name!r}: the adapters go by the profile's name, so no other profile finds them; add adapters with route='bits'")
+    if switch.route_name=='profile': raise ValueError(f"route={switch.route_name!r}: the adapters go by the profile's name, so no other profile finds them; add adapters with route='bits'")
     used = {b for n in switch.profiles for b,_ in switch.bound[n]}
     keys = [k for k in adapter_keys(model) if k.isdigit()]
     w,a = {int(k) for k in keys} or {b.w for b in used}-{None},{b.a for b in used}-{None}

@@ -7,7 +7,7 @@ __all__ = ['span_extraction', 'TASKS', 'Window', 'encode_windows', 'collate_wind
            'Extraction', 'pick_answers', 'extract', 'evaluate_spans', 'span_data', 'run_spans', 'TaskReport',
            'span_report', 'span_reports', 'plot_tasks']
 
-# %% ../nbs/03d_spans.ipynb #25ebc072
+# %% ../nbs/03d_spans.ipynb #632f9006
 import itertools, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from .lora_routing import base_hash, save_switchable
 from .data import Encoded, Preset, collate, load_squad, prompt_texts, save_record
 from .plots import _figure, _ink, _mark, _need, _rows, profile_style
 from .joint_training import Outputs, Task
-from .profiles_eval import Evaluation, Interval, _pad_id, _resolve, batches_by_length, interval_over_seeds, score_answers, scoring_mode, verdict
+from .comparisons import Interval, crossed_mean
+from .profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, verdict
 from .study import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model
 
 # %% ../nbs/03d_spans.ipynb #60ac23c3
@@ -245,7 +246,7 @@ def run_spans(
     save_record(record, out)
     return record
 
-# %% ../nbs/03d_spans.ipynb #e84578e7
+# %% ../nbs/03d_spans.ipynb #30d35e7a
 TASKS = ('generative','extractive')
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class TaskReport:
         return [['profile',*heads,'F1, extractive less generative','better'], *rows]
 
     @property
-    def caption(self)->str: return f"{self.questions} questions, {len(self.seeds)} seed{'s'*(len(self.seeds)>1)}; 95 % bootstrap intervals over {'both' if len(self.seeds)>1 else 'the questions'}."
+    def caption(self)->str: return f"{self.questions} questions, {len(self.seeds)} seed{'s'*(len(self.seeds)>1)}; 95 % intervals over {'both' if len(self.seeds)>1 else 'the questions'}."
     def _repr_markdown_(self):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self.table()]
         return '\n'.join([head, '|:--'+'|--:'*(len(self.table()[0])-1)+'|', *rows, '', f'*{self.caption}*'])
@@ -288,8 +289,8 @@ def span_report(
     names.sort(key=lambda n: (-g[seeds[0]][n].cost.w_bits, -g[seeds[0]][n].cost.a_bits))
     if len(ids := {t[s][n].ids for t in (g, e) for s in seeds for n in names})>1: raise ValueError("the records were scored on different questions: a paired comparison needs the same, in the same order")
     def values(t, n, k): return np.array([getattr(t[s][n], k) for s in seeds])
-    scores = {task:{n:{k:interval_over_seeds(values(t, n, k)) for k in ('em','f1')} for n in names} for task,t in zip(TASKS, (g, e))}
-    difference = {n:{k:interval_over_seeds(values(e, n, k)-values(g, n, k)) for k in ('em','f1')} for n in names}
+    scores = {task:{n:{k:crossed_mean(values(t, n, k)).interval(within=(0, 1)) for k in ('em','f1')} for n in names} for task,t in zip(TASKS, (g, e))}
+    difference = {n:{k:crossed_mean(values(e, n, k)-values(g, n, k)).interval() for k in ('em','f1')} for n in names}
     return TaskReport(scores, difference, len(ids.pop()), tuple(seeds))
 
 def span_reports(

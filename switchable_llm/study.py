@@ -7,7 +7,7 @@ __all__ = ['POLICIES', 'OBJECTIVES', 'study_model', 'study_data', 'calibration_b
            'range_terms', 'train_config', 'stage', 'check_single', 'run_name', 'run_joint', 'evaluations',
            'run_ablation']
 
-# %% ../nbs/03a_study.ipynb #d4560583
+# %% ../nbs/03a_study.ipynb #74b8cd34
 import copy, json, os
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -22,7 +22,8 @@ from .lora_routing import add_adapters_, base_hash, save_switchable
 from .data import Preset, PRESETS, collate, encode, environment, load_model, load_squad, save_record
 from .joint_training import Objective, Policy, Task, TrainConfig, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers, random_profile, train, with_highest
 from .objectives import Distillation, RangePenalty, Stability
-from .profiles_eval import Evaluation, evaluate, interval, perplexity
+from .comparisons import interval
+from .profiles_eval import Evaluation, evaluate, perplexity
 
 # %% ../nbs/03a_study.ipynb #7c368160
 def study_model(
@@ -57,7 +58,7 @@ def calibration_batches(
     lengths = tuple(map(task.length, data))
     return [task.collate([data[j] for j in batch_rows(lengths, preset.calibration_size, i, preset.seed)], pad_id) for i in range(preset.calibration)]
 
-# %% ../nbs/03a_study.ipynb #614fc89e
+# %% ../nbs/03a_study.ipynb #bfb602fa
 def _layer_bits(model, names): return dict.fromkeys(str(b) for n in names for b in switch_of(model).profiles[n].bits(switch_of(model).sites).values())
 
 POLICIES = dict(   # name -> (model, names of the profiles, seed) -> policy
@@ -93,16 +94,17 @@ def fit(
     model:nn.Module,          # Calibrated, without adapters; changed in place
     tokenizer,                # Of the model
     data:list,                # Training examples, as the task takes them
-    policy:str='random_profile', # One of `POLICIES`
+    policy:str|Callable='random_profile', # One of `POLICIES`, or like them: (model, names of the profiles, seed) -> policy
     objective:Objective=Objective(), # What is minimised
     task:Task=answering,      # What is learnt
     prepare:Callable=lambda model: None, # Called when the adapters are there: may set other things to be trained, and may return a context to train in
     checkpoint:str|Path|None=None, # Folder of the loop's checkpoints
     progress:bool=True,       # Show a bar
+    route:str='bits',         # How layers find their adapters, as `add_adapters_` takes it
 )->tuple[Policy,dict]: # The policy, and what `train` returned
     "Add adapters and train them on all profiles of the model."
-    make = chosen(POLICIES, policy, 'policy')
-    set_seed(preset.seed); add_adapters_(model, r=preset.r, alpha=preset.alpha, dropout=preset.dropout)
+    make = policy if callable(policy) else chosen(POLICIES, policy, 'policy')
+    set_seed(preset.seed); add_adapters_(model, route=route, r=preset.r, alpha=preset.alpha, dropout=preset.dropout)
     for l in switch_of(model).layers: l.adapters.float()   # on a bfloat16 base too: they learn in small steps
     if learns_ranges(preset): objective = replace(objective, terms=(*objective.terms, *range_terms(model)))
     around = prepare(model) or nullcontext()
