@@ -118,7 +118,7 @@ def stack_masks(
     "Masks of a batch that is filled on the right."
     return torch.tensor([list(m)+[False]*(length-len(m)) for m in masks])
 
-# %% ../nbs/05_adversarial.ipynb #4a6c2ba3
+# %% ../nbs/05_adversarial.ipynb #75b90300
 NORMS = 'linf','l2'
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class Attack:
         if self.norm not in NORMS: raise ValueError(f"norm={self.norm!r}: choose one of {', '.join(NORMS)}")
         if self.steps<0 or self.restarts<1: raise ValueError(f"steps={self.steps}, restarts={self.restarts}: needs 0 or more steps, 1 or more restarts")
 
-    def direction(self, g):   # steepest ascent
+    def _direction(self, g):   # steepest ascent
         return g.sign() if self.norm=='linf' else F.normalize(g, dim=-1, eps=1e-30)
-    def project(self, delta, size):   # back to within the radius
+    def _project(self, delta, size):   # back to within the radius
         if self.norm=='linf': return delta.clamp(-size, size)
         return delta*(size/delta.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
 
@@ -176,7 +176,7 @@ def row_scores(
     loss = F.cross_entropy(out.logits.float(), out.target, reduction='none')*out.weight
     return rows(loss).sum(1), rows((out.logits.argmax(-1)==out.target)|(out.weight==0)).all(1)
 
-# %% ../nbs/05_adversarial.ipynb #288b2aaa
+# %% ../nbs/05_adversarial.ipynb #88b63fce
 @dataclass(frozen=True)
 class Attacker:
     "At which precision gradients are taken."
@@ -197,13 +197,20 @@ class Attacker:
         "What a step runs."
         for j in range(self.draws): yield use_strategy(model, self.strategy, [f'attacker {k}' for k in keys], seed, j+self.draws*step*self.fresh)
 
-def white_box(profile:str)->Attacker:
+def white_box(
+    profile:str, # Its name
+)->Attacker: # Takes gradients there
     "Knows the profile."
     return Attacker(f'white_{profile}', strategy(f'fixed_{profile}'))
-def random_attacker(profiles:Iterable[str])->Attacker:
+def random_attacker(
+    profiles:Iterable[str], # What it draws from
+)->Attacker: # Takes gradients at its own draws
     "Draws a profile for each example, and keeps it."
     return Attacker('random', strategy('random_profile', profiles))
-def adaptive(defence:Strategy, draws:int=4)->Attacker:
+def adaptive(
+    defence:Strategy, # What the defender does
+    draws:int=4,      # Gradients that a step averages
+)->Attacker: # Takes mean gradients
     "Knows the strategy, and averages over its draws."
     return Attacker(f'adaptive_{defence.name}', defence, draws, True)
 
@@ -245,7 +252,7 @@ def perturbation(
 def _climb(attack, delta, size, loss):
     for i in range(attack.steps):
         with torch.enable_grad(): g, = torch.autograd.grad(loss(delta.requires_grad_(), i).sum(), delta)
-        delta = attack.project(delta.detach()+attack.step/attack.steps*size*attack.direction(g), size)
+        delta = attack._project(delta.detach()+attack.step/attack.steps*size*attack._direction(g), size)
     return delta
 
 @torch.no_grad()

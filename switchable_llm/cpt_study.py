@@ -213,19 +213,15 @@ def _by_arm(records):
     order = list(CPT_ARMS)
     return dict(sorted(out.items(), key=lambda i: order.index(i[0]) if i[0] in order else len(order)))
 
-# %% ../nbs/04a_cpt_study.ipynb #6bd481e7
-def _sum(findings):   # 'yes', 'in part', 'no', 'undecided'
-    verdicts = {f.verdict for f in findings if NO_ROOM not in f.claim or f.effect.low>0}
-    return next(word for word,hit in (('undecided', not verdicts), ('yes', verdicts=={'confirmed'}), ('in part', 'confirmed' in verdicts), ('no', verdicts=={'refuted'}), ('undecided', True)) if hit)
-
-def _listed(findings, verdict): return '; '.join(f'{f.claim} ({f.effect.show()})' for f in findings if f.verdict==verdict) or 'none'
+# %% ../nbs/04a_cpt_study.ipynb #a9dda3f0
+def _roomy(findings): return Findings(f for f in findings if NO_ROOM not in f.claim or f.effect.low>0)
 def _benefit(findings): return max((max(0., -f.effect.low) for f in findings), default=math.inf)   # of a loss
 
 def _said(findings, words):
     if not findings: return 'Not decided: there is no record.'
-    f = findings[0]
-    return (f"**{words[_sum(findings)]}** Confirmed: {_listed(findings, 'confirmed')}. Refuted: {_listed(findings, 'refuted')}. Undecided: {_listed(findings, 'undecided')}. "
-            f"No comparison leaves room for a benefit of more than {_benefit(findings):.2g} {f.unit}; {'one seed' if f.seeds==1 else f'{f.seeds} seeds'}, {f.examples} questions.")
+    f,roomy = findings[0],_roomy(findings)
+    full = f' At {len(findings)-len(roomy)} of {len(findings)} profiles the baseline leaves no room for a benefit.'*(len(roomy)<len(findings))
+    return (f"**{words[roomy.answer]}** {roomy.brief() if roomy else 'There is nothing to decide'}.{full} No comparison is compatible with a benefit of more than {_benefit(findings):.2g} {f.unit}; {'one seed' if f.seeds==1 else f'{f.seeds} seeds'}, {f.examples} questions.")
 
 _helps = {'yes':'Yes.', 'in part':'In part.', 'no':'No, not by an amount that matters.', 'undecided':'Not decided.'}
 _no_gain = {'yes':'It does not stand here.', 'in part':'It does not stand here throughout.', 'no':'It stands.', 'undecided':'Not decided.'}
@@ -238,7 +234,7 @@ def cpt_verdicts(
     "Whether cyclic precision helps, how large a benefit is left, and which earlier statements stand."
     records = list(records)
     f = {q:cpt_findings(records, q, margin=margin) for q in CPT_QUESTIONS}
-    steps,ops = ([x for x in f['static'] if (' = ' in x.claim)==matched] for matched in (False, True))
+    steps,ops = (Findings(x for x in f['static'] if (' = ' in x.claim)==matched) for matched in (False, True))
     return {'Against static precision, equal steps':_said(steps, _helps), 'Against static precision, equal bit-operations':_said(ops, _helps),
             'Against random precision, shared adapter':_said(f['random'], _helps), 'Against random precision, adapters by bits':_said(f['own_adapters'], _helps),
             'Cosine with restarts over per-layer profiles':_said(f['restarts'], _helps), 'With random precision at inference':_said(f['random_inference'], _helps),

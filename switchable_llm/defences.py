@@ -7,13 +7,13 @@ __all__ = ['THREATS', 'BASELINES', 'UNITS', 'threat_scores', 'defence_claim', 'd
            'robustness_verdicts', 'earlier_statements', 'transfer_claim', 'masking_claim', 'plot_transfer',
            'plot_radius', 'plot_typos']
 
-# %% ../nbs/05b_defences.ipynb #19e94de0
+# %% ../nbs/05b_defences.ipynb #19a0d806
 from typing import Iterable, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from .plots import figure_style, profile_style
-from .comparisons import VERDICTS, Claim, Findings, crossed_mean, decide, paired
+from .comparisons import Claim, Findings, crossed_mean, decide, paired
 from .robustness import middle
 
 # %% ../nbs/05b_defences.ipynb #e20899d7
@@ -105,15 +105,7 @@ def sanity_checks(
                      claim('an attack on the model itself does more harm than one made on the float model', ('pgd', mid, own), ('pgd', mid, 'white_float')),
                      claim('without a bound, at most 5 % of the answers are left', ('pgd', plan['unbounded'], own), None, 'right', .95) if plan['unbounded'] is not None else None])
 
-# %% ../nbs/05b_defences.ipynb #a033b04c
-def _told(findings):   # by verdict, with the effects that were seen, or would have been
-    if not findings: return 'Not decided: it was not run.'
-    groups = {v:[f for f in findings if f.verdict==v] for v in VERDICTS}
-    shown = lambda f: f"{f.claim} ({f.effect.show()} {f.unit})"
-    said = [f"**{v}**: {'; '.join(map(shown, fs))}" for v,fs in groups.items() if fs and v!='undecided']
-    if fs := groups['undecided']: said.append(f"**undecided**: {'; '.join(map(shown, fs))}; an effect of {max(f.detectable for f in fs):.2g} would have been seen in each")
-    return '; '.join(said)+'.'
-
+# %% ../nbs/05b_defences.ipynb #5b67939e
 def robustness_verdicts(
     records:Iterable[dict], # Records of `run_robustness`, of one preset; any arms
 )->dict[str,str]: # Question -> answer, in Markdown
@@ -122,15 +114,17 @@ def robustness_verdicts(
     for r in records: arms.setdefault(r['name'], []).append(r)
     joint = arms.get('joint', [])
     kinds = {'Typos':lambda t: t=='typos', 'FGSM and PGD':lambda t: t.split()[0] in ('fgsm','pgd','pgd_l2') and t.split()[1] in ('fixed','random'), 'Adaptive attacker':lambda t: 'adaptive' in t, 'Worst of all attacks':lambda t: 'worst' in t, 'Token flips':lambda t: t=='flips fixed'}
-    def told(who): return ' '.join(f'Against {BASELINES[b]}: {_told(fs)}' for b in BASELINES if (fs := defence_findings(joint, b, threats=[t for t in THREATS if who(t)]))) or _told(())
+    def told(who): return ' '.join(f'Against {BASELINES[b]}: {_said(fs)}' for b in BASELINES if (fs := defence_findings(joint, b, threats=[t for t in THREATS if who(t)]))) or _said(())
     out = {k:told(who) for k,who in kinds.items()}
-    if f1 := defence_findings(joint, 'highest', 'f1'): out['Typos'] += f' In F1: {_told(f1)}'
-    checks = sanity_checks(joint); failed = [f for f in checks if f.verdict!='confirmed']
-    out['FGSM and PGD'] += f" Of {len(checks)} sanity checks of the attacks {len(checks)-len(failed)} are confirmed" + (f"; not so: {_told(failed)}" if failed else '.')
-    return out | {'Random layers':_told(_layers(joint)), 'Training':_told(_training(arms))} | {k:_told([f]) for k,f in earlier_statements(joint).items()}
+    if f1 := defence_findings(joint, 'highest', 'f1'): out['Typos'] += f' In F1: {_said(f1)}'
+    if joint: out['FGSM and PGD'] += f' Sanity checks of the attacks: {sanity_checks(joint).brief()}.'
+    return out | {'Random layers':_said(_layers(joint)), 'Training':_said(_training(arms))} | {k:f'{Findings([f]).brief()}.' for k,f in earlier_statements(joint).items()}
+
+_helps = {'yes':'it helps', 'in part':'it helps in part', 'no':'it does not help', 'undecided':'not decided'}
+def _said(findings): return f'{_helps[findings.answer]}; {findings.brief()}.' if findings else 'Not decided: it was not run.'
 
 def _layers(joint):   # a draw for each layer against one for all
-    if not joint or not all(s in joint[0]['clean'] for s in ('random_layer','random_profile')): return ()
+    if not joint or not all(s in joint[0]['clean'] for s in ('random_layer','random_profile')): return Findings()
     return _decided(defence_claim(f'{t}: random layers help, compared with a random profile', joint, t, 'random_layer', 'random_profile') for t in ('clean','typos','pgd adaptive','pgd worst'))
 
 def _training(arms):   # adversarial training against joint training, and against attacks at one precision

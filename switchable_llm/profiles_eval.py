@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'scoring_mode', 'batches_by_length', 'Perplexity', 'perplex
            'profile_cost', 'ProfileScores', 'score_answers', 'Evaluation', 'evaluate', 'compare', 'verdict',
            'ppl_ratio']
 
-# %% ../nbs/03_profiles_eval.ipynb #d2ccd6c0
+# %% ../nbs/03_profiles_eval.ipynb #33209f8c
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from .data import Encoded, collate, encode
 from .quantizers import blocks
 from .switching import Profile, added_params, check_unique, switch_of, use_profile
-from .comparisons import Interval, interval, per_token
+from .comparisons import Interval, digits, interval, per_token
 
 # %% ../nbs/03_profiles_eval.ipynb #72776b18
 @contextmanager
@@ -273,7 +273,7 @@ def _score_profile(model, profile, tokenizer, items, prompts, examples, settings
         said = answer(model, tokenizer, prompts, max_new_tokens=settings['max_new_tokens'], tokens_per_batch=4*budget, progress=progress)   # one row of logits each: room for more
     return score_answers(model, profile, examples, said, vars(ppl), settings)
 
-# %% ../nbs/03_profiles_eval.ipynb #0149a2e3
+# %% ../nbs/03_profiles_eval.ipynb #9ecb8ee0
 def _unit(x): return next(((f,p) for f,p in ((1e12,'T'),(1e9,'G'),(1e6,'M')) if x>=f), (1e3,'k'))
 
 @dataclass(frozen=True, repr=False)
@@ -308,7 +308,7 @@ class Evaluation:
         lora,scores = any(c.adapter_bytes for c in costs),[k for k in SCORES if k in self.scores[0].summary]
         rows = [['profile','W bits','A bits',f'{m}B',*[f'LoRA {m}B']*lora,f'{o}BOPs/token',*(SCORES[k] for k in scores)]]
         for s,c in zip(self.scores, costs):
-            rows.append([s.profile.name, f'{c.w_bits:.3g}', f'{c.a_bits:.3g}', _digits(c.bytes/mem), *[_digits(c.adapter_bytes/mem)]*lora, _digits(c.bops/ops),
+            rows.append([s.profile.name, f'{c.w_bits:.3g}', f'{c.a_bits:.3g}', digits(c.bytes/mem), *[digits(c.adapter_bytes/mem)]*lora, digits(c.bops/ops),
                          *(s.summary[k].show(1 if 'ppl' in k else 100) for k in scores)])
         return rows
 

@@ -22,7 +22,7 @@ from .allocation import trained_model
 from .strategies import score_strategy, strategy, use_strategy
 from .adversarial import ATTACKS, adaptive, adversarial_task, allowed_tokens, distortion, flip_tokens, perturbation, random_attacker, row_scores, stack_masks, token_mask, white_box, with_typos
 
-# %% ../nbs/05a_robustness.ipynb #8648d599
+# %% ../nbs/05a_robustness.ipynb #f44b4243
 @dataclass(frozen=True)
 class Plan:
     "How much of the study is run."
@@ -60,7 +60,12 @@ def short_plan(
     "The middle radius, iterated attacks and one random strategy only."
     return replace(plan, strategies=('random_profile',), adaptive=('random_profile',), rates=(), attacks=('pgd',), radii=(middle(plan.radii),), unbounded=None, flips=())
 
-def middle(xs): return sorted(xs)[len(xs)//2]
+def middle(
+    xs:Iterable, # Numbers
+): # The one in the middle; the upper of two
+    "Which radius stands for all."
+    xs = sorted(xs)
+    return xs[len(xs)//2]
 
 def attackers(
     plan:Plan, # Says which profiles and strategies

@@ -64,7 +64,7 @@ def strategy(
     if name not in STRATEGIES: raise ValueError(f"strategy={name!r}: choose one of {', '.join(STRATEGIES)}, or fixed_ and the name of a profile")
     return Strategy(name, tuple(profiles), *STRATEGIES[name])
 
-# %% ../nbs/03g_strategies.ipynb #f26764f7
+# %% ../nbs/03g_strategies.ipynb #8f2bbb30
 class Drawn:
     "The draws of a batch, at work in the layers of a model."
     def __init__(self,
@@ -87,7 +87,7 @@ class Drawn:
         for k in self.rows: made[k] = made[k] if k in made else self.strategy.draw(k, positions, layers, self.seed, self.number)
         return torch.from_numpy(np.stack([made[k] for k in self.rows]))
 
-    def look(self, module, args, kwargs):   # before each pass: which rows and positions are coming
+    def _look(self, module, args, kwargs):   # before each pass: which rows and positions are coming
         x = next(t for t in (*args[:1], kwargs.get('input_ids'), kwargs.get('inputs_embeds')) if t is not None)
         if len(x)!=len(self.keys): raise ValueError(f"{len(self.keys)} keys for a batch of {len(x)} rows: needs one for each")
         if self.strategy.per!='token': return
@@ -127,7 +127,7 @@ def use_strategy(
 ): # Yields the `Drawn`
     "Choose precision by a strategy for the length of a `with` block; the live profile is not looked at."
     drawn = Drawn(model, strategy, keys, seed, number)
-    before,hook = drawn.switch.gate,getattr(model, 'base_model', model).register_forward_pre_hook(drawn.look, with_kwargs=True)
+    before,hook = drawn.switch.gate,getattr(model, 'base_model', model).register_forward_pre_hook(drawn._look, with_kwargs=True)
     try:
         drawn.switch.gate = drawn
         yield drawn

@@ -1,0 +1,139 @@
+"API documentation of the exported names, as Markdown: signature, docstring, and a table of parameters or fields."
+import ast, importlib, inspect, io, re, textwrap, tokenize
+from functools import cache
+
+from fastcore.docments import docments
+from nbdev.showdoc import BasicMarkdownRenderer
+from project import CFG, ROOT
+
+WIDTH = 96   # columns of a signature
+
+def module_name(path):
+    "The module that a notebook exports, or nothing."
+    found = re.search(r'"#\s*\|\s*default_exp\s+(\w+)', path.read_text(encoding='utf-8'))
+    return found and found[1]
+
+@cache
+def exported(module):
+    "Exported names of a module, in the order of its source: `{name: object}`."
+    mod = importlib.import_module(f"{CFG['lib_name']}.{module}")
+    return {n: getattr(mod, n) for n in mod.__all__}
+
+@cache
+def owners():
+    "Objects by exported name, over the whole library."
+    lib = ROOT/CFG['lib_path']
+    return {n: o for p in sorted(lib.glob('[!_]*.py')) for n,o in exported(p.stem).items()}
+
+# --- parts of an entry ----------------------------------------------------------------------------------------------
+
+def short(x, width=40):
+    "A default as it is written; a long one shortened."
+    text = x.__name__ if inspect.isclass(x) or inspect.isroutine(x) else repr(x)
+    return text if len(text)<=width else text[:width-1]+'…'
+
+def type_name(annotation):
+    "An annotation without the modules that its names come from."
+    if annotation is inspect.Parameter.empty: return ''
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])', '', text)
+
+def signature(name, f):
+    "`name(a, b=1)`, over several lines where it is long; the types stand in the table."
+    params = [p for p in inspect.signature(f).parameters.values() if p.name not in ('self','cls')]
+    args,star = [],False
+    for p in params:
+        if p.kind is p.KEYWORD_ONLY and not star: args.append('*')
+        star |= p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY)
+        mark = {p.VAR_POSITIONAL:'*', p.VAR_KEYWORD:'**'}.get(p.kind, '')
+        args.append(mark+p.name+('' if p.default is p.empty else f'={short(p.default)}'))
+    line = f"{name}({', '.join(args)})"
+    if len(line)<=WIDTH: return line
+    return f'{name}(\n' + textwrap.fill(', '.join(args), WIDTH, initial_indent='    ', subsequent_indent='    ', break_long_words=False) + '\n)'
+
+def fields(cls):
+    "Fields written in a class's body: `(name, type, default, comment)`."
+    source = textwrap.dedent(inspect.getsource(cls))
+    comments = {t.start[0]: t.string.lstrip('# ').strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type==tokenize.COMMENT}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith('_'):
+            yield node.target.id, ast.unparse(node.annotation), ast.unparse(node.value) if node.value else '', comments.get(node.end_lineno, '')
+
+def params(f):
+    "Parameters of a function and what it returns: `(name, type, default, comment)`."
+    f = inspect.unwrap(f)
+    notes = docments(f, returns=True)
+    sig = inspect.signature(f)
+    for p in sig.parameters.values():
+        if p.name not in ('self','cls'): yield p.name, type_name(p.annotation), '' if p.default is p.empty else short(p.default), notes.get(p.name) or ''
+    returned = type_name(sig.return_annotation)
+    if notes.get('return') or returned not in ('', 'None'): yield '**Returns**', returned, '', notes.get('return') or ''
+
+def table(rows):
+    "A Markdown table of parameters or fields, without columns that are empty."
+    code = lambda s: f'`{s}`' if s and not s.startswith('**') else s
+    rows = [(code(n), code(t), code(d), c.replace('|', '\\|') if '`' not in c else c) for n,t,d,c in rows]
+    columns = [i for i in range(4) if i in (0,3) or any(r[i] for r in rows)]
+    lines = [['', 'Type', 'Default', 'Meaning'], [':--']*4, *rows]
+    return '\n'.join('| '+' | '.join(r[i] for i in columns)+' |' for r in lines) if rows else ''
+
+def methods(cls):
+    "Public methods and properties written in a class, if they have a docstring."
+    for name,f in vars(cls).items():
+        f = getattr(f, '__func__', getattr(f, 'fget', None) or f)
+        if inspect.isfunction(f) and not name.startswith('_') and f.__doc__: yield name,f,isinstance(vars(cls)[name], property)
+
+def source_link(module, line):
+    return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{CFG['lib_path']}/{module}.py#L{line}){{.source-link}}"
+
+# --- an entry -------------------------------------------------------------------------------------------------------
+
+def entry(name, o, prop=False):
+    "Signature, docstring and table of a function, a method, a property or a class."
+    is_class = inspect.isclass(o)
+    rows = list(fields(o)) if is_class else list(params(o))
+    if is_class and not rows and inspect.isfunction(vars(o).get('__init__')): rows = [r for r in params(o.__init__) if not r[0].startswith('**')]
+    try: sig = name if prop else signature(name, o)
+    except ValueError: sig = name   # a class whose arguments nobody can list
+    doc = inspect.getdoc(o) or ''
+    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', re.sub(r'^(.+)', r'*\1*', doc, count=1), table(rows)]))
+
+def document(name, o, level=3):
+    "The whole entry of an exported name: heading, link to the source, and its public methods below it."
+    f = inspect.unwrap(o)
+    link = source_link(o.__module__.rpartition('.')[2], inspect.getsourcelines(f)[1])
+    parts = [f"{'#'*level} {name}\n\n{link}\n\n{entry(name, o)}"]
+    if inspect.isclass(o): parts += [f"{'#'*(level+1)} {name}.{m}\n\n{entry(f'{name}.{m}', f, prop)}" for m,f,prop in methods(o)]
+    return '\n\n'.join(parts)+'\n'
+
+class ApiDoc(BasicMarkdownRenderer):
+    "What `show_doc` puts on a page. It documents the module's object, whose source has the comments of fields too."
+    def _repr_markdown_(self):
+        o = owners().get(self.nm, self.sym)
+        return document(self.nm, o if self.nm in owners() else self.sym, self.title_level)
+
+# --- constants ------------------------------------------------------------------------------------------------------
+
+def assignments(module):
+    "Exported names that are assigned, not defined: `{name: (first line, source)}`."
+    path = ROOT/CFG['lib_path']/f'{module}.py'
+    text = path.read_text(encoding='utf-8')
+    lines,names = text.splitlines(),set(exported(module))
+    found = {}
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        for t in targets:
+            for n in (x.id for x in ast.walk(t) if isinstance(x, ast.Name) and x.id in names):
+                found[n] = node.lineno, '\n'.join(lines[node.lineno-1:node.end_lineno])
+    return found
+
+def constants(module, limit=16):
+    "Markdown of the values that a module exports: each with its source, a long one cut."
+    found = assignments(module)
+    if not found: return ''
+    parts = ['## Constants\n\nValues that this chapter exports besides its functions and classes.']
+    for name,(line,source) in found.items():
+        rows = [textwrap.shorten(r, 200, placeholder=' …') if len(r)>200 else r for r in source.splitlines()]
+        if len(rows)>limit: rows = rows[:limit-1]+['…']
+        parts.append(f'### {name}\n\n{source_link(module, line)}\n\n```python\n'+'\n'.join(rows)+'\n```')
+    return '\n\n'.join(parts)+'\n'
