@@ -16,7 +16,7 @@ from .plots import figure_style, profile_style
 from .comparisons import Claim, Findings, crossed_mean, decide, paired
 from .robustness import middle
 
-# %% ../nbs/05b_defences.ipynb #e20899d7
+# %% ../nbs/05b_defences.ipynb #de286e78
 THREATS = 'clean','typos','fgsm fixed','fgsm random','fgsm adaptive','pgd fixed','pgd random','pgd adaptive','pgd_l2 fixed','pgd_l2 random','pgd_l2 adaptive','flips fixed','flips adaptive','fgsm worst','pgd worst','pgd_l2 worst','flips worst'
 BASELINES = dict(mean='the mean of its fixed profiles', highest='the highest of them')
 UNITS = dict(nll='nats per token', right='of the answers', f1='F1')
@@ -27,7 +27,7 @@ def _found(record, threat, strategy, profile=None, radii=None):   # score dicts 
     if what=='typos': return [dict(t['scores'][strategy], nll=t['scores'][strategy]['nll_answer']) for t in record['typos'] if (t['rate']==0)==(who=='none')]
     plan = record['config']['plan']
     names = {f'white_{profile}'} if profile else {f'white_{p}' for p in plan['profiles']} if who=='fixed' else {'random'} if who=='random' else {f'adaptive_{strategy}'}
-    rows = record['flips'] if what=='flips' else [a for a in record['attacks'] if a['attack']==what and a['radius'] in (plan['radii'] if radii is None else radii)]
+    rows = record['flips'] if what=='flips' else [a for a in record['attacks'] if a['attack']==what and what in plan['attacks'] and a['radius'] in (plan['radii'] if radii is None else radii)]
     if who=='worst': return [_worst([a['scores'][strategy] for a in rows if a.get('radius', a.get('budget'))==x]) for x in dict.fromkeys(a.get('radius', a.get('budget')) for a in rows)]
     return [a['scores'][strategy] for a in rows if a['attacker'] in names]
 
@@ -84,7 +84,7 @@ def defence_findings(
     def equal(t, s): return baseline=='mean' and t in ('clean','typos') and s in ('random_profile','random_batch')
     return _decided(defence_claim(f'{t}: `{s}` helps', records, t, s, baseline, score) for t in threats for s in (records[0]['config']['plan']['strategies'] if records else ()) if not equal(t, s))
 
-# %% ../nbs/05b_defences.ipynb #923050f6
+# %% ../nbs/05b_defences.ipynb #c38da4fe
 def sanity_checks(
     records:Iterable[dict], # Records of one preset and arm
 )->Findings: # Those that could be made
@@ -92,8 +92,8 @@ def sanity_checks(
     records = list(records)
     if not records: return Findings()
     plan,own,target = records[0]['config']['plan'],f"white_{records[0]['highest']}",f"fixed_{records[0]['highest']}"
-    radii = sorted(plan['radii']); mid = middle(radii)
     made = {(a['attack'], a['radius'], a['attacker']):i for i,a in enumerate(records[0]['attacks'])}
+    radii,mid = sorted(r for a,r,w in made if (a, w)==('pgd', own) and r!=plan['unbounded']),middle(plan['radii'])
     noise = next((w for a,_,w in made if a=='noise'), None)
     def claim(text, worse, milder, score='nll', above=0.):   # that one attack does more harm than another; each (attack, radius, attacker), or None for clean
         if any(x and x not in made for x in (worse, milder)): return None

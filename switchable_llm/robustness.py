@@ -22,7 +22,7 @@ from .allocation import trained_model
 from .strategies import score_strategy, strategy, use_strategy
 from .adversarial import ATTACKS, adaptive, adversarial_task, allowed_tokens, distortion, flip_tokens, perturbation, random_attacker, row_scores, stack_masks, token_mask, white_box, with_typos
 
-# %% ../nbs/05a_robustness.ipynb #f44b4243
+# %% ../nbs/05a_robustness.ipynb #b09a3c71
 @dataclass(frozen=True)
 class Plan:
     "How much of the study is run."
@@ -33,7 +33,7 @@ class Plan:
     where:str='both'                 # Typos in 'question', 'context' or 'both'
     attacks:tuple[str,...]=('noise','fgsm','pgd','pgd_l2') # Of `ATTACKS`
     radii:tuple[float,...]=(.05,.1,.2) # Shares of the embedding norm
-    unbounded:float|None=2.          # A radius at which nothing should be left
+    unbounded:float|None=2.          # A radius at which nothing should be left; with it come the attacks that the sanity checks need, at the highest profile
     steps:int=5                      # Of iterated attacks
     restarts:int=1                   # Of iterated attacks
     adaptive:tuple[str,...]=('random_profile','random_layer') # Strategies that have an attacker of their own
@@ -47,7 +47,7 @@ class Plan:
 
 PLANS = dict(   # preset -> plan
     tiny=Plan(),
-    smollm2=Plan(questions=100, strategies=('random_profile','random_layer'), rates=(.1,), attacks=('pgd',), radii=(.1,), unbounded=None, steps=3, adaptive=('random_profile',), draws=2, repeats=2, flips=()))
+    smollm2=Plan(questions=80, strategies=('random_profile','random_layer'), rates=(.1,), attacks=('pgd',), radii=(.1,), steps=3, adaptive=('random_profile',), draws=2, repeats=2, flips=()))
 
 TRAININGS = dict(   # name of an arm -> (plan, highest profile) -> what is learnt
     joint        = lambda plan, highest: answering,
@@ -73,7 +73,7 @@ def attackers(
     "At each fixed profile; at the float one, which stands for a model that is not the attacked one; at random; and adaptive."
     return [*map(white_box, (*plan.profiles, 'float')), random_attacker(plan.profiles), *(adaptive(strategy(s, plan.profiles), plan.draws) for s in plan.adaptive)]
 
-# %% ../nbs/05a_robustness.ipynb #01c417bb
+# %% ../nbs/05a_robustness.ipynb #73b157d1
 class _Bench:
     "A model and its questions in batches."
     def __init__(self, model, tokenizer, questions, plan, preset):
@@ -180,10 +180,11 @@ def _run_arm(arm, preset, out, plan, checkpoint, progress, say):
     return record
 
 def _attacks(plan, highest):   # attack, radius, attacker; noise has no precision, and is made once
-    for a in plan.attacks:
-        for r in plan.radii:
-            for w in attackers(plan)[:1] if ATTACKS[a].steps==0 else attackers(plan): yield a, r, w
-    if plan.unbounded is not None: yield 'pgd', plan.unbounded, white_box(highest)
+    grid = [(a, r, w) for a in plan.attacks for r in plan.radii for w in (attackers(plan)[:1] if ATTACKS[a].steps==0 else attackers(plan))]
+    if plan.unbounded is None: return grid
+    own,mid = white_box(highest),middle(plan.radii)
+    checks = [('noise', mid, attackers(plan)[0]), ('fgsm', mid, own), *(('pgd', r, own) for r in (mid/2, 2*mid, plan.unbounded))]
+    return grid+[c for c in checks if c not in grid]
 
 def _flippers(plan): return [w for w in attackers(plan) if w.name not in ('white_float','random')]
 

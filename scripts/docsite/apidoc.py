@@ -86,17 +86,24 @@ def methods(cls):
 def source_link(module, line):
     return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{CFG['lib_path']}/{module}.py#L{line}){{.source-link}}"
 
+def rows_of(o):
+    "Rows of the table of a function or class: fields if it has any, else what it is called with."
+    if not inspect.isclass(o): return list(params(o))
+    if rows := list(fields(o)): return rows
+    return [r for r in params(o.__init__) if not r[0].startswith('**')] if inspect.isfunction(vars(o).get('__init__')) else []
+
+def documented(o):
+    "Names that the table of an object has to hold; other values have no table."
+    return [n for n,*_ in rows_of(o) if not n.startswith('**')] if inspect.isclass(o) or inspect.isroutine(inspect.unwrap(o)) else []
+
 # --- an entry -------------------------------------------------------------------------------------------------------
 
 def entry(name, o, prop=False):
     "Signature, docstring and table of a function, a method, a property or a class."
-    is_class = inspect.isclass(o)
-    rows = list(fields(o)) if is_class else list(params(o))
-    if is_class and not rows and inspect.isfunction(vars(o).get('__init__')): rows = [r for r in params(o.__init__) if not r[0].startswith('**')]
     try: sig = name if prop else signature(name, o)
     except ValueError: sig = name   # a class whose arguments nobody can list
     doc = inspect.getdoc(o) or ''
-    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', re.sub(r'^(.+)', r'*\1*', doc, count=1), table(rows)]))
+    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', re.sub(r'^(.+)', r'*\1*', doc, count=1), table(rows_of(o))]))
 
 def document(name, o, level=3):
     "The whole entry of an exported name: heading, link to the source, and its public methods below it."

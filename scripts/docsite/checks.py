@@ -1,0 +1,115 @@
+"What is wrong with the pages, as `page: problem` lines."
+import re
+from collections import Counter
+from urllib.parse import unquote
+from docsite import apidoc
+from docsite.pages import IMAGES, options
+from docsite.process import PROC
+from project import NBS
+
+import yaml
+
+# --- on the page ----------------------------------------------------------------------------------------------------
+
+_raw = re.compile(r'^:::.*|\{[#.][\w-]+[^}]*\}|(?<!\w)@(?:fig|tbl|eq|sec|lst)-[\w-]+|\$\$|#\|\s*[\w-]+:.*|\]\([^)\s]+\)|attachment:\S+', flags=re.M)
+_box = re.compile(r'^(?:Traceback \(most recent call last\)|<Figure size .*|[A-Z]\w+\((?:children|value|description|layout)=.*|<IPython\.\S+ object>|Output\(\)$)', flags=re.M)
+
+def prose(page):
+    "Text of a page outside code and formulas."
+    return ''.join(s for s in page.body.find_all(string=True) if not s.find_parent(['pre','code','math','script','style'])) + re.sub('<[^>]+>', '', page.description)
+
+def raw_marks(page):
+    "Markdown that was not understood, and outputs that are no more than a name in angle brackets."
+    for m in sorted(set(_raw.findall(prose(page)))): yield f'{page.name}: printed raw: {m}'
+    for pre in page.body.select('.cell-output pre, .cell-error pre'):
+        for m in _box.findall(pre.get_text()): yield f'{page.name}: an output shows nothing to a reader: {m[:60]}'
+    if page.body.select('.cell-error'): yield f'{page.name}: an output is an error'
+    if page.body.find('h1'): yield f'{page.name}: a second title: {page.body.h1.get_text()}; use ##'
+
+def references(page):
+    "References that lead nowhere on their page, which is where Quarto looks for them."
+    for c in page.body.select('span.citation'): yield f"{page.name}: no label {', '.join(c['data-cites'].split())}"
+
+def images(page):
+    "Images without a description or a file."
+    for i in page.body.find_all('img'):
+        if not i.get('alt', '').strip(): yield f"{page.name}: no fig-alt: {i['src']}"
+        if not re.match('data:|https?:', i['src']) and unquote(i['src']) not in page.files and not (PROC/unquote(i['src'])).is_file(): yield f"{page.name}: no file {i['src']}"
+
+# --- between pages --------------------------------------------------------------------------------------------------
+
+def ids(page): return [e['id'] for e in page.body.find_all(id=True)]
+
+def links(pages):
+    "Links within the site that lead nowhere."
+    there = {p.name: {*ids(p), 'main', ''} for p in pages}
+    for p in pages:
+        for href in sorted({a['href'] for a in p.body.find_all('a', href=True)}):
+            page,_,anchor = unquote(href).partition('#')
+            page = page or p.name
+            if re.match(r'[a-z][a-z0-9+.-]*:|//', href, flags=re.I): continue
+            if page in there:
+                if anchor not in there[page]: yield f'{p.name}: {href}: {page} has no #{anchor}; give it a heading, or show_doc it there'
+            elif page.startswith(('/','..')) or not (PROC/page).is_file(): yield f'{p.name}: no page or file for {href}'
+
+def labels(pages):
+    "Labels that two pages share, and identifiers that one page has twice."
+    where = {}
+    for p in pages:
+        for i,n in Counter(ids(p)).items():
+            if n>1: yield f'{p.name}: {n} times the identifier {i}'
+            if re.match('(fig|tbl|eq|lst)-', i): where.setdefault(i, []).append(p.name)
+    yield from (f"{', '.join(ps)}: share the label {i}" for i,ps in where.items() if len(ps)>1)
+
+# --- in the notebook ------------------------------------------------------------------------------------------------
+
+def cells(name, nb):
+    "Figures without label, caption or alt text; widgets without a static counterpart."
+    for c in nb.cells:
+        if c.cell_type!='code': continue
+        opts,source = options(c.source)
+        if opts.get('include') is False: continue
+        mimes = [set(o.get('data', {})) for o in c.get('outputs', [])]
+        first = next(iter(source.splitlines()), '')
+        if any(m & set(IMAGES) for m in mimes):
+            for k in ('label','fig-cap','fig-alt'):
+                if not str(opts.get(k, '')).strip() or k=='label' and not opts[k].startswith('fig-'): yield f'{name}: a figure needs #| {k}:{" fig-…" if k=="label" else ""}: {first}'
+        if any('widget-view' in t for m in mimes for t in m): yield f'{name}: a widget has no static counterpart; drop its output: {first}'
+
+# --- API documentation ----------------------------------------------------------------------------------------------
+
+def api_entry(page, name):
+    "Elements of a name's entry: from its heading to the next of its level or above."
+    h = next((h for h in page.body.find_all(['h2','h3','h4']) if h.get_text().strip()==name and h.get('id')), None)
+    if h is None: return None
+    found = [h]
+    for e in h.find_next_siblings():
+        if re.match('^h[1-6]$', e.name) and e.name<=h.name: break
+        found.append(e)
+    return found
+
+def api(pages):
+    "Exported names without documentation on their chapter's page, or with a parameter or field that it leaves out."
+    for p in pages:
+        module = apidoc.module_name(NBS/p.notebook)
+        for name,o in apidoc.exported(module).items() if module else []:
+            entry = api_entry(p, name)
+            if entry is None: yield f'{p.name}: {name} is not documented; show_doc it'; continue
+            cells = {td.get_text().strip() for e in entry for td in e.select('td:first-child')}
+            missing = [n for n in apidoc.documented(o) if n not in cells]
+            if missing: yield f"{p.name}: {name}: no word on {', '.join(missing)}"
+
+# --- all ------------------------------------------------------------------------------------------------------------
+
+def config(path):
+    "Settings of the site that its own words rely on."
+    fmt = yaml.safe_load(path.read_text(encoding='utf-8'))['format']['html']
+    if not {'light','dark'} <= set(fmt.get('theme', {})): yield f'{path.name}: needs a light and a dark theme'
+
+def problems(pages, notebooks):
+    "Everything that is wrong, for pages and the processed notebooks that they were made from."
+    for p in pages:
+        for f in (raw_marks, references, images): yield from f(p)
+    for f in (links, labels, api): yield from f(pages)
+    for name,nb in notebooks.items(): yield from cells(name, nb)
+    yield from config(NBS.parent/'_quarto.yml')

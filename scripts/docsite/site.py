@@ -1,0 +1,53 @@
+"The plain site: pages in a frame with navigation, search and two themes, in a folder that needs no server."
+import json, re
+from pathlib import Path
+from docsite.process import PROC, contents, html_name
+from project import CFG
+
+from jinja2 import Environment, FileSystemLoader
+
+ASSETS = Path(__file__).parent/'assets'
+
+def navigation():
+    "Chapters by part, as files of pages."
+    return [(part, [(html_name(n), text) for n,text in chapters]) for part,chapters in contents()]
+
+def frame(page, parts):
+    "The whole HTML of a page."
+    order = [('index.html', 'Start here'), *(c for _,chapters in parts for c in chapters)]
+    at = next((i for i,(f,_) in enumerate(order) if f==page.name), None)
+    before = order[at-1] if at else None
+    after = order[at+1] if at is not None and at+1<len(order) else None
+    site = dict(title=CFG['title'], repo=CFG['git_url'], branch=CFG['branch'], copyright=f"© {CFG['copyright']}", parts=parts)
+    template = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True).get_template('page.html')
+    return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after)
+
+def plain_text(e):
+    "Text of an element as search shows it: no code blocks, no TeX."
+    if e.name in ('pre','script','style'): return ''
+    text = e if isinstance(e, str) else ' '.join(s for s in e.find_all(string=True) if not s.find_parent(['pre','annotation','summary']))
+    return re.sub(r'\s+([.,;:!?)])', r'\1', re.sub(r'\s+', ' ', text)).strip()
+
+def sections(page):
+    "What search knows: `{page, title, href, text}` for the page and each of its sections."
+    now = dict(page=page.title, title=page.title, href=page.name, text=re.sub('<[^>]+>', '', page.description))
+    for e in page.body.find_all(True, recursive=False):
+        if e.name in ('h2','h3','h4') and e.get('id'):
+            yield now
+            now = dict(page=page.title, title=plain_text(e), href=f"{page.name}#{e['id']}", text='')
+        else: now['text'] = f"{now['text']} {plain_text(e)}".strip()
+    yield now
+
+def write(pages, folder):
+    "All pages, their figures and assets, and the search index."
+    parts = navigation()
+    folder.mkdir(parents=True)
+    for page in pages:
+        (folder/page.name).write_text(frame(page, parts), encoding='utf-8')
+        for path,data in page.files.items():
+            (folder/path).parent.mkdir(parents=True, exist_ok=True)
+            (folder/path).write_bytes(data)
+    index = json.dumps([s for p in pages for s in sections(p)], ensure_ascii=False, separators=(',',':'))
+    (folder/'search.js').write_text(f'window.SEARCH={index}\n', encoding='utf-8')
+    for asset in ('site.css','site.js'): (folder/asset).write_bytes((ASSETS/asset).read_bytes())
+    (folder/'styles.css').write_bytes((PROC/'styles.css').read_bytes())
