@@ -1,16 +1,45 @@
 """Execute notebooks and save their outputs in place: `execute_notebooks.py [NAME ...]`, by default all, in order.
 
 Cells that tests skip (`#| slow`, `#| gpu`, `#| eval: false`) are not run and keep the outputs they have. What a cell
-writes to stderr (progress bars, warnings with paths of this machine) is shown here and not saved. A notebook that fails
-is left as it was."""
-import os, subprocess, sys, time
+writes to stderr (progress bars, warnings with paths of this machine) is shown here and not saved, nor are widgets, which
+are empty boxes on a page. Figures are saved as SVG, with the same bytes each time; a large one as PNG. A notebook that
+fails is left as it was."""
+import os, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from project import NBS, ROOT, notebooks, offline_env, skipped
 
-CELL_TIMEOUT = 900   # seconds
+CELL_TIMEOUT = 900      # seconds
+LARGEST_SVG = 300_000   # bytes
+FONTS = ['DejaVu Sans', 'Verdana', 'Arial', 'Helvetica', 'sans-serif']   # a figure is laid out in the first; a reader's machine has one of them
+
+# How kernels draw: both formats, of which one is kept; text as text; identifiers and metadata without randomness or date;
+# on no background and in a grey that can be read on a light page and on a dark one.
+IPYTHON_CONFIG = """
+c.InlineBackend.figure_formats = {'svg', 'retina'}
+c.InlineBackend.print_figure_kwargs = dict(bbox_inches='tight', metadata=dict(Date=None, Creator=None))
+"""
+INK = ('text.color','axes.labelcolor','axes.titlecolor','axes.edgecolor','xtick.color','ytick.color','legend.edgecolor')
+MATPLOTLIB_CONFIG = '\n'.join(f'{k}: 7f7f7f' for k in INK) + f"""
+figure.facecolor: none
+axes.facecolor: none
+savefig.facecolor: none
+legend.framealpha: 0
+svg.fonttype: none
+svg.hashsalt: switchable_llm
+font.family: sans-serif
+font.sans-serif: {', '.join(FONTS)}
+"""
+
+def kernel_env(folder):
+    "Environment in which kernels have these settings, and none of this machine's user."
+    config,style = Path(folder)/'profile_default'/'ipython_kernel_config.py',Path(folder)/'matplotlibrc'
+    config.parent.mkdir(parents=True)
+    config.write_text(IPYTHON_CONFIG, encoding='utf-8')
+    style.write_text(MATPLOTLIB_CONFIG, encoding='utf-8')
+    return offline_env(IPYTHONDIR=str(folder), MATPLOTLIBRC=str(style))
 
 class Client(NotebookClient):
     "Runs the cells that tests run."
@@ -18,19 +47,29 @@ class Client(NotebookClient):
         if cell.cell_type!='code' or skipped(cell.source): return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
-def drop_stderr(nb):
-    "Take stderr out of the saved outputs and show it here."
+def is_widget(output): return any('widget-view' in mime for mime in output.get('data', {}))
+
+def drop_unsaved(nb):
+    "Take stderr, shown here instead, and widgets out of the saved outputs."
     for c in nb.cells:
-        for o in [o for o in c.get('outputs', []) if o.get('name')=='stderr']:
-            print(o.text.strip(), file=sys.stderr)
+        for o in [o for o in c.get('outputs', []) if o.get('name')=='stderr' or is_widget(o)]:
+            if not is_widget(o): print(o.text.strip(), file=sys.stderr)
             c.outputs.remove(o)
+    nb.metadata.pop('widgets', None)
+
+def one_format(nb):
+    "Of each figure keep the SVG, or the PNG where the SVG is large."
+    for o in (o for c in nb.cells for o in c.get('outputs', []) if 'image/svg+xml' in o.get('data', {})):
+        large = len(o.data['image/svg+xml'].encode())>LARGEST_SVG and 'image/png' in o.data
+        gone = 'image/svg+xml' if large else 'image/png'
+        o.data.pop(gone, None); o.metadata.pop(gone, None)
 
 def execute(path):
     "Run one notebook in `nbs/`, then save it whole, cleaned as `nbdev_clean` does."
     nb = nbformat.read(path, as_version=4)
     Client(nb, timeout=CELL_TIMEOUT, kernel_name='python3', resources={'metadata': {'path': str(NBS)}},
            extra_arguments=['--log-level=ERROR']).execute()
-    drop_stderr(nb)
+    drop_unsaved(nb); one_format(nb)
     tmp = path.with_name(f'.{path.stem}.tmp.ipynb')
     try:
         nbformat.write(nb, tmp)
@@ -39,7 +78,8 @@ def execute(path):
     finally: tmp.unlink(missing_ok=True)
 
 def main(names):
-    os.environ.update(offline_env())
+    home = tempfile.TemporaryDirectory()
+    os.environ.update(kernel_env(home.name))
     paths = [NBS/f'{Path(n).stem}.ipynb' for n in names] or notebooks()
     failed = []
     for p in paths:

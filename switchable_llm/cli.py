@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint',
-           'make_parser', 'main']
+           'write_page', 'make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #211e13ba
-import argparse, logging, os, sys, traceback
+# %% ../nbs/08_cli.ipynb #58e65c30
+import argparse, json, logging, os, sys, tempfile, traceback
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
 from dataclasses import fields, replace
+from importlib import import_module, util
 from pathlib import Path
 from fastcore.docments import docments
 from torch import nn
@@ -226,7 +227,34 @@ def _kernels(args):
     rows = [[n, d, 'yes' if k else 'no', why] for d in ('cpu', *['cuda']*torch.cuda.is_available()) for n in KERNELS for k,why in [try_kernel(n, d)]]
     print(text_table([['integer product','device','usable','why'], *rows]))
 
-# %% ../nbs/08_cli.ipynb #0fb13ad3
+# %% ../nbs/08_cli.ipynb #af099070
+def write_page(
+    folder:str|Path,        # Where to; Jupyter finds the kernel if `JUPYTER_PATH` begins with it
+    source:str='tiny',      # What to explore: a preset, a checkpoint, or a packed file
+    model:str|None=None,    # Its base model, if it is elsewhere
+)->Path: # The notebook
+    "Write the explorer's page: one cell, run by this Python."
+    here = lambda p: str(Path(p).resolve()) if p and Path(p).exists() and p not in PRESETS else p    # the page runs in another folder
+    cell = lambda i, source: dict(cell_type='code', id=f'cell{i}', metadata={}, outputs=[], execution_count=None, source=source)
+    kernel = Path(folder)/'kernels'/'switchable-llm'/'kernel.json'
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps(dict(argv=[sys.executable,'-m','ipykernel_launcher','-f','{connection_file}','--log-level=ERROR'], display_name='switchable-llm', language='python')))
+    page = Path(folder)/'switchable-llm.ipynb'
+    page.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='switchable-llm', display_name='switchable-llm', language='python')),
+                                    cells=[cell(0, f'from transformers.utils import logging\nfrom switchable_llm.widgets import explorer\nlogging.set_verbosity_error(); logging.disable_progress_bar()\nexplorer({here(source)!r}, {here(model)!r})')])))
+    return page
+
+def _explore(args):
+    if args.checkpoint and not Path(args.checkpoint).exists(): raise FileNotFoundError(f"{args.checkpoint}: missing; give what `train`, `run` or `freeze` wrote, or no checkpoint for --preset {args.preset}")
+    if missing := [m for m in ('voila','ipykernel') if not util.find_spec(m)]: raise ImportError(f"explore needs the package {missing[0]}: pip install 'switchable-llm[explore]'")
+    with tempfile.TemporaryDirectory() as tmp:
+        os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, [tmp, os.environ.get('JUPYTER_PATH')]))
+        page = write_page(tmp, args.checkpoint or args.preset, args.model)
+        _say(args)(f'http://localhost:{args.port}/ shows the explorer; Ctrl-C ends it')
+        options = [f'--port={args.port}', f'--theme={args.theme}', '--Voila.log_level=ERROR', *(['--no-browser'] if args.no_browser else [])]
+        import_module('voila.app').Voila.launch_instance(argv=[str(page), *options])
+
+# %% ../nbs/08_cli.ipynb #11663b87
 def _command(commands, name, do, help, examples):
     p = commands.add_parser(name, help=help, description=help, epilog='examples:\n  switchable-llm '+'\n  switchable-llm '.join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quiet', action='store_true', help='no progress on stderr')
@@ -241,6 +269,13 @@ def make_parser()->argparse.ArgumentParser: # The parser of `main`
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_jobs(commands); _add_checkpoints(commands); _add_profiles(commands)
     _command(commands, 'presets', _presets, 'show the settings of the presets', ['presets'])
+    page = _command(commands, 'explore', _explore, 'a page in the browser: switch profiles and set bits by hand, and see what changes', ['explore', 'explore my-model', 'explore my-model.safetensors --port 9000', 'explore --preset smollm2 --model SmolLM2-135M-Instruct.Q4_1.gguf'])
+    page.add_argument('checkpoint', nargs='?', help='a folder that `run` or `train` wrote, or a file that `freeze` wrote (default: the model of the preset, not trained)')
+    page.add_argument('--preset', choices=list(PRESETS), default='tiny', help='which model, if no checkpoint is given (default: tiny)')
+    page.add_argument('--model', help='where the base model is (default: as the preset or the checkpoint names it)')
+    page.add_argument('--port', type=int, default=8866, help='of the server on this machine (default: 8866)')
+    page.add_argument('--theme', choices=('light','dark'), default='light', help='of the page (default: light)')
+    page.add_argument('--no-browser', action='store_true', help='do not open a browser')
     _command(commands, 'kernels', _kernels, 'say which kernels run on this machine, and why others do not', ['kernels'])
     return parser
 

@@ -242,7 +242,7 @@ def cpt_verdicts(
             'Earlier: "no benefit over random switching" (bw4, bw6, bw8)':_said(f['fixed_cycle'], _no_gain),
             'Earlier: "alternating gives comparable or lower perplexity" (uniform8, mixed8648)':_said(f['alternation'], _as_good)}
 
-# %% ../nbs/04a_cpt_study.ipynb #53a3c4c1
+# %% ../nbs/04a_cpt_study.ipynb #625dccf8
 def plot_cpt_curves(
     records:Iterable[dict],  # Records of `run_cpt`, of one preset
     arms:Iterable[str]|None=None, # Names of arms, a curve each; by default all of the records that are not matched
@@ -258,27 +258,27 @@ def plot_cpt_curves(
         for a in arms:
             arm = runs[a][0]['config']['arm']
             ax,c = axs[0][routes.index(arm['route'])],f"C{list(SCHEDULES).index(arm['schedule'])}"   # one colour for a schedule in both panels
-            x,mean,half = _smooth(runs[a], window)
-            ax.plot(x, mean, c=c, lw=1.5, label=a.removesuffix(', bits'), gid=f'loss-{a}'); ax.fill_between(x, mean-half, mean+half, color=c, alpha=.15, lw=0)
-        for ax,route in zip(axs[0], routes): ax.set(title={'shared':'one adapter for all widths','bits':'an adapter for each width'}[route], xlabel='step'); ax.legend(fontsize=8)
-        _scale(axs[0], 'y')
-        axs[0][0].set(ylabel='training loss (nats per token)')
+            x,mean,low,high = _smooth(runs[a], window)
+            ax.plot(x, mean, c=c, lw=1.5, ls=_dashes[list(SCHEDULES).index(arm['schedule'])%4], label=a.removesuffix(', bits'), gid=f'loss-{a}'); ax.fill_between(x, low, high, color=c, alpha=.15, lw=0)
+        for ax,route in zip(axs[0], routes): ax.set(title={'shared':'one adapter for all widths','bits':'an adapter for each width'}[route], xlabel='step'); ax.legend(fontsize=8, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.2)); _scale(ax, 'y', True)
+        means = [y for ax in axs[0] for l in ax.lines for y in l.get_ydata()]
+        axs[0][0].set(ylabel='training loss (nats per token)', ylim=(min(means)/4, 4*max(means)))   # a band of few seeds may go further
     return fig
 
-def _scale(axs, which):   # logarithmic where a panel spans a decade, else few plain numbers
-    axes = [getattr(ax, f'{which}axis') for ax in axs]
-    if max(a.get_data_interval()[1]/max(a.get_data_interval()[0], 1e-9) for a in axes)>10:
-        for ax in axs: ax.set(**{f'{which}scale':'log'})
-    else:
-        for a in axes: a.set_major_locator(MaxNLocator(3))
+def _scale(ax, which, log):   # logarithmic, or few plain numbers
+    axis = getattr(ax, f'{which}axis')
+    if log: ax.set(**{f'{which}scale':'log'})
+    else: axis.set_major_locator(MaxNLocator(3)); axis.get_major_formatter().set_useOffset(False)
 
-def _smooth(runs, window):   # steps, mean over seeds, half the 95 % band
+_dashes = '-','--','-.',':'
+
+def _smooth(runs, window):   # steps, mean over seeds of the logarithm, and its 95 % band
     config = runs[0]['config']
     w = min(window or config['steps']//config['cycle']['cycles'], config['steps'])
     losses = np.array([[l for _,l,_,_ in r['training']['curve']] for r in runs])
-    y = np.array([np.convolve(l, np.full(w, 1/w), 'valid') for l in losses])
+    y = np.log(np.maximum([np.convolve(l, np.full(w, 1/w), 'valid') for l in losses], 1e-9))
     half = stats.t.ppf(.975, len(y)-1)*y.std(0, ddof=1)/math.sqrt(len(y)) if len(y)>1 else np.zeros(y.shape[1])
-    return np.arange(y.shape[1])+(w-1)/2, y.mean(0), half
+    return np.arange(y.shape[1])+(w-1)/2, *np.exp([y.mean(0), y.mean(0)-half, y.mean(0)+half])
 
 def plot_cpt_scores(
     records:Iterable[dict],   # Records of `run_cpt`, of one preset
@@ -288,7 +288,7 @@ def plot_cpt_scores(
     "Final scores of each arm and evaluation profile, with 95 % intervals over seeds and questions."
     runs,profiles,nll = _by_arm(records),list(profiles),score=='nll_answer'
     if not runs or not profiles: raise ValueError("records or profiles is empty: give at least one of each")
-    shown = (lambda i: np.exp(np.minimum(i, 20.))) if nll else lambda i: 100*np.array(i)
+    shown = (lambda i: np.exp(np.clip(i, 0., 20.))) if nll else lambda i: 100*np.clip(i, 0., 1.)   # what a mean can be
     with figure_style():
         fig,axs = plt.subplots(1, len(profiles), figsize=(2+1.9*len(profiles), 1+.26*len(runs)), layout='constrained', sharey=True, squeeze=False); plt.close(fig)
         for ax,p in zip(axs[0], profiles):
@@ -297,7 +297,7 @@ def plot_cpt_scores(
                 c = '#365E89' if 'cyclic' in a.split(' = ')[0] else '#A0703C'
                 ax.plot([low, high], [y, y], c=c, lw=1.5); ax.plot(v, y, 'o', c=c, ms=5, mfc='none' if '=' in a else c, gid=f'{p}-{a}')
             ax.set(title='random at inference' if p=='random' else p); ax.grid(axis='y', visible=False)
-        _scale(axs[0], 'x')
+            _scale(ax, 'x', nll and ax.dataLim.x1>10*ax.dataLim.x0)
         axs[0][0].set_yticks(range(len(runs)), runs); axs[0][0].set_ylim(len(runs)-.5, -.5)
         fig.supxlabel('perplexity of the answer' if nll else f'{score.upper()} (%)', color='#7f7f7f', fontsize=9)
     return fig

@@ -21,9 +21,9 @@ def exported(module):
 
 @cache
 def owners():
-    "Objects by exported name, over the whole library."
+    "Exported objects of the whole library by name and docstring: two modules may use a name."
     lib = ROOT/CFG['lib_path']
-    return {n: o for p in sorted(lib.glob('[!_]*.py')) for n,o in exported(p.stem).items()}
+    return {(n, inspect.getdoc(o)): o for p in sorted(lib.glob('[!_]*.py')) for n,o in exported(p.stem).items()}
 
 # --- parts of an entry ----------------------------------------------------------------------------------------------
 
@@ -56,13 +56,13 @@ def fields(cls):
     source = textwrap.dedent(inspect.getsource(cls))
     comments = {t.start[0]: t.string.lstrip('# ').strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type==tokenize.COMMENT}
     for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith('_'):
+        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith('_') and 'ClassVar' not in ast.unparse(node.annotation):
             yield node.target.id, ast.unparse(node.annotation), ast.unparse(node.value) if node.value else '', comments.get(node.end_lineno, '')
 
 def params(f):
     "Parameters of a function and what it returns: `(name, type, default, comment)`."
     f = inspect.unwrap(f)
-    notes = docments(f, returns=True)
+    notes = docments(f, returns=True, args_kwargs=True)
     sig = inspect.signature(f)
     for p in sig.parameters.values():
         if p.name not in ('self','cls'): yield p.name, type_name(p.annotation), '' if p.default is p.empty else short(p.default), notes.get(p.name) or ''
@@ -73,8 +73,8 @@ def table(rows):
     "A Markdown table of parameters or fields, without columns that are empty."
     code = lambda s: f'`{s}`' if s and not s.startswith('**') else s
     rows = [(code(n), code(t), code(d), c.replace('|', '\\|') if '`' not in c else c) for n,t,d,c in rows]
-    columns = [i for i in range(4) if i in (0,3) or any(r[i] for r in rows)]
-    lines = [['', 'Type', 'Default', 'Meaning'], [':--']*4, *rows]
+    columns = [i for i in range(4) if i==0 or any(r[i] for r in rows)]
+    lines = [['', 'Type', 'Default', 'Meaning'], [':'+'-'*n for n in (15, 15, 10, 40)], *rows]   # dashes: relative widths for Pandoc
     return '\n'.join('| '+' | '.join(r[i] for i in columns)+' |' for r in lines) if rows else ''
 
 def methods(cls):
@@ -109,15 +109,14 @@ def document(name, o, level=3):
     "The whole entry of an exported name: heading, link to the source, and its public methods below it."
     f = inspect.unwrap(o)
     link = source_link(o.__module__.rpartition('.')[2], inspect.getsourcelines(f)[1])
-    parts = [f"{'#'*level} {name}\n\n{link}\n\n{entry(name, o)}"]
-    if inspect.isclass(o): parts += [f"{'#'*(level+1)} {name}.{m}\n\n{entry(f'{name}.{m}', f, prop)}" for m,f,prop in methods(o)]
+    parts = [f"{'#'*level} {name} {{.api}}\n\n{link}\n\n{entry(name, o)}"]
+    if inspect.isclass(o): parts += [f"{'#'*(level+1)} {name}.{m} {{.api}}\n\n{entry(f'{name}.{m}', f, prop)}" for m,f,prop in methods(o)]
     return '\n\n'.join(parts)+'\n'
 
 class ApiDoc(BasicMarkdownRenderer):
     "What `show_doc` puts on a page. It documents the module's object, whose source has the comments of fields too."
     def _repr_markdown_(self):
-        o = owners().get(self.nm, self.sym)
-        return document(self.nm, o if self.nm in owners() else self.sym, self.title_level)
+        return document(self.nm, owners().get((self.nm, inspect.getdoc(self.sym)), self.sym), self.title_level)
 
 # --- constants ------------------------------------------------------------------------------------------------------
 
@@ -142,5 +141,5 @@ def constants(module, limit=16):
     for name,(line,source) in found.items():
         rows = [textwrap.shorten(r, 200, placeholder=' …') if len(r)>200 else r for r in source.splitlines()]
         if len(rows)>limit: rows = rows[:limit-1]+['…']
-        parts.append(f'### {name}\n\n{source_link(module, line)}\n\n```python\n'+'\n'.join(rows)+'\n```')
+        parts.append(f'### {name} {{.api}}\n\n{source_link(module, line)}\n\n```python\n'+'\n'.join(rows)+'\n```')
     return '\n\n'.join(parts)+'\n'

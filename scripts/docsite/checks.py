@@ -11,8 +11,8 @@ import yaml
 
 # --- on the page ----------------------------------------------------------------------------------------------------
 
-_raw = re.compile(r'^:::.*|\{[#.][\w-]+[^}]*\}|(?<!\w)@(?:fig|tbl|eq|sec|lst)-[\w-]+|\$\$|#\|\s*[\w-]+:.*|\]\([^)\s]+\)|attachment:\S+', flags=re.M)
-_box = re.compile(r'^(?:Traceback \(most recent call last\)|<Figure size .*|[A-Z]\w+\((?:children|value|description|layout)=.*|<IPython\.\S+ object>|Output\(\)$)', flags=re.M)
+_raw = re.compile(r':::.*|\{[#.][\w-]+[^}]*\}|\$\$|#\|\s*[\w-]+:.*|\]\([^)\s]+\)|attachment:\S+', flags=re.M)
+_box = re.compile(r'^(?:Traceback \(most recent call last\)|<Figure size .*|(?:[HV]Box|GridBox|Accordion|Tab|Output|HTML|Label|Text|Textarea|Button|Dropdown|Checkbox|Toggle\w+|(?:Bounded)?(?:Int|Float)\w*(?:Text|Slider|Progress)|Select\w*)\((?:children|value|description|layout|outputs)=.*|<IPython\.\S+ object>|Output\(\)$)', flags=re.M)
 
 def prose(page):
     "Text of a page outside code and formulas."

@@ -100,7 +100,11 @@ def markdown(name, nb, files):
 def pandoc(text):
     "HTML as a tree; Pandoc's warnings (a formula it cannot read, …) are errors."
     out = pypandoc.convert_text(text, 'html5', 'markdown', extra_args=['--mathml', '--wrap=none', '--fail-if-warnings'])
-    return BeautifulSoup(out, 'html.parser')
+    soup = BeautifulSoup(out, 'html.parser')
+    for box in soup.find_all('section'):   # a div that begins with a heading, whose identifier Pandoc moved here
+        box.name = 'div'
+        if head := box.find(re.compile('^h[1-6]$'), id=False, recursive=False): head['id'] = box.attrs.pop('id')
+    return soup
 
 def place_captions(soup):
     "Captioned cells become figures; a table's caption comes first."
@@ -179,9 +183,19 @@ def local_links(soup):
         if page.endswith('.ipynb') and ':' not in page: href = html_name(page)+hash+anchor
         a['href'] = href
 
+def space_functions(soup):
+    "Thin space around min, log, … which MathML sets tight."
+    for f in soup.find_all('mi', string=re.compile('^[a-z]{2,}$')):
+        while f.parent.name in ('munder','msub','msup','msubsup','munderover') or f.parent.name=='mrow' and f.parent.get_text()==f.get_text()+'\u2061': f = f.parent
+        before,after = f.find_previous_sibling(True),f.find_next_sibling(True)
+        if before is not None and before.name!='mo': f.insert_before(soup.new_tag('mspace', width='0.17em'))
+        if after is not None and after.name!='mo': f.insert_after(soup.new_tag('mspace', width='0.17em'))
+
 def tidy(soup):
-    "Wide tables scroll; headings link to themselves; empty anchors of code lines go."
-    for t in soup.find_all('table'): t.wrap(soup.new_tag('div', attrs={'class': 'table'}))
+    "Wide tables and figures scroll; headings link to themselves; empty anchors of code lines go."
+    for c in soup.find_all('colgroup'): c.decompose()
+    for t in soup.find_all('table'): t.wrap(soup.new_tag('div', attrs={'class': 'scroll'}))
+    for i in soup.select('figure img'): i.wrap(soup.new_tag('div', attrs={'class': 'scroll'}))
     for a in soup.select('a[aria-hidden][href^="#cb"]'): a.decompose()
     for e in soup.select('[id^=cb]'): del e['id']
     for h in soup.find_all(re.compile('^h[2-4]$'), id=True):
@@ -200,18 +214,19 @@ class Page:
 
     @property
     def toc(self):
-        "Headings: `(level, id, HTML)`."
+        "Headings: `(classes, id, HTML)`."
         for h in self.body.find_all(['h2','h3'], id=True):
             if h.find_parent(class_='panel-tabset'): continue
-            yield int(h.name[1]), h['id'], ''.join(str(c) for c in h.contents if getattr(c, 'get', lambda k: None)('class')!=['anchor'])
+            yield f"level-{h.name[1]}{' api' if 'api' in h.get('class', []) else ''}", h['id'], ''.join(str(c) for c in h.contents if getattr(c, 'get', lambda k: None)('class')!=['anchor'])
 
 def inline(text): return str(pandoc(text).p.decode_contents()) if text else ''
 
 def make_page(name, nb):
     "One page from a processed notebook."
     meta,files = split_front_matter(nb)[0],{}
-    soup = pandoc(markdown(name, nb, files))
+    try: soup = pandoc(markdown(name, nb, files))
+    except RuntimeError as e: raise RuntimeError(f'{name}: {e}') from None
     place_captions(soup); mark_equations(soup)
     resolve(soup, number(soup))
-    for step in (callouts, tabs, local_links, tidy): step(soup)
+    for step in (callouts, tabs, local_links, space_functions, tidy): step(soup)
     return Page(html_name(name), name, str(meta.get('title', name)), inline(str(meta.get('description', '') or '')), soup, files)

@@ -9,7 +9,7 @@ PROC = ROOT/'_proc'
 
 # The parts of the sidebar, and how the names of their notebooks begin.
 PARTS = [('Quantized layers', ('00',)), ('Adapters, data, figures', ('01',)), ('Training', ('02',)), ('Evaluation and allocation', ('03',)),
-         ('Cyclic precision', ('04',)), ('Robustness', ('05',)), ('The report', ('06_',)), ('Serving', ('06a','06b','07')), ('Tools', ('08','09'))]
+         ('Cyclic precision', ('04',)), ('Robustness', ('05_','05a','05b')), ('The report', ('05c','05d','05e','06_')), ('Serving', ('06a','06b','07')), ('Tools', ('08','09'))]
 
 def html_name(name):
     "File of a notebook's page, as nbdev names it."
@@ -52,13 +52,16 @@ def read_pages():
     "Processed notebooks, by name: `{'00_quantizers.ipynb': nb}`."
     return {p.name: nbformat.read(PROC/p.name, as_version=4) for p in notebooks()}
 
-def add_constants():
-    "nbdev documents functions and classes; the other exported values come at the end of a page."
+_link_in_link = re.compile(r'\[\[(`[^`]+`)\]\([^)]+\)\]\(([^)]+)\)')
+
+def finish():
+    "What nbdev leaves to do: exported values that are no function or class, and names that it linked inside a link."
     for name,nb in read_pages().items():
         module = apidoc.module_name(NBS/name)
-        if module and (text := apidoc.constants(module)):
-            nb.cells.append(nbformat.v4.new_markdown_cell(text, id='constants'))
-            nbformat.write(nb, PROC/name)
+        if module and (text := apidoc.constants(module)): nb.cells.append(nbformat.v4.new_markdown_cell(text, id='constants'))
+        for c in nb.cells:
+            if c.cell_type=='markdown': c.source = _link_in_link.sub(r'[\1](\2)', c.source)
+        nbformat.write(nb, PROC/name)
 
 def process():
     "Run nbdev's processors over the notebooks into `_proc`."
@@ -71,4 +74,4 @@ def process():
     write_sidebar()
     get_config().d['renderer'] = 'docsite.apidoc.ApiDoc'
     proc_nbs(n_workers=0)
-    add_constants()
+    finish()

@@ -23,18 +23,20 @@ def frame(page, parts):
     return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after)
 
 def plain_text(e):
-    "Text of an element as search shows it: no code blocks, no TeX."
+    "Text of an element as search shows it: no code blocks, no TeX, no links to sources."
     if e.name in ('pre','script','style'): return ''
-    text = e if isinstance(e, str) else ' '.join(s for s in e.find_all(string=True) if not s.find_parent(['pre','annotation','summary']))
+    if e.select('.source-link'): return ''
+    text = ' '.join(s for s in e.find_all(string=True) if not s.find_parent(['pre','annotation','summary']))
     return re.sub(r'\s+([.,;:!?)])', r'\1', re.sub(r'\s+', ' ', text)).strip()
 
 def sections(page):
     "What search knows: `{page, title, href, text}` for the page and each of its sections."
-    now = dict(page=page.title, title=page.title, href=page.name, text=re.sub('<[^>]+>', '', page.description))
+    short = page.title.partition(':')[0]
+    now = dict(page=short, title=page.title, href=page.name, text=re.sub('<[^>]+>', '', page.description))
     for e in page.body.find_all(True, recursive=False):
         if e.name in ('h2','h3','h4') and e.get('id'):
             yield now
-            now = dict(page=page.title, title=plain_text(e), href=f"{page.name}#{e['id']}", text='')
+            now = dict(page=short, title=plain_text(e), href=f"{page.name}#{e['id']}", text='')
         else: now['text'] = f"{now['text']} {plain_text(e)}".strip()
     yield now
 

@@ -8,7 +8,8 @@ $('theme').onclick = () => {
   try { localStorage.setItem('theme', root.dataset.theme) } catch {}
 }
 $('menu').onclick = e => e.currentTarget.setAttribute('aria-expanded', $('sidebar').classList.toggle('open'))
-$('sidebar').querySelector('[aria-current]')?.scrollIntoView({block: 'nearest'})
+const side = $('sidebar'), here = side.querySelector('[aria-current]')
+if (here) side.scrollTop = here.offsetTop - side.clientHeight / 2
 
 for (const set of document.querySelectorAll('.panel-tabset')) {
   const panels = [...set.querySelectorAll(':scope > .tab')], list = make('div', {className: 'tab-list', role: 'tablist'})
@@ -50,8 +51,10 @@ function find(query) {
   }).filter(Boolean).sort((a, b) => b.score - a.score).slice(0, 12)
 }
 function excerpt(text, q) {
-  const at = Math.max(0, text.toLowerCase().search(new RegExp('(?<![\\p{L}\\p{N}])' + q, 'u'))), from = Math.max(0, at - 50), el = make('small')
-  el.append((from ? '…' : '') + text.slice(from, at), make('mark', {textContent: text.slice(at, at + q.length)}), text.slice(at + q.length, at + 110) + '…')
+  const at = text.toLowerCase().search(new RegExp('(?<![\\p{L}\\p{N}])' + q, 'u')), from = Math.max(0, at - 50), el = make('small')
+  if (at < 0) el.append(text.slice(0, 150))
+  else el.append((from ? '…' : '') + text.slice(from, at), make('mark', {textContent: text.slice(at, at + q.length)}), text.slice(at + q.length, at + 110))
+  if (text.length > from + 150) el.append('…')
   return el
 }
 async function search() {
@@ -63,7 +66,7 @@ async function search() {
   const hits = find(query)
   box.replaceChildren(...hits.map(({s}) => {
     const a = make('a', {href: s.href})
-    a.append(make('strong', {textContent: s.title}), s.title === s.page ? '' : ' · ' + s.page, excerpt(s.text, words(query)[0]))
+    a.append(make('strong', {textContent: s.title}), s.title.startsWith(s.page) ? '' : ' · ' + s.page, excerpt(s.text, words(query)[0]))
     return a
   }))
   if (!hits.length) box.append(make('p', {textContent: `Nothing found for “${query}”.`}))

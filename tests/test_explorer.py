@@ -1,0 +1,189 @@
+"The explorer as a person meets it: the command, its server, and its page in a real browser, without a network."
+import importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, time
+from pathlib import Path
+import pytest
+from switchable_llm.cli import main, write_page
+
+def browser_path():
+    "A Chromium or Chrome of this machine: `BROWSER_PATH`, or the first on the path."
+    names = 'chromium chromium-browser google-chrome google-chrome-stable chrome'.split()
+    return os.environ.get('BROWSER_PATH') or next(filter(None, map(shutil.which, names)), None)
+
+def missing():
+    "What keeps a browser from being driven here, or nothing."
+    lacking = [m for m in ('voila','ipykernel','playwright') if not importlib.util.find_spec(m)]
+    return f"{', '.join(lacking)} is not installed: pip install -e '.[dev]'" if lacking else '' if browser_path() else 'no browser is installed: apt-get install chromium'
+
+CODE = 'import sys\nfrom switchable_llm.cli import main\nsys.exit(main(sys.argv[1:]))'
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+class Server:
+    "`switchable-llm explore` on a port of its own, ended with what it started."
+    def __init__(self, folder, env, *argv):
+        self.port,self.log = free_port(),folder/'server.log'
+        with open(self.log, 'w') as f:
+            self.process = subprocess.Popen([sys.executable, '-c', CODE, 'explore', *map(str, argv), '--port', str(self.port), '--no-browser'],
+                                            cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+    def __enter__(self):
+        deadline = time.time()+120
+        while time.time()<deadline and self.process.poll() is None:
+            with socket.socket() as s:
+                if s.connect_ex(('127.0.0.1', self.port))==0: return self
+            time.sleep(.2)
+        self.__exit__()
+        raise AssertionError(f'the server did not start:\n{self.text()}')
+    def text(self): return self.log.read_text()
+    def interrupt(self):
+        "Ctrl-C; the exit status."
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(30)
+    def __exit__(self, *_):
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try: os.killpg(self.process.pid, sign)   # the kernel too
+            except ProcessLookupError: break
+            try: self.process.wait(5)
+            except subprocess.TimeoutExpired: pass
+
+def test_without_voila_the_command_says_what_to_install(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name=='voila' else find(name, *a))
+    assert main(['explore'])==1
+    err = capsys.readouterr().err
+    assert "pip install 'switchable-llm[explore]'" in err and err.count('\n')==1
+
+def test_a_missing_checkpoint_ends_before_a_server_starts(capsys):
+    assert main(['explore', 'nowhere'])==1
+    err = capsys.readouterr().err
+    assert err.startswith('error: nowhere: missing') and err.count('\n')==1
+    assert main(['explore', '--preset', 'huge'])==2
+
+def test_the_page_is_a_notebook_of_this_python(tmp_path, monkeypatch):
+    "It runs elsewhere, so that what lies here is named in full."
+    monkeypatch.chdir(tmp_path)
+    Path('mine.safetensors').touch()
+    page = json.loads(write_page('page', 'mine.safetensors', 'some/model').read_text())
+    code = ''.join(page['cells'][0]['source'])
+    assert repr(str(tmp_path/'mine.safetensors')) in code and "'some/model'" in code
+    kernel, = Path('page/kernels').glob('*/kernel.json')
+    assert json.loads(kernel.read_text())['argv'][0]==sys.executable and page['metadata']['kernelspec']['name']==kernel.parent.name
+    assert "explorer('tiny', None)" in write_page('other').read_text()
+
+needs_browser = pytest.mark.skipif(bool(missing()), reason=missing())
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=browser_path(), args=['--no-sandbox'])
+        yield b
+        b.close()
+
+class Page:
+    "The explorer's page, by what a person sees."
+    def __init__(self, browser, port):
+        self.page,self.asked = browser.new_page(viewport=dict(width=1280, height=1400)),[]
+        self.page.route('**/*', lambda route: route.continue_() if route.request.url.startswith((f'http://localhost:{port}/', 'data:', 'blob:')) else (self.asked.append(route.request.url), route.abort()))
+        self.page.set_default_timeout(60_000)
+        self.page.goto(f'http://localhost:{port}/')
+        self.page.wait_for_selector('.sl-table', timeout=120_000)
+    def wait(self, test, what):
+        "Until `test()`; the time that took."
+        start = time.time()
+        while not test():
+            assert time.time()-start<60, f'waited for {what}; the page says: {self.message()}'
+            self.page.wait_for_timeout(20)
+        return time.time()-start
+    def message(self): return self.page.locator('.sl-done, .sl-error').first.inner_text()
+    def table(self):
+        "Profile -> the other cells of its row, by their heads."
+        rows = self.page.locator('.sl-table').first.evaluate('t => [...t.rows].map(r => [...r.cells].map(c => c.innerText.replace(/\\s+/g, " ").trim()))')
+        return {r[0]:dict(zip(rows[0][1:], r[1:])) for r in rows[1:]}
+    def toggle(self, name): self.page.get_by_role('button', name=name, exact=True).click()
+    def field(self, label): return self.page.get_by_label(label, exact=True)
+    def write(self, label, text): self.field(label).fill(text); self.field(label).press('Tab')
+    def seconds(self, name): return float(re.search(rf'\b{name} took ([\d.]+) s', self.message())[1])
+
+@needs_browser
+def test_the_page_in_a_browser(browser, child_env, tmp_path):
+    "Toggles, questions, the grid, mistakes, training: every step reads the numbers that changed."
+    with Server(tmp_path, child_env) as server:
+        p = Page(browser, server.port)
+        assert list(p.table())==['float','bw4','bw8','w2a8'] and p.table()['float']['KL to float, prompt']=='0'
+        # a toggle adds a row, in under half a second on the side of the model; another takes one away
+        p.toggle('bw6')
+        p.wait(lambda: 'bw6' in p.table(), 'bw6')
+        assert p.seconds('bw6')<.5
+        kl = {n:float(r['KL to float, prompt']) for n,r in p.table().items()}
+        assert kl['float']==0<kl['bw8']<kl['bw6']<kl['bw4']<kl['w2a8']
+        assert [p.table()[n]['weight bits'] for n in ('float','bw8','bw6','bw4','w2a8')]==['16','8','6','4','2']
+        p.toggle('bw4')
+        p.wait(lambda: 'bw4' not in p.table(), 'bw4 to go')
+        # another question: other numbers
+        before = p.table()
+        p.write('Question', 'What is the job of Mupi?')
+        p.wait(lambda: p.table()!=before, 'the new question')
+        assert list(p.table())==list(before) and p.table()['float']['answer']!=before['float']['answer']
+        # a cell of the grid: a profile by hand
+        p.field('mlp_out, layers 0').select_option('w8a8')
+        p.wait(lambda: 'grid' in p.table(), 'the grid')
+        assert 2<float(p.table()['grid']['weight bits'])<8 and p.seconds('grid')<.5
+        p.write('Set all cells to', 'w5a7')
+        p.wait(lambda: p.table()['grid']['weight bits']=='5', 'five bits')
+        assert p.table()['grid']['activation bits']=='7'
+        # mistakes are messages, and what was shown stays
+        before = p.table()
+        for label,wrong,word in (('Question', '', 'question is empty'), ('Context', '   ', 'context is empty'), ('Set all cells to', 'w99', 'w=99'), ('Layer ranges', '0-9', 'blocks 0 to 3')):
+            old = p.field(label).input_value()
+            p.write(label, wrong)
+            p.wait(lambda: word in p.message(), word)
+            assert p.page.locator('.sl-error').count()==1 and p.table()==before
+            p.write(label, old or 'w5a7')
+            p.wait(lambda: p.page.locator('.sl-error').count()==0 or old==wrong, 'the message to go')
+        # odd texts
+        p.write('Context', 'Žofie — 索菲 — <img src=x onerror=alert(1)> lives in Tarito. $x$ '*200)
+        p.wait(lambda: 'left out' in p.message() and 'unknown' in p.message(), 'the notes')
+        assert list(p.table())==list(before)
+        # a checkpoint that is not there
+        p.field('Model').select_option(label='a checkpoint or packed file')
+        p.write('Folder or file', 'nowhere/model')
+        p.page.get_by_role('button', name='Load', exact=True).click()
+        p.wait(lambda: 'no such file or folder' in p.message(), 'no such file')
+        assert list(p.table())==list(before)
+        # adapters, trained while the page is open
+        p.field('Example').select_option(index=2)
+        p.write('Steps', '5')
+        p.page.get_by_role('button', name='Train adapters', exact=True).click()
+        p.page.get_by_text('adapters trained for 5 steps').wait_for()
+        p.wait(lambda: 'took' in p.message(), 'the trained model')
+        # every control has a name, every picture a text; nothing of Python's shows; nothing was asked of a network but Voilà's own icons
+        assert p.page.evaluate('[...document.querySelectorAll(".sl-app input, .sl-app select, .sl-app textarea")].filter(e => !(e.labels?.length && e.labels[0].innerText.trim())).length')==0
+        assert p.page.evaluate('[...document.querySelectorAll(".sl-app img")].filter(e => !e.alt || !e.naturalWidth).length')==0
+        body = p.page.locator('body').inner_text()
+        assert 'Traceback' not in body and 'Error' not in body.replace('Error of the layers', '') and 'Loading weights' not in body
+        assert all('fontawesome' in u for u in p.asked), p.asked
+        p.page.close()
+        assert 'Traceback' not in server.text(), server.text()
+        assert server.interrupt()==0 and 'Traceback' not in server.text(), server.text()
+
+@needs_browser
+def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
+    "It has no float weights: the page says so, and compares with the profile of the most bits."
+    monkeypatch.chdir(tmp_path)
+    train = '--act per_token --steps 2 --batch-size 2 --train-n 20 --calibration 1 --profiles bw4 bw8 --out mine'
+    assert main(['train', '--quiet', '--model', str(toy_folder), *train.split()])==0
+    assert main(['freeze', 'mine', '--out', 'mine.safetensors'])==0
+    with Server(tmp_path, child_env, 'mine.safetensors') as server:
+        p = Page(browser, server.port)
+        assert set(p.table())=={'bw8','bw4'} and p.table()['bw8']['largest layer error, %']=='–'
+        p.field('Show').select_option(index=0)
+        p.page.get_by_text('no float weights, so the error').wait_for()
+        # a checkpoint, in the page that is open
+        p.write('Folder or file', str(tmp_path/'mine'))
+        p.page.get_by_role('button', name='Load', exact=True).click()
+        p.wait(lambda: 'float' in p.table(), 'the checkpoint')
+        p.page.close()
+        assert 'Traceback' not in server.text()

@@ -1,0 +1,212 @@
+"The site: what notebooks become, what the check sees, how figures are saved, what a browser shows."
+import base64, inspect, json, shutil, sys
+from pathlib import Path
+import nbformat, pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'scripts'))
+from docsite import apidoc, checks, pages, process, readme, site
+import execute_notebooks
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><text>a</text></svg>'
+PNG = base64.b64encode(b'\x89PNG').decode()
+
+def cell(source, *outputs): return new_code_cell(source, outputs=[o if 'output_type' in o else new_output('display_data', data=o) for o in outputs])
+
+def figure(label='fig-a', cap='What *is* drawn', alt='Two lines', data=None, more=''):
+    options = [f'#| {k}: {json.dumps(v)}' for k,v in [('label', label), ('fig-cap', cap), ('fig-alt', alt)] if v]
+    return cell('\n'.join(options)+f'\n{more}plot()', data or {'image/svg+xml': SVG, 'text/plain': '<Figure size 640x480>'})
+
+def page(*cells, name='00_page.ipynb'):
+    "A page from cells; strings are Markdown."
+    head = new_raw_cell('---\ntitle: A page\ndescription: What it `finds`\n---')
+    nb = new_notebook(cells=[head, *(new_markdown_cell(c) if isinstance(c, str) else c for c in cells)])
+    return pages.make_page(name, nb)
+
+def problems(*cells, name='00_page.ipynb'):
+    nb = new_notebook(cells=[new_markdown_cell(c) if isinstance(c, str) else c for c in cells])
+    p = pages.make_page(name, nb)
+    return [*checks.raw_marks(p), *checks.references(p), *checks.images(p), *checks.links([p]), *checks.labels([p]), *checks.cells(name, nb)]
+
+# --- a page ---------------------------------------------------------------------------------------------------------
+
+def test_title_and_description_come_from_the_front_matter():
+    p = page('Text')
+    assert p.title=='A page' and p.description=='What it <code>finds</code>' and p.name=='page.html'
+
+def test_figures_are_numbered_captioned_and_described():
+    p = page('As @fig-b shows, and @fig-a.', figure(), figure('fig-b', 'Other', 'Bars'))
+    figs = p.body.find_all('figure')
+    assert [f['id'] for f in figs]==['fig-a','fig-b']
+    assert [f.figcaption.get_text(strip=False).strip() for f in figs]==['Figure 1. What is drawn', 'Figure 2. Other']
+    assert [f.img['alt'] for f in figs]==['Two lines','Bars'] and figs[0].em.string=='is'
+    assert [(a['href'], a.string) for a in p.body.p.find_all('a')]==[('#fig-b', 'Figure\xa02'), ('#fig-a', 'Figure\xa01')]
+    assert p.files=={'page_files/fig-a.svg': SVG.encode(), 'page_files/fig-b.svg': SVG.encode()}
+
+def test_tables_and_equations_are_numbered():
+    table = cell('#| label: tbl-x\n#| tbl-cap: "Scores"\n#| echo: false\ntable()', {'text/markdown': '| a |\n|---|\n| 1 |', 'text/plain': 'x'})
+    p = page('See @tbl-x, @tbl-y and @eq-z.', table, '| b |\n|--|\n| 2 |\n\n: More {#tbl-y}\n', '$$ x = \\max_i y_i $$ {#eq-z}')
+    assert [a.string for a in p.body.p.find_all('a')]==['Table\xa01', 'Table\xa02', 'Equation\xa01']
+    assert [f.figcaption.get_text().strip() for f in p.body.find_all('figure')]==['Table 1. Scores', 'Table 2. More']
+    assert p.body.find(id='eq-z').math is not None and p.body.find(id='eq-z').find(class_='number').string=='(1)'
+    assert 'table()' not in p.body.get_text() and '{#' not in p.body.get_text()
+
+@pytest.mark.parametrize('option,shown', [('echo: false', False), ('echo: true', True), ('code-fold: true', True), ('include: false', False)])
+def test_cell_options(option, shown):
+    p = page(cell(f'#| {option}\ncompute()', new_output('stream', text='done')))
+    assert ('compute()' in p.body.get_text())==shown
+    assert ('done' in p.body.get_text())==(option!='include: false')
+    assert (p.body.details is not None)==(option=='code-fold: true') and '#|' not in p.body.get_text()
+
+def test_tabs_and_callouts():
+    p = page('::: {.panel-tabset}\n\n### bw4\n\nfour\n\n### bw8\n\neight\n\n:::\n\n::: {.callout-note}\n## Heed\n\nthis\n:::')
+    assert [(t.h3.get_text(strip=True), t.p.string) for t in p.body.select('.panel-tabset > .tab')]==[('bw4','four'), ('bw8','eight')]
+    assert p.body.aside.find(class_='callout-title').string=='Heed' and ':::' not in p.body.get_text() and not list(p.toc)
+
+def test_links_between_notebooks_and_to_the_site_are_local():
+    p = page(f'[a](00_quantizers.ipynb#bits) [b]({pages.SITE}/plots.html) [c](https://example.org/x.ipynb)')
+    assert [a['href'] for a in p.body.find_all('a')]==['quantizers.html#bits', 'plots.html', 'https://example.org/x.ipynb']
+
+def test_an_output_may_hold_backticks_and_markup():
+    p = page(cell('f()', new_output('stream', text='```\n<b> *x* {#y} :::')))
+    assert p.body.select_one('.cell-output pre').get_text().strip()=='```\n<b> *x* {#y} :::'
+    assert not problems(cell('f()', new_output('stream', text='@fig-x {#y} :::')))
+
+def test_no_formula_is_silently_dropped():
+    with pytest.raises(RuntimeError): page('$\\nosuchmacro{x}$ and $\\frac{1$')
+
+def test_search_knows_sections_without_code():
+    p = page('First\n\n## Bits: how many\n\nWidths count.\n\n```python\nsecret\n```', '### Other\n\n$$ a_b $$')
+    found = list(site.sections(p))
+    assert [s['href'] for s in found]==['page.html', 'page.html#bits-how-many', 'page.html#other']
+    assert found[1]['text']=='Widths count.' and found[1]['title']=='Bits: how many' and 'a_b' not in found[2]['text']
+
+# --- what the check sees --------------------------------------------------------------------------------------------
+
+def test_a_good_page_has_no_problem():
+    assert not problems('See @fig-a and [below](#more), `@fig-x`, `{#id}`.', figure(), '## More\n\n[API](https://example.org)')
+
+@pytest.mark.parametrize('bad,word', [
+    (['@fig-none'], 'no label fig-none'), (['[x](#nowhere)'], '#nowhere'), (['[x](no_such.ipynb)'], 'no page or file'), (['![](missing.png)'], 'fig-alt'),
+    (['![A](missing.png)'], 'no file'), (['text {#sec-x}'], 'printed raw: {#sec-x}'), (['a\n:::'], 'printed raw: :::'), (['# Two titles'], 'second title'),
+    ([figure(alt='')], 'fig-alt'), ([figure(cap='')], 'fig-cap'), ([figure(label='')], 'label'), ([figure(label='plot')], 'label'),
+    ([figure(), figure()], 'identifier fig-a'), ([cell('w', {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'VBox()'})], 'widget'),
+    ([cell('w', {'text/plain': "VBox(children=(Text(value=''),))"})], 'shows nothing'), ([cell('f', {'text/plain': '<Figure size 640x480 with 1 Axes>'})], 'shows nothing'),
+    ([cell('f', new_output('stream', text='Traceback (most recent call last):\n…'))], 'shows nothing'),
+    ([cell('f', new_output('error', ename='E', evalue='v', traceback=['Traceback (most recent call last)']))], 'is an error')])
+def test_the_check_sees(bad, word): assert any(word in p for p in problems(*bad)), problems(*bad)
+
+def test_an_unclosed_box_is_seen():
+    with pytest.raises(RuntimeError, match='(?is)00_page.*unclosed'): page('::: {.callout-note}\nopen')
+
+def test_labels_are_unique_over_the_site():
+    a,b = page(figure(), name='00_a.ipynb'),page(figure(), name='01_b.ipynb')
+    assert any('share the label fig-a' in p for p in checks.labels([a, b]))
+
+def test_dead_anchors_between_pages_are_seen():
+    a,b = page('[x](01_b.ipynb#there) [y](01_b.ipynb#gone)', name='00_a.ipynb'),page('## There', name='01_b.ipynb')
+    assert [p for p in checks.links([a, b])]==['a.html: b.html#gone: b.html has no #gone; give it a heading, or show_doc it there']
+
+# --- API documentation ----------------------------------------------------------------------------------------------
+
+MODULES = sorted(p.stem for p in (ROOT/'switchable_llm').glob('[!_]*.py'))
+
+@pytest.mark.parametrize('module', MODULES)
+def test_every_exported_name_has_an_entry_with_its_parameters(module):
+    values = apidoc.assignments(module)
+    for name,o in apidoc.exported(module).items():
+        if name in values: assert f'### {name} ' in apidoc.constants(module); continue
+        text = apidoc.document(name, o)
+        assert text.startswith(f'### {name} ') and inspect.getdoc(o).splitlines()[0] in text, name
+        empty = [n for n,_,_,note in apidoc.rows_of(o) if not note and n!='**Returns**']
+        assert not empty, f'{name}: no comment on {empty}'
+        assert all(f'| `{n}` |' in text for n in apidoc.documented(o)), name
+
+def test_the_check_sees_a_name_or_a_parameter_without_documentation():
+    o = apidoc.exported('quantizers')
+    def written(names): return pages.make_page('00_quantizers.ipynb', new_notebook(cells=[new_markdown_cell(apidoc.document(n, o[n])) for n in names]+[new_markdown_cell(apidoc.constants('quantizers'))]))
+    names = [n for n in o if n not in apidoc.assignments('quantizers')]
+    assert not list(checks.api([written(names)]))
+    assert any('quantize is not documented' in p for p in checks.api([written([n for n in names if n!='quantize'])]))
+    p = written(names)
+    next(td for td in p.body.find_all('td') if td.get_text()=='qp').string = ''
+    assert any('no word on qp' in x for x in checks.api([p]))
+
+def test_entries_of_the_three_kinds_of_values():
+    from switchable_llm.quantizers import Bits
+    assert 'Weight bits' in apidoc.document('Bits', Bits) and '#### Bits.parse' in apidoc.document('Bits', Bits)
+    assert "| `how` | `str` | `'a|b'` | a \\| b |" in apidoc.table([('how', 'str', "'a|b'", 'a | b')])
+    long = pages.pandoc(apidoc.table([('how', 'int | None', '1', 'a | b'), ('x', 'int', '2', 'words '*40)]))
+    assert [td.get_text() for td in long.find_all('td')][:4]==['how', 'int | None', '1', 'a | b']
+
+def test_a_link_inside_a_link_is_undone():
+    assert process._link_in_link.sub(r'[\1](\2)', '[[`Task`](https://e.org/#task)](a.html#task)')=='[`Task`](a.html#task)'
+
+# --- README ---------------------------------------------------------------------------------------------------------
+
+def test_readme_is_plain_markdown_with_its_pictures():
+    nb = new_notebook(cells=[new_raw_cell('---\ntitle: T\ndescription: D\n---'), new_markdown_cell('<!-- W -->'), new_markdown_cell('See @fig-a. [ch](00_quantizers.ipynb)'),
+                             figure(more='#| echo: false\n'), new_markdown_cell('::: {.callout-note}\n## Head {.x}\n:::'), cell('1+1', {'text/plain': '2'})])
+    files = readme.make(nb)
+    text = files['README.md'].decode()
+    assert text.startswith('# T\n\nD\n\nSee Figure 1. [ch](nbs/00_quantizers.ipynb)\n\n![Two lines](index_files/fig-a.svg)\n\n*What ')
+    assert '## Head\n' in text and ':::' not in text and 'plot()' not in text and '```\n2\n```' in text and files['index_files/fig-a.svg']==SVG.encode()
+
+# --- figures in notebooks -------------------------------------------------------------------------------------------
+
+def test_of_two_formats_the_small_svg_or_the_png_stays():
+    big = SVG+'<!-- '+'x'*execute_notebooks.LARGEST_SVG+' -->'
+    nb = new_notebook(cells=[cell('f', {'image/svg+xml': s, 'image/png': PNG, 'text/plain': 'F'}) for s in (SVG, big)])
+    execute_notebooks.one_format(nb)
+    assert [sorted(c.outputs[0].data) for c in nb.cells]==[['image/svg+xml','text/plain'], ['image/png','text/plain']]
+
+def test_widgets_and_stderr_are_not_saved(capsys):
+    nb = new_notebook(cells=[cell('f', {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'VBox()'}, new_output('stream', name='stderr', text='bar'), {'text/plain': '2'})], metadata={'widgets': {}})
+    execute_notebooks.drop_unsaved(nb)
+    assert [o.data for o in nb.cells[0].outputs]==[{'text/plain': '2'}] and 'widgets' not in nb.metadata and 'bar' in capsys.readouterr().err
+
+def test_a_figure_is_svg_with_text_and_the_same_bytes_twice(tmp_path, monkeypatch):
+    code = "import matplotlib.pyplot as plt\nwith plt.rc_context({'font.size': 9}):\n    fig,ax = plt.subplots(); ax.plot([1, 2], label='words'); ax.legend(); ax.set_xlim(0, 1)"
+    for k,v in execute_notebooks.kernel_env(tmp_path/'home').items(): monkeypatch.setenv(k, v)
+    monkeypatch.delenv('MPLBACKEND', raising=False)
+    def drawn():
+        nb = new_notebook(cells=[cell(code)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'p', 'language': 'python'}})
+        execute_notebooks.Client(nb, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
+        execute_notebooks.one_format(nb)
+        return next(o.data['image/svg+xml'] for o in nb.cells[0].outputs if 'image/svg+xml' in o.get('data', {}))
+    svg = drawn()
+    assert 'words</text>' in svg and 'sans-serif' in svg and '<dc:date>' not in svg and drawn()==svg
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+@pytest.fixture
+def browser():
+    if not CHROMIUM: pytest.skip('no Chromium is installed')
+    sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    with sync.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        yield b
+        b.close()
+
+def test_theme_search_and_tabs_work_from_files(browser, tmp_path, monkeypatch):
+    (tmp_path/'proc').mkdir(); (tmp_path/'proc/styles.css').write_text('')
+    monkeypatch.setattr(site, 'PROC', tmp_path/'proc')
+    tabset = '## Precision\n\nRounding words\n\n::: {.panel-tabset}\n\n### bw4\n\nfour\n\n### bw8\n\neight\n\n:::'
+    site.write([page('Start', name='index.ipynb'), page(tabset, figure(), name='00_quantizers.ipynb')], tmp_path/'docs')
+    context,errors = browser.new_context(color_scheme='dark', offline=True),[]
+    tab = context.new_page()
+    tab.on('pageerror', lambda e: errors.append(str(e)))
+    tab.goto((tmp_path/'docs/index.html').as_uri())
+    back = lambda: tab.evaluate('getComputedStyle(document.body).backgroundColor')
+    dark = back(); tab.click('#theme')
+    assert dark!=back()=='rgb(255, 255, 255)'
+    tab.fill('#search', 'round'); tab.click('#found a')
+    assert tab.url.endswith('quantizers.html#precision') and back()=='rgb(255, 255, 255)'   # the choice holds
+    assert tab.locator('text=four').is_visible() and not tab.locator('text=eight').is_visible()
+    tab.click('role=tab[name=bw8]')
+    assert tab.locator('text=eight').is_visible() and not tab.locator('text=four').is_visible()
+    tab.fill('#search', 'nothing like it'); tab.wait_for_selector('text=Nothing found')
+    assert not errors
