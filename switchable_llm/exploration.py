@@ -7,7 +7,7 @@ __all__ = ['TWO_BITS', 'TOKENS', 'Source', 'open_model', 'has_float', 'reference
            'Prompt', 'Exploration', 'explore', 'side_by_side', 'plot_tokens', 'plot_errors', 'split_blocks',
            'range_text', 'Grid', 'bits_on_offer']
 
-# %% ../nbs/08a_exploration.ipynb #1e47617a
+# %% ../nbs/08a_exploration.ipynb #b49d16cf
 import time
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from torch import nn, Tensor
@@ -82,7 +83,7 @@ def train_adapters(
     new.model.eval()
     return new._replace(note=f'{preset.model} with adapters trained for {steps} steps on all profiles together; activation ranges per token')
 
-# %% ../nbs/08a_exploration.ipynb #26952311
+# %% ../nbs/08a_exploration.ipynb #3b0f8276
 @dataclass(frozen=True, eq=False)
 class ProfileView:
     "What one profile makes of one question."
@@ -94,7 +95,7 @@ class ProfileView:
     kl_text:float                 # Mean over the prompt, nats
     error:dict[str,float]|None    # Layer -> relative error alone; `None` where there are no float weights
     drift:dict[str,float]         # Layer -> relative difference from the reference run
-    token_seconds:float           # Time of a generated token
+    token_seconds:float|None      # Time of a generated token, the first left out, which waits for the prompt; `None` where there was no other
     seconds:float                 # Time of all of this
 
 TOKENS = 128   # of a prompt, the last ones, whose layer outputs are compared
@@ -167,7 +168,7 @@ class Prompt:
             with _clocked(self.model, ends): said, = answer(self.model, self.tokenizer, [self.encoded], max_new_tokens=self.max_new_tokens)
         kl = (self._log_p.exp()*(self._log_p-log_p)).sum(-1).clamp_min(0)
         drift = {n:_relative(y, self._outputs[n]) for n,y in outputs.items()}
-        token = (ends[-1]-ends[0])/(len(ends)-1) if len(ends)>1 else ends[0]-start
+        token = (ends[-1]-ends[0])/(len(ends)-1) if len(ends)>1 else None
         return ProfileView(profile, profile_cost(self.model, profile), said, log_p[-1].exp(), kl[-1].item(), kl.mean().item(), errors, drift, token, time.perf_counter()-start)
 
 def _notes(asked, tokenizer, encoded):   # what a reader should know of the prompt
@@ -176,7 +177,7 @@ def _notes(asked, tokenizer, encoded):   # what a reader should know of the prom
     return ([f'the last {left_out:,} tokens of the context do not fit into this model and are left out'] if left_out else []) + \
            ([f'{unknown:,} tokens are unknown to this model'] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id!=tokenizer.eos_token_id and unknown else [])
 
-# %% ../nbs/08a_exploration.ipynb #cb82dc5d
+# %% ../nbs/08a_exploration.ipynb #c2d504a1
 @dataclass(frozen=True, eq=False)
 class Exploration:
     "One question at several profiles; the first is the reference."
@@ -200,7 +201,7 @@ class Exploration:
         ref,worst = self.views[0].profile.name,lambda e: '–' if e is None else f'{100*max(e.values()):.3g}'
         heads = ['profile','answer','weight bits','activation bits','memory, kB',f'KL to {ref}, first token',f'KL to {ref}, prompt','largest layer error, %','largest drift, %','ms per token']
         return [heads, *([v.profile.name, v.answer or '(nothing)', f'{v.cost.w_bits:.3g}', f'{v.cost.a_bits:.3g}', f'{(v.cost.bytes+v.cost.adapter_bytes)/1e3:,.0f}', f'{v.kl_next:.3g}', f'{v.kl_text:.3g}',
-                          worst(v.error), worst(v.drift), f'{1e3*v.token_seconds:.2g}'] for v in self.views)]
+                          worst(v.error), worst(v.drift), '–' if v.token_seconds is None else f'{1e3*v.token_seconds:.3g}'] for v in self.views)]
 
     def errors(self,
         what:str='error', # 'error' of a layer alone, or 'drift' from the reference
@@ -238,7 +239,7 @@ def side_by_side(
     views = dict.fromkeys([prompt.view(prompt.reference), *map(prompt.view, profiles)])
     return Exploration(prompt.question, prompt.context, tuple(views), tuple(switch_of(prompt.model).sites), tuple(prompt.notes), lambda i: prompt.tokenizer.decode([i]))
 
-# %% ../nbs/08a_exploration.ipynb #236f399f
+# %% ../nbs/08a_exploration.ipynb #0a973e81
 def plot_tokens(
     e:Exploration, # Views of one question
     k:int=6,       # Tokens
@@ -266,22 +267,25 @@ def plot_errors(
     sites,blocks = list(dict.fromkeys(s.site for s in e.sites)),sorted({s.layer for s in e.sites}, key=lambda l: (l is None, l or 0))
     across = min(len(maps), 3 if len(blocks)<=8 else 1); down = -(-len(maps)//across)
     with figure_style():
-        fig,axs = plt.subplots(down, across, figsize=(1.5+across*max(1.7, .25*len(blocks)), .6+down*(.6+.26*len(sites))), layout='constrained', squeeze=False, sharex=True, sharey=True); plt.close(fig)
-        for ax in axs.ravel()[len(maps):]: ax.set_visible(False)
+        w,h = 1.75+across*max(1.6, .25*len(blocks)),.75+down*(.36+.27*len(sites))      # inches; placed by hand, for a page that is drawn at every click
+        fig,axs = plt.subplots(down, across, figsize=(w, h), squeeze=False, sharex=True, sharey=True, gridspec_kw=dict(left=.85/w, right=1-.9/w, bottom=.45/h, top=1-.3/h, wspace=.08, hspace=.36/(.27*len(sites)))); plt.close(fig)
+        for ax in axs.ravel()[len(maps):]: ax.axis('off')
         for ax,(name,cells) in zip(axs.ravel(), maps.items()):
-            for (site,block),v in cells.items(): _error_cell(ax, blocks.index(block), sites.index(site), 100*v, len(blocks)<=8)
+            _draw_cells(ax, {(blocks.index(block), sites.index(site)):100*v for (site,block),v in cells.items()}, len(blocks)<=8)
             ax.set(title=name, xlim=(-.5, len(blocks)-.5), ylim=(len(sites)-.5, -.5)); ax.grid(visible=False); ax.set_yticks(range(len(sites)), sites)
             ax.set_xticks(range(len(blocks)), ['–' if b is None else b if len(blocks)<=16 or b%5==0 else '' for b in blocks])
-        fig.supxlabel('block', fontsize=9, color='#7f7f7f')
-        bar = fig.colorbar(ScalarMappable(_error_norm, _error_cmap), ax=list(axs.ravel()[:len(maps)]), aspect=14, ticks=[.3, 1, 3, 10, 30, 100], format='{x:g}', label='error alone (%)' if what=='error' else 'drift (%)')
+        for ax in axs[-1]: ax.set_xlabel('block')
+        bar = fig.colorbar(ScalarMappable(_error_norm, _error_cmap), cax=fig.add_axes((1-.75/w, .45/h, .14/w, 1-.75/h)), ticks=[.3, 1, 3, 10, 30, 100], format='{x:g}', label='error alone (%)' if what=='error' else 'drift (%)')
         bar.ax.minorticks_off()
     return fig
 
-def _error_cell(ax, x, y, percent, number):
-    if percent==0: return ax.plot(x, y, '.', c='#7f7f7f', ms=3)
-    r,g,b,_ = _error_cmap(_error_norm(percent))
-    ax.add_patch(plt.Rectangle((x-.47, y-.45), .94, .9, color=(r, g, b), lw=0))
-    if number: ax.text(x, y, f'{percent:.2g}' if percent<99.5 else f'{percent:.0f}' if percent<1000 else '>1k', ha='center', va='center', fontsize=7, color='#000' if .3*r+.6*g+.1*b>.5 else '#fff')
+def _draw_cells(ax, percents, numbers):   # (x, y) -> error in percent
+    colors = {at:_error_cmap(_error_norm(v)) for at,v in percents.items() if v}
+    ax.add_collection(PatchCollection([plt.Rectangle((x-.47, y-.45), .94, .9) for x,y in colors], facecolors=list(colors.values()), lw=0))
+    ax.plot(*zip(*[at for at,v in percents.items() if not v] or [(np.nan, np.nan)]), '.', c='#7f7f7f', ms=3)
+    for (x,y),(r,g,b,_) in colors.items() if numbers else ():
+        v = percents[x, y]
+        ax.text(x, y, f'{v:.2g}' if v<99.5 else f'{v:.0f}' if v<1000 else '>1k', ha='center', va='center', fontsize=7, color='#000' if .3*r+.6*g+.1*b>.5 else '#fff')
 
 # %% ../nbs/08a_exploration.ipynb #6340f0dd
 def split_blocks(

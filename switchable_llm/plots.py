@@ -39,10 +39,10 @@ def profile_style(
     i = crc32(str(name).encode())
     return STYLES.get(name) or ProfileStyle(_spare_colors[i%5], _spare_markers[i//5%7])
 
-# %% ../nbs/01b_plots.ipynb #7aff3a4a
+# %% ../nbs/01b_plots.ipynb #49beb261
 _ink = '#7f7f7f'
 _rc = {'figure.facecolor':'none', 'axes.facecolor':'none', 'savefig.facecolor':'none', 'legend.frameon':False, 'font.size':9, 'axes.titlesize':9,
-       'axes.spines.top':False, 'axes.spines.right':False, 'axes.grid':True, 'grid.color':_ink, 'grid.alpha':.2, 'axes.axisbelow':True, 'svg.fonttype':'path',
+       'axes.spines.top':False, 'axes.spines.right':False, 'axes.grid':True, 'grid.color':_ink, 'grid.alpha':.2, 'axes.axisbelow':True, 'svg.fonttype':'none',
        **{k:_ink for k in ('text.color','axes.labelcolor','axes.titlecolor','axes.edgecolor','xtick.color','ytick.color')}}
 
 def figure_style(
