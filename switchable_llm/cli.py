@@ -6,8 +6,8 @@
 __all__ = ['EXPERIMENTS', 'number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint',
            'write_page', 'make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #58e65c30
-import argparse, json, logging, os, sys, tempfile, traceback
+# %% ../nbs/08_cli.ipynb #ecc5a15c
+import argparse, json, logging, os, socket, sys, tempfile, traceback
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
 from dataclasses import fields, replace
@@ -227,7 +227,7 @@ def _kernels(args):
     rows = [[n, d, 'yes' if k else 'no', why] for d in ('cpu', *['cuda']*torch.cuda.is_available()) for n in KERNELS for k,why in [try_kernel(n, d)]]
     print(text_table([['integer product','device','usable','why'], *rows]))
 
-# %% ../nbs/08_cli.ipynb #af099070
+# %% ../nbs/08_cli.ipynb #8ecf461d
 def write_page(
     folder:str|Path,        # Where to; Jupyter finds the kernel if `JUPYTER_PATH` begins with it
     source:str='tiny',      # What to explore: a preset, a checkpoint, or a packed file
@@ -244,9 +244,15 @@ def write_page(
                                     cells=[cell(0, f'from transformers.utils import logging\nfrom switchable_llm.widgets import explorer\nlogging.set_verbosity_error(); logging.disable_progress_bar()\nexplorer({here(source)!r}, {here(model)!r})')])))
     return page
 
+def _check_port(port):
+    if not 1<=port<=65535: raise ValueError(f"port={port}: needs 1 to 65535")
+    with socket.socket() as s:
+        if s.connect_ex(('127.0.0.1', port))==0: raise ValueError(f"port={port}: another program answers there; choose another with --port")
+
 def _explore(args):
     if args.checkpoint and not Path(args.checkpoint).exists(): raise FileNotFoundError(f"{args.checkpoint}: missing; give what `train`, `run` or `freeze` wrote, or no checkpoint for --preset {args.preset}")
     if missing := [m for m in ('voila','ipykernel') if not util.find_spec(m)]: raise ImportError(f"explore needs the package {missing[0]}: pip install 'switchable-llm[explore]'")
+    _check_port(args.port)
     with tempfile.TemporaryDirectory() as tmp:
         os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, [tmp, os.environ.get('JUPYTER_PATH')]))
         page = write_page(tmp, args.checkpoint or args.preset, args.model)

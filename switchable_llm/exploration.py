@@ -31,7 +31,7 @@ from .sensitivity import compact_profile
 from .study import fit, study_data, study_model
 from .cli import load_checkpoint
 
-# %% ../nbs/08a_exploration.ipynb #d6ed7d65
+# %% ../nbs/08a_exploration.ipynb #32cae7b2
 class Source(NamedTuple):
     "A model that can be explored."
     name:str            # A preset, or where the checkpoint lies
@@ -55,7 +55,9 @@ def open_model(
     preset = replace(PRESETS[str(source)], act='per_token', **(dict(model=model) if model else {}))
     m,tokenizer = study_model(preset)
     if preset.data=='tiny': switch_of(m).add(TWO_BITS)
-    return Source(preset.name, m, tokenizer, f'{preset.model}, quantized without training; activation ranges per token', preset)
+    return Source(preset.name, m, tokenizer, f'{_base(preset)} quantized without training; activation ranges per token', preset)
+
+def _base(preset): return 'the embedded model' if preset.model=='tiny' else preset.model
 
 def has_float(
     model:nn.Module, # Switchable or packed
@@ -81,7 +83,7 @@ def train_adapters(
     data,_,_ = study_data(replace(preset, eval_n=1), new.tokenizer)
     fit(preset, new.model, new.tokenizer, data, progress=False)
     new.model.eval()
-    return new._replace(note=f'{preset.model} with adapters trained for {steps} steps on all profiles together; activation ranges per token')
+    return new._replace(note=f'{_base(preset)} with adapters trained for {steps} steps on all profiles together; activation ranges per token')
 
 # %% ../nbs/08a_exploration.ipynb #3b0f8276
 @dataclass(frozen=True, eq=False)
@@ -177,7 +179,7 @@ def _notes(asked, tokenizer, encoded):   # what a reader should know of the prom
     return ([f'the last {left_out:,} tokens of the context do not fit into this model and are left out'] if left_out else []) + \
            ([f'{unknown:,} tokens are unknown to this model'] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id!=tokenizer.eos_token_id and unknown else [])
 
-# %% ../nbs/08a_exploration.ipynb #c2d504a1
+# %% ../nbs/08a_exploration.ipynb #ef45a09d
 @dataclass(frozen=True, eq=False)
 class Exploration:
     "One question at several profiles; the first is the reference."
@@ -225,10 +227,11 @@ def explore(
     question:str,          # What to ask
     context:str,           # The text that holds the answer
     profiles:Iterable=(),  # Profiles, or names; by default all that the model has
-    **settings,            # `max_length` and `max_new_tokens` of a `Prompt`
+    max_length:int=512,    # Tokens of prompt and answer, at most; the end of a longer context is left out
+    max_new_tokens:int=24, # Tokens of an answer, at most
 )->Exploration: # The reference first
     "Ask a question at several profiles."
-    prompt = Prompt(model, tokenizer, question, context, **settings)
+    prompt = Prompt(model, tokenizer, question, context, max_length, max_new_tokens)
     return side_by_side(prompt, profiles or switch_of(model).profiles)
 
 def side_by_side(
@@ -287,7 +290,7 @@ def _draw_cells(ax, percents, numbers):   # (x, y) -> error in percent
         v = percents[x, y]
         ax.text(x, y, f'{v:.2g}' if v<99.5 else f'{v:.0f}' if v<1000 else '>1k', ha='center', va='center', fontsize=7, color='#000' if .3*r+.6*g+.1*b>.5 else '#fff')
 
-# %% ../nbs/08a_exploration.ipynb #6340f0dd
+# %% ../nbs/08a_exploration.ipynb #448a69cf
 def split_blocks(
     text:str,   # Like '0-3, 4, 5-7'; empty for at most four ranges of like size
     blocks:int, # Blocks of the model
@@ -327,7 +330,12 @@ class Grid:
 
     @property
     def columns(self)->list[str]: return [s for s in SITES if any(x.site==s for x in self.sites)]
-    def layers(self, row:tuple, site:str)->list[Site]: return [s for s in self.sites if s.site==site and (s.layer in row if row else s.layer is None)]
+    def layers(self,
+        row:tuple[int,...], # Blocks; empty for what is outside of them
+        site:str,           # A column
+    )->list[Site]: # The layers of a cell; none where the model has no such
+        "What a cell stands for."
+        return [s for s in self.sites if s.site==site and (s.layer in row if row else s.layer is None)]
 
     def cells(self,
         profile:Profile, # A profile that fits the model
@@ -339,7 +347,7 @@ class Grid:
 
     def profile(self,
         cells:dict[tuple,'Bits|str'], # (row, site) -> bits, for all cells
-        name:str='grid',              # Its name
+        name:str='custom',            # Its name
     )->Profile: # With few rules
         "A grid as a profile; a `ValueError` names the cell that cannot be read."
         bits = {}

@@ -17,7 +17,7 @@ from .data import PRESETS, tiny_squad, tiny_tokenizer
 from .plots import figure_style
 from .exploration import Grid, Prompt, Source, bits_on_offer, has_float, open_model, plot_errors, plot_tokens, range_text, reference_profile, side_by_side, train_adapters
 
-# %% ../nbs/09_widgets.ipynb #39328d27
+# %% ../nbs/09_widgets.ipynb #01a34e26
 def svg_picture(
     fig:Figure, # A figure
     alt:str,    # What it shows
@@ -44,8 +44,8 @@ _STYLE = '''<style>
 .sl-app p { margin: .2rem 0; max-width: 62rem; line-height: 1.45; } .sl-note { color: var(--jp-ui-font-color2); }
 .sl-app .widget-label { color: var(--jp-ui-font-color1); } .sl-app .widget-html-content { overflow-x: auto; }
 .sl-table { border-collapse: collapse; font-size: .88rem; line-height: 1.35; margin: .2rem 0; color: var(--jp-ui-font-color1); } .sl-table caption { text-align: left; padding: .2rem 0; color: var(--jp-ui-font-color2); }
-.sl-table th, .sl-table td { padding: .22rem .7rem; border-bottom: 1px solid var(--jp-border-color2, #bbb); vertical-align: bottom; overflow-wrap: anywhere; } .sl-table thead th { max-width: 7.5rem; font-weight: 600; }
-.sl-text { text-align: left; min-width: 5rem; } .sl-number { text-align: right; font-variant-numeric: tabular-nums; }
+.sl-table th, .sl-table td { padding: .22rem .7rem; border-bottom: 1px solid var(--jp-border-color2, #bbb); vertical-align: bottom; } .sl-table thead th { max-width: 7.5rem; font-weight: 600; }
+.sl-text { text-align: left; min-width: 5rem; overflow-wrap: anywhere; } .sl-number { text-align: right; font-variant-numeric: tabular-nums; } td.sl-number { white-space: nowrap; }
 .sl-error { border-left: 4px solid #C0392B; padding: .35rem .7rem; font-weight: 600; } .sl-done { border-left: 4px solid #7f7f7f; padding: .35rem .7rem; }
 .sl-figure { max-width: 100%; height: auto; } .sl-app details summary { cursor: pointer; }
 .sl-cell > label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); } .sl-app .sl-cell select { width: 100%; }
@@ -65,8 +65,8 @@ def examples_for(
     small = source.model.config.vocab_size==len(tiny_tokenizer())
     return {q['question']:q for q in (tiny_squad(8, 'validation') if small else EXAMPLES)}
 
-# %% ../nbs/09_widgets.ipynb #a3096090
-def _field(kind, description, **kw): return kind(description=description, style=dict(description_width='7rem'), layout=Layout(width=kw.pop('width', '33rem')), **kw)
+# %% ../nbs/09_widgets.ipynb #7ce7283d
+def _field(kind, description, **kw): return kind(description=description, style=dict(description_width='7rem'), layout=Layout(width=kw.pop('width', '33rem'), max_width='100%'), **kw)
 _OTHER = 'a checkpoint or packed file'
 
 class Explorer(VBox):
@@ -86,8 +86,8 @@ class Explorer(VBox):
         self.preset = _field(Dropdown, 'Model', options=[*PRESETS, _OTHER])
         self.path = _field(Text, 'Folder or file', placeholder='what `switchable-llm train`, `run` or `freeze` wrote')
         self.base = _field(Text, 'Base model', placeholder='only if it is not where the preset or checkpoint says')
-        self.load = Button(description='Load', tooltip='Load the model that is chosen')
-        self.train,self.steps = Button(description='Train adapters', tooltip='Train all profiles of the preset together'),_field(BoundedIntText, 'Steps', value=100, min=1, max=2000, width='11.5rem')
+        self.load = Button(description='Load', layout=Layout(width='7rem', flex='0 0 auto'), tooltip='Load the model that is chosen')
+        self.train,self.steps = Button(description='Train adapters', layout=Layout(width='auto', flex='0 0 auto'), tooltip='Train all profiles of the preset together'),_field(BoundedIntText, 'Steps', value=100, min=1, max=2000, width='11.5rem')
         self.example,self.question = _field(Dropdown, 'Example'),_field(Text, 'Question', continuous_update=False)
         self.context = _field(Textarea, 'Context', continuous_update=False, rows=4)
         self.ask = Button(description='Ask', tooltip='Ask the question at the profiles that are switched on')
@@ -98,18 +98,18 @@ class Explorer(VBox):
         self.switches,self.cellbox = HBox(layout=Layout(flex_flow='row wrap')),VBox()
 
     def _lay_out(self):
-        part = lambda title, *inside, **kw: VBox([HTML(f'<h2>{title}</h2>'), *inside], layout=Layout(**kw))
+        part = lambda title, *inside, **kw: VBox([HTML(f'<h2>{title}</h2>'), *inside], layout=Layout(max_width='100%', **kw))
         beside = lambda *parts: HBox(parts, layout=Layout(flex_flow='row wrap', grid_gap='0 2rem'))
         self.children = [HTML(_STYLE+'<h1>One model, many precisions</h1><p>Ask a question at several precision profiles, side by side. Float, or the most bits that a packed file has, is what the others are compared with.</p>'),
             beside(part('Model', self.preset, self.path, self.base, HBox([self.load, self.train, self.steps]), self.about), part('Question', self.example, self.question, self.context, self.ask)),
             part('Profiles', self.switches, self.message, self.table),
-            beside(part('Bits for each site and layer range', HTML('<p class="sl-note">A profile like the others: a change here switches <code>grid</code> on.</p>'), self.start, self.ranges, self.fill, self.cellbox), part('Error of the layers', self.what, self.errors, flex='1 1 33rem')),
+            beside(part('Bits for each site and layer range', HTML('<p class="sl-note">A profile like the others: a change here switches <code>custom</code> on.</p>'), self.start, self.ranges, self.fill, self.cellbox), part('Error of the layers', self.what, self.errors, flex='1 1 33rem')),
             part('Probabilities of the first token of the answer', self.tokens)]
 
     def _wire(self):
         for button,do in ((self.load, self._load), (self.train, self._train), (self.ask, self._show)): button.on_click(lambda _, do=do: do())
         for control,do in ((self.example, self._take_example), (self.question, self._show), (self.context, self._show), (self.what, self._draw_errors), (self.ranges, self._make_grid), (self.start, self._start_from), (self.fill, self._fill)):
-            control.observe(lambda change, do=do: self._quiet or do(), 'value')
+            control.observe(lambda change, do=do: self._quiet or self.source is None or do(), 'value')
         self.preset.observe(lambda change: self._paths_on(), 'value'); self._paths_on()
     def _paths_on(self): self.path.disabled = self.preset.value!=_OTHER
 
@@ -126,7 +126,7 @@ class Explorer(VBox):
         except (ValueError, RuntimeError, OSError, ImportError, ArithmeticError) as e: self._say(str(e).strip().partition('\n')[0] or type(e).__name__, 'error')
     def _say(self, text, kind='done'): self.message.value = f'<p class="sl-{kind}" role="{"alert" if kind=="error" else "status"}">{html.escape(text)}</p>'
 
-# %% ../nbs/09_widgets.ipynb #dc996a02
+# %% ../nbs/09_widgets.ipynb #28f7b9d9
 @patch
 def _load(self:Explorer):
     self._say('loading …')
@@ -149,7 +149,7 @@ def _put(self:Explorer,
     self.about.value = f'<p class="sl-note">{html.escape(source.name)}: {html.escape(source.note)}.</p>'
     self.train.disabled = source.preset is None or source.preset.data!='tiny'
     with self._changing():
-        self._make_toggles([*switch.profiles, 'grid'], on or set([n for n in ('float','bw8','bw4','w2a8') if n in switch.profiles] or list(switch.profiles)[:3]))
+        self._make_toggles([*switch.profiles, 'custom'], on or set([n for n in ('float','bw8','bw4','w2a8') if n in switch.profiles] or list(switch.profiles)[:3]))
         self.start.options,self.start.value = list(switch.profiles),list(switch.profiles)[-1]
         if not keep:
             self.example.options = [('', None), *examples_for(source).items()]; self.example.value = self.example.options[1][1]
@@ -173,7 +173,7 @@ def _take_example(self:Explorer):
     with self._changing(): self.question.value,self.context.value = self.example.value['question'],self.example.value['context']
     self._show()
 
-# %% ../nbs/09_widgets.ipynb #98510dbd
+# %% ../nbs/09_widgets.ipynb #4e2996ac
 @patch
 def _make_grid(self:Explorer):
     with self._explaining():
@@ -200,7 +200,7 @@ def _start_from(self:Explorer): self._set_cells(self.grid.cells(switch_of(self.s
 def _fill(self:Explorer):
     with self._explaining():
         bits = Bits.parse(self.fill.value.strip())
-        switch_of(self.source.model).bind(Profile('grid', bits))   # says why, where it does not fit
+        switch_of(self.source.model).bind(Profile('custom', bits))   # says why, where it does not fit
         self._set_cells(dict.fromkeys(self.cells, bits))
 
 @patch
@@ -213,17 +213,17 @@ def _set_cells(self:Explorer, at):
 
 @patch
 def _use_grid(self:Explorer):
-    with self._changing(): self.toggles['grid'].value = True
+    with self._changing(): self.toggles['custom'].value = True
     self._show()
 
-# %% ../nbs/09_widgets.ipynb #3ffe5087
+# %% ../nbs/09_widgets.ipynb #7c306a00
 @patch
 def _show(self:Explorer):
     with self._explaining():
         if self.source is None: raise ValueError('no model is loaded: choose one and load it')
         asked = self.question.value.strip(),self.context.value.strip()
         if self.prompt is None or asked!=(self.prompt.question, self.prompt.context): self.prompt = Prompt(self.source.model, self.source.tokenizer, *asked)
-        chosen = [self.grid_profile() if n=='grid' else n for n,t in self.toggles.items() if t.value]
+        chosen = [self.grid_profile() if n=='custom' else n for n,t in self.toggles.items() if t.value]
         known = set(self.prompt.views)
         self.exploration = side_by_side(self.prompt, chosen)
         new = [v for v in self.exploration.views if v.profile not in known]

@@ -46,7 +46,7 @@ def test_usage(cli):
 def test_every_help_has_an_example(child_env):
     "One process for all: the same parser, without eight starts."
     code = "import sys\nfrom switchable_llm.cli import main\nfor c in sys.argv[1:]:\n    assert main([*c.split(), '--help'])==0"
-    commands = ['run','train','experiment','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets','freeze','export','kernels']
+    commands = ['run','train','experiment','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets','freeze','export','kernels','explore']
     p = subprocess.run([sys.executable, '-c', code, *commands], env=child_env, capture_output=True, text=True, timeout=120)
     assert (p.returncode, p.stderr)==(0, '')
     pages = p.stdout.split('usage: ')[1:]
@@ -54,7 +54,7 @@ def test_every_help_has_an_example(child_env):
 
 def test_help_of_the_command(cli):
     status,out,_ = cli('--help')
-    assert status==0 and all(c in out for c in ('run','train','experiment','evaluate','answer','freeze','export','kernels','profiles','presets'))
+    assert status==0 and all(c in out for c in ('run','train','experiment','evaluate','answer','freeze','export','kernels','explore','profiles','presets'))
 
 def test_run_evaluate_answer(cli, tmp_path, toy_folder):
     status,out,err = cli('run', '--model', toy_folder, *SHORT, '--eval-n', 4, '--no-ablation')

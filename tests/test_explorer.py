@@ -61,6 +61,14 @@ def test_a_missing_checkpoint_ends_before_a_server_starts(capsys):
     assert err.startswith('error: nowhere: missing') and err.count('\n')==1
     assert main(['explore', '--preset', 'huge'])==2
 
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_port_that_is_taken_or_none(capsys):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen()
+        for port,said in ((s.getsockname()[1], 'another program answers'), (99999, 'needs 1 to 65535'), (0, 'needs 1 to 65535')):
+            assert main(['explore', '--port', str(port)])==1
+            assert said in capsys.readouterr().err
+
 def test_the_page_is_a_notebook_of_this_python(tmp_path, monkeypatch):
     "It runs elsewhere, so that what lies here is named in full."
     monkeypatch.chdir(tmp_path)
@@ -129,11 +137,11 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         assert list(p.table())==list(before) and p.table()['float']['answer']!=before['float']['answer']
         # a cell of the grid: a profile by hand
         p.field('mlp_out, layers 0').select_option('w8a8')
-        p.wait(lambda: 'grid' in p.table(), 'the grid')
-        assert 2<float(p.table()['grid']['weight bits'])<8 and p.seconds('grid')<.5
+        p.wait(lambda: 'custom' in p.table(), 'the grid')
+        assert 2<float(p.table()['custom']['weight bits'])<8 and p.seconds('custom')<.5
         p.write('Set all cells to', 'w5a7')
-        p.wait(lambda: p.table()['grid']['weight bits']=='5', 'five bits')
-        assert p.table()['grid']['activation bits']=='7'
+        p.wait(lambda: p.table()['custom']['weight bits']=='5', 'five bits')
+        assert p.table()['custom']['activation bits']=='7'
         # mistakes are messages, and what was shown stays
         before = p.table()
         for label,wrong,word in (('Question', '', 'question is empty'), ('Context', '   ', 'context is empty'), ('Set all cells to', 'w99', 'w=99'), ('Layer ranges', '0-9', 'blocks 0 to 3')):
