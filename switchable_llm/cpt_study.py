@@ -28,7 +28,7 @@ from .experiments import step_cost
 from .comparisons import Claim, crossed_mean, decide, Findings, Interval, paired
 from .cpt import SCHEDULES, CycleConfig, PrecisionRange, add_uniform_, precision_range_test, uniform_names
 
-# %% ../nbs/04a_cpt_study.ipynb #a2098f6b
+# %% ../nbs/04a_cpt_study.ipynb #c2e3d829
 @dataclass(frozen=True)
 class CPTArm:
     "A schedule, a routing, and how long."
@@ -54,7 +54,7 @@ class CPTPlan:
 
 CPT_PLANS = dict(   # preset -> plan; the embedded model needs no more steps, the real one has no more time
     tiny=CPTPlan(steps=128, questions=200),
-    smollm2=CPTPlan(steps=300, questions=100, arms=('static_low','static_high','random','cyclic'), range_test=False))
+    smollm2=CPTPlan(steps=300, questions=100, arms=('static_low','static_high','random','cyclic','static_high = cyclic'), range_test=False))
 
 def cpt_arm_steps(
     model:nn.Module,       # With the profiles of the study
