@@ -1,5 +1,5 @@
 "What the tests share: a toy model on disk, and the environment of a child process."
-import os, sys
+import os, signal, sys
 from pathlib import Path
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -25,3 +25,7 @@ def toy_folder(tmp_path_factory):
 def child_env():
     "Environment of a child process: this library, no hub, one thread."
     return {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+
+def heed_ctrl_c():
+    "In a child before it starts: interrupts have their usual effect, also where these tests run in the background of a shell."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+from conftest import heed_ctrl_c
 
 COMMAND = Path(sys.executable).with_name('switchable-llm')
 pytestmark = pytest.mark.skipif(not COMMAND.exists(), reason='the package is not installed')
@@ -89,7 +90,7 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
     argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 400, '--out']
     log = tmp_path/'log'
-    with open(log, 'w') as f: p = subprocess.Popen([COMMAND, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL)
+    with open(log, 'w') as f: p = subprocess.Popen([COMMAND, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
     try:
         deadline = time.time()+120
         while not list(tmp_path.glob('model.training/step-*')) and p.poll() is None and time.time()<deadline: time.sleep(.02)

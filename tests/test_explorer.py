@@ -2,6 +2,7 @@
 import importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
+from conftest import heed_ctrl_c
 from switchable_llm.cli import main, write_page
 
 def browser_path():
@@ -27,7 +28,7 @@ class Server:
         self.port,self.log = free_port(),folder/'server.log'
         with open(self.log, 'w') as f:
             self.process = subprocess.Popen([sys.executable, '-c', CODE, 'explore', *map(str, argv), '--port', str(self.port), '--no-browser'],
-                                            cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+                                            cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c)
     def __enter__(self):
         deadline = time.time()+120
         while time.time()<deadline and self.process.poll() is None:
