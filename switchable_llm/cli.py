@@ -6,8 +6,9 @@
 __all__ = ['EXPERIMENTS', 'number_or_all', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'load_checkpoint',
            'write_page', 'make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #ecc5a15c
-import argparse, json, logging, os, socket, sys, tempfile, traceback
+# %% ../nbs/08_cli.ipynb #37e88418
+import argparse, json, logging, os, socket, subprocess, sys, tempfile, traceback
+from concurrent.futures import ThreadPoolExecutor
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
 from dataclasses import fields, replace
@@ -128,7 +129,7 @@ def _run(args):
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
     print(f"record   {root/'joint'/run}.json\nfigures  {root/'figures'/run}-*.svg\nmodel    {Path(args.out)/'progress'/preset.name/run/'model'}")
 
-# %% ../nbs/08_cli.ipynb #53372364
+# %% ../nbs/08_cli.ipynb #3195b122
 def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
 def _given(**settings): return {k:v for k,v in settings.items() if v is not None}
@@ -158,10 +159,21 @@ EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records o
     cpt         = (_cpt, lambda preset, out: _told(cpt_verdicts(load_records(out, preset, 'cpt')))),
     robustness  = (_robustness, lambda preset, out: _told(robustness_verdicts(load_records(out, preset, 'robustness')))))
 
+def _each_seed(args):   # in a process of its own, so many at once; records and work in progress of seeds lie apart
+    env = os.environ | dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//args.jobs))))
+    command = [sys.executable, '-c', 'import sys; from switchable_llm.cli import main; sys.exit(main(sys.argv[1:]))', *args.argv]
+    def run(seed): return subprocess.run([*command, '--seeds', str(seed), '--jobs', '1', '--untold'], env=env, stdout=subprocess.DEVNULL).returncode
+    with ThreadPoolExecutor(args.jobs) as pool: status = dict(zip(args.seeds, pool.map(run, args.seeds)))
+    if 130 in status.values(): raise KeyboardInterrupt
+    if bad := [s for s,x in status.items() if x]: raise RuntimeError(f"seed {', '.join(map(str, bad))}: stopped by an error, which is said above; the others are done")
+
 def _experiment(args):
     preset,several = chosen_preset(args),len(args.experiment)>1
-    for seed in args.seeds:
-        for e in args.experiment: EXPERIMENTS[e][0](replace(preset, seed=seed), args, _say(args))
+    if args.jobs>1 and len(args.seeds)>1: _each_seed(args)
+    else:
+        for seed in args.seeds:
+            for e in args.experiment: EXPERIMENTS[e][0](replace(preset, seed=seed), args, _say(args))
+    if args.untold: return
     for e in args.experiment: print(f'# {e}\n'*several+EXPERIMENTS[e][1](preset.name, args.out))
 
 # %% ../nbs/08_cli.ipynb #66d6658f
@@ -260,7 +272,7 @@ def _explore(args):
         options = [f'--port={args.port}', f'--theme={args.theme}', '--Voila.log_level=ERROR', *(['--no-browser'] if args.no_browser else [])]
         import_module('voila.app').Voila.launch_instance(argv=[str(page), *options])
 
-# %% ../nbs/08_cli.ipynb #11663b87
+# %% ../nbs/08_cli.ipynb #c2459241
 def _command(commands, name, do, help, examples):
     p = commands.add_parser(name, help=help, description=help, epilog='examples:\n  switchable-llm '+'\n  switchable-llm '.join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quiet', action='store_true', help='no progress on stderr')
@@ -296,9 +308,11 @@ def _add_jobs(commands):
                    ['train --preset tiny --out my-model', 'train --preset smollm2 --profiles bw4 bw8 --steps 500 --out smollm2-switchable'])
     fit.add_argument('--out', required=True, help='the checkpoint, a folder')
     ex = _command(commands, 'experiment', _experiment, 'run experiments of the study at several seeds; run it again to go on where it was stopped',
-                  ['experiment objectives --preset tiny --steps 200 --seeds 0 1 2 3 4', 'experiment cpt robustness --preset tiny --seeds 0 1 2 3 4', 'experiment spans --preset smollm2 --data squad/'])
+                  ['experiment objectives --preset tiny --steps 200 --seeds 0 1 2 3 4', 'experiment cpt robustness --preset tiny --seeds 0 1 2 3 4 --jobs 2', 'experiment spans --preset smollm2 --data squad/'])
     ex.add_argument('experiment', nargs='+', choices=list(EXPERIMENTS), help='which ones; options that an experiment has no use for are not looked at')
     ex.add_argument('--seeds', type=int, nargs='+', default=[0], help='one run for each (default: 0); replaces --seed')
+    ex.add_argument('--untold', action='store_true', help=argparse.SUPPRESS)   # one seed of several: no verdicts
+    ex.add_argument('--jobs', type=int, default=1, metavar='N', help='seeds that run at once, each in a process of its own (default: 1)')
     ex.add_argument('--out', default='runs', help='folder of records and work in progress (default: runs)')
     ex.add_argument('--arms', nargs='+', choices=[*ARMS, *CPT_ARMS], metavar='ARM', help=f"arms of `objectives` (default: all): {', '.join(ARMS)}; of `cpt` (default: all, or what the preset has time for): {', '.join(CPT_ARMS)}")
     ex.add_argument('--questions', type=int, help="validation questions to score (default: all of the preset's)")
@@ -357,14 +371,17 @@ def _add_profiles(commands):
     check.add_argument('--fit', action='store_true', help='check also that the profiles fit the model of the preset')
     for p in (show, check): add_preset_options(p, only=('model','dtype','act','weight','codes'))
 
-# %% ../nbs/08_cli.ipynb #86641bad
+# %% ../nbs/08_cli.ipynb #5b16841c
 def _complain(e): print('error:', next(iter(str(e).strip().splitlines()), '') or type(e).__name__, file=sys.stderr, flush=True)
 
 def main(
     argv:list[str]|None=None, # Arguments; by default those of the process
 )->int: # Exit status
     "The `switchable-llm` command."
-    try: args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    try:
+        args = make_parser().parse_args(argv)
+        args.argv = argv
     except SystemExit as e: return e.code        # help, or what argparse has explained
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
     try:

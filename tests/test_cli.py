@@ -86,6 +86,17 @@ def test_experiments(cli, tmp_path, toy_folder):
     assert cli('experiment', 'luck')[0]==2
     assert 'mix=w6a6: no profile' in cli('experiment', 'objectives', *common, '--arms', 'random_profile', '--out', 'other')[2]   # the default mix, without six activation bits
 
+def test_seeds_at_once(cli, tmp_path, toy_folder):
+    "Two processes write what one does, and an error in one is told."
+    common = ['experiment', 'cpt', '--model', toy_folder, *SHORT[2:-3], '--profiles', 'bw4', 'bw8', '--steps', 2, '--cycles', 1, '--eval-n', 3, '--questions', 3, '--max-new-tokens', 3, '--arms', 'cyclic', '--quiet', '--seeds', 0, 1]
+    one,two = (cli(*common, '--jobs', n, '--out', f'jobs{n}') for n in (1, 2))
+    assert one[0]==two[0]==0 and one[1]==two[1], (one, two)
+    scores = [[json.loads((tmp_path/f'jobs{n}/tiny/cpt/cyclic-s{s}.json').read_text())['scores'] for s in (0, 1)] for n in (1, 2)]
+    assert scores[0]==scores[1] and scores[0][0]!=scores[0][1]
+    (tmp_path/'jobs2/tiny/cpt/cyclic-s1.json').write_text('{')
+    status,_,err = cli(*common, '--jobs', 2, '--out', 'jobs2')
+    assert status==1 and 'error: seed 1: stopped by an error' in err
+
 def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
     argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 400, '--out']
