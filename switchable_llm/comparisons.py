@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'Interval', 'digits', 'interval', 'per_token', 'Estimate', 'crossed_mean', 'holm', 'Claim', 'Finding',
-           'decide', 'Findings', 'paired', 'plot_findings']
+           'plural', 'decide', 'Findings', 'paired', 'plot_findings']
 
 # %% ../nbs/02b_comparisons.ipynb #cd35ba15
 import itertools, math
@@ -134,7 +134,7 @@ def holm(
     for rank,i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)): out[i] = most = min(1., max(most, (len(ps)-rank)*ps[i]))
     return out
 
-# %% ../nbs/02b_comparisons.ipynb #4b2814cd
+# %% ../nbs/02b_comparisons.ipynb #8c3acf12
 @dataclass(frozen=True)
 class Claim:
     "That a mean difference lies in a region."
@@ -171,7 +171,7 @@ class Finding:
         "One sentence."
         unit = self.unit and ' '+self.unit
         return (f"{self.claim}: **{self.verdict}** ({self.effect.show()}{unit}, p {'' if self.p<.001 else '= '}{_p(self.p)}{f' among {self.family}' if self.family>1 else ''}; "
-                f"{_plural(self.seeds, 'seed')}, {_plural(self.examples, 'example')}; {_ruled_out(self)})")
+                f"{plural(self.seeds, 'seed')}, {plural(self.examples, 'example')}; {_ruled_out(self)})")
 
     def to_dict(self)->dict:
         "Only what JSON has: an edge or end that is infinite is `None`."
@@ -180,7 +180,12 @@ class Finding:
 
 def _number(x): return '0' if x==0 else f'{x:.2g}'
 def _p(p): return '< 0.001' if p<.001 else f'{p:.2g}'
-def _plural(n, what): return 'one '+what if n==1 else f'{n} {what}s'
+def plural(
+    n:int,     # How many
+    what:str,  # Of what, in the singular
+)->str: # 'one seed', '5 seeds'
+    "A number of things in words."
+    return f'one {what}' if n==1 else f'{n} {what}s'
 def _ruled_out(f):
     if not math.isfinite(f.detectable): return 'nothing tells the spread'
     return f'an effect below {_number(f.effect.low)} or above {_number(f.effect.high)} is ruled out; one of {_number(f.detectable)} would have been seen'

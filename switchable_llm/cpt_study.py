@@ -7,7 +7,7 @@ __all__ = ['CPT_ARMS', 'STUDIED', 'CPT_PLANS', 'CPT_QUESTIONS', 'MARGINS', 'NO_R
            'study_profiles_', 'run_cpt', 'run_range_test', 'range_of', 'cpt_score', 'Pair', 'cpt_findings',
            'cpt_verdicts', 'plot_cpt_curves', 'plot_cpt_scores']
 
-# %% ../nbs/04a_cpt_study.ipynb #82b42977
+# %% ../nbs/04a_cpt_study.ipynb #48feafc9
 import copy, json, math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from scipy import stats
 from torch import nn
 from .switching import calibrate_, switch_of
 from .lora_routing import base_hash
-from .data import Preset, save_record
+from .data import Preset, known_record, save_record
 from .plots import figure_style
 from .profiles_eval import evaluate
 from .study import calibration_batches, check_single, chosen, fit, study_data, study_model
@@ -76,7 +76,7 @@ def study_profiles_(
     add_uniform_(model, range(cycle.b_min, cycle.b_max+1))
     return uniform_names(model, cycle.b_min, cycle.b_max)
 
-# %% ../nbs/04a_cpt_study.ipynb #f311f72c
+# %% ../nbs/04a_cpt_study.ipynb #8769c4fa
 def run_cpt(
     preset:Preset,           # Model, questions, steps; its seed is the run's, its profiles are the study's
     out:str|Path='runs',     # Folder of records; work in progress goes below it too
@@ -99,17 +99,11 @@ def run_cpt(
     if plan.range_test: run_range_test(preset, out, progress=progress, say=say)
     return records
 
-def _known(out, preset, experiment, name, config):   # a record that is there already, of the same settings
-    old = Path(out)/preset.name/experiment/f'{name}-s{preset.seed}.json'
-    if not old.exists(): return None
-    if (record := json.loads(old.read_text()))['config']==config: return record
-    raise ValueError(f"{old} was made with other settings: choose another output folder, or delete it")
-
 def _run_arm(arm, preset, cycle, out, model, widths, tokenizer, data, asked, base, progress, say):
     steps,cost = cpt_arm_steps(model, preset, arm, cycle)
     name = arm.name.replace(' = ', '=').replace(', ', '-')
     config = json.loads(json.dumps(dict(preset=asdict(preset), arm=asdict(arm), cycle=asdict(cycle), steps=steps, questions=len(asked))))
-    if (old := _known(out, preset, 'cpt', name, config)) is not None: return old
+    if (old := known_record(out, preset.name, 'cpt', name, preset.seed, config)) is not None: return old
     make = lambda model, names, seed: SCHEDULES[arm.schedule](model, steps, seed, cycle)
     drawn,trained = fit(replace(preset, steps=steps), model, tokenizer, data, make, checkpoint=out/'progress'/preset.name/'cpt'/f'{name}-s{preset.seed}', progress=progress, route=arm.route)
     e = evaluate(model, tokenizer, asked, [n for n in switch_of(model).profiles if n!='float'], preset.max_length, preset.max_new_tokens, n_resamples=100, progress=progress)
@@ -133,7 +127,7 @@ def run_range_test(
     check_single()
     preset,bits = replace(preset, profiles=STUDIED, ranges='calibrated'),sorted(set(bits))
     config = json.loads(json.dumps(dict(preset=asdict(preset), bits=bits, steps=steps, probes=probes)))
-    if (old := _known(out, preset, 'range_test', 'cpt', config)) is not None: return old
+    if (old := known_record(out, preset.name, 'range_test', 'cpt', preset.seed, config)) is not None: return old
     model,tokenizer = study_model(preset); data,_,_ = study_data(preset, tokenizer)
     add_uniform_(model, bits); calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
     found = precision_range_test(preset, model, tokenizer, data, bits, steps, min(probes, len(data)//4), progress=progress)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'PRESETS', 'load_squad', 'tiny_squad', 'tiny_tokenizer', 'Encoded', 'prompt_texts', 'encode', 'collate',
            'optional', 'gguf_overrides', 'span_model', 'float32_head_', 'load_model', 'Preset', 'environment',
-           'save_record', 'load_records']
+           'save_record', 'load_records', 'known_record']
 
 # %% ../nbs/01a_data.ipynb #6f3a83df
 import importlib, json, logging, random, re, string, subprocess, sys, time
@@ -274,7 +274,7 @@ PRESETS = {p.name:p for p in (
            dropout=0., eval_n=500, eval_seed=0, max_new_tokens=16),
     Preset('gpt2', 'gpt2', 'rajpurkar/squad'))}
 
-# %% ../nbs/01a_data.ipynb #c7f570bd
+# %% ../nbs/01a_data.ipynb #e3798e28
 def _commit():
     git = subprocess.run(['git','rev-parse','HEAD'], capture_output=True, text=True)
     return git.stdout.strip() or None
@@ -307,8 +307,22 @@ def load_records(
     experiment:str|None=None,   # Only of this experiment
 )->list[dict]: # Records, sorted by file name
     "Read records; a `ValueError` names a file that is none."
-    out = []
-    for f in sorted(Path(root).glob(f"{preset or '*'}/{experiment or '*'}/*.json")):
-        try: out.append(json.loads(f.read_text()))
-        except json.JSONDecodeError as e: raise ValueError(f"{f}: not a record: {e}") from e
-    return out
+    return [_read(f) for f in sorted(Path(root).glob(f"{preset or '*'}/{experiment or '*'}/*.json"))]
+
+def _read(path):
+    try: return json.loads(path.read_text())
+    except json.JSONDecodeError as e: raise ValueError(f"{path}: not a record: {e}") from e
+
+def known_record(
+    root:str|Path,   # Folder of all records
+    preset:str,      # Name of the preset
+    experiment:str,  # Name of the experiment
+    name:str,        # Name of the record
+    seed:int,        # Of the run
+    config:dict,     # What the run is made with, as JSON holds it
+)->dict|None: # The record; `None` where there is none
+    "A record that is there already; a `ValueError` where it was made with other settings."
+    path = Path(root)/preset/experiment/f'{name}-s{seed}.json'
+    if not path.exists(): return None
+    if (record := _read(path))['config']==config: return record
+    raise ValueError(f"{path} was made with other settings: choose another output folder, or delete it")

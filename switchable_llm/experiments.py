@@ -7,7 +7,7 @@ __all__ = ['GATE_BUDGET', 'SETUPS', 'ARMS', 'GROUPS', 'CALIBRATIONS', 'step_cost
            'arm_steps', 'run_objectives', 'Comparison', 'compare_arms', 'objective_verdicts', 'gate_verdict',
            'default_arm', 'run_calibration', 'compare_calibrations', 'calibration_verdict']
 
-# %% ../nbs/03e_experiments.ipynb #e8f0d4af
+# %% ../nbs/03e_experiments.ipynb #d1153082
 import copy, json, math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +19,10 @@ from .quantizers import Bits
 from .switching import Profile, Rule, base_params, calibrate_, learn_ranges_, read_profiles, switch_of, use_profile
 from .gates import BitBudget, add_gates_, calibrate_gates_, gate_profile, use_gates
 from .lora_routing import base_hash
-from .data import Preset, PRESETS, load_records, save_record
+from .data import PRESETS, Preset, known_record, load_records, save_record
 from .joint_training import Objective, Policy, random_layers
 from .objectives import RangePenalty
-from .comparisons import Interval, crossed_mean
+from .comparisons import Interval, crossed_mean, plural
 from .profiles_eval import Evaluation, evaluate, perplexity, profile_cost, verdict
 from .study import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model
 
@@ -119,7 +119,7 @@ def arm_steps(
     own = cost(arm)
     return (preset.steps, own) if arm.match is None else (round(preset.steps*cost(chosen(arms, arm.match, 'arm'))/own), own)
 
-# %% ../nbs/03e_experiments.ipynb #195beaea
+# %% ../nbs/03e_experiments.ipynb #ccd8a0f0
 def run_objectives(
     preset:Preset,           # Model, questions, profiles, steps; its seed is the run's
     out:str|Path='runs',     # Folder of records; work in progress goes below it too
@@ -146,10 +146,7 @@ def _run_arm(arm, preset, out, model, tokenizer, data, asked, mixed, base, progr
     objective = replace(OBJECTIVES[arm.objective], terms=OBJECTIVES[arm.objective].terms+terms)
     name = arm.name.replace(' = ', '=').replace(' ', '+')
     config = json.loads(json.dumps(dict(preset=asdict(preset), arm=asdict(arm), steps=steps, objective=objective.to_dict(), questions=len(asked), mixed=[p.to_dict() for p in mixed])))
-    old = out/preset.name/'objectives'/f'{name}-s{preset.seed}.json'
-    if old.exists():
-        if (record := json.loads(old.read_text()))['config']==config: return record
-        raise ValueError(f"{old} was made with other settings: choose another output folder, or delete it")
+    if (old := known_record(out, preset.name, 'objectives', name, preset.seed, config)) is not None: return old
     work = out/'progress'/preset.name/'objectives'/f'{name}-s{preset.seed}'
     _,trained = fit(replace(preset, steps=steps), model, tokenizer, data, arm.policy, objective, prepare=prepare, checkpoint=work, progress=progress)
     scores = _score_arm(model, tokenizer, asked, preset, arm, mixed, data, progress)
@@ -230,7 +227,7 @@ def _compare(a, b, arm, baseline, group, score, at, level):
     d = _matrix([a[s] for s in seeds], group, score)-_matrix([b[s] for s in seeds], group, score)
     return Comparison(arm, group, at, crossed_mean(d, first['n_answer'] if score=='nll_answer' else None).interval(level), baseline, first['bops_per_step']/other['bops_per_step'], len(seeds))
 
-# %% ../nbs/03e_experiments.ipynb #490225ef
+# %% ../nbs/03e_experiments.ipynb #93c4e3b7
 def _clear(cs, sign): return {c.arm:c.difference for c in cs if (c.difference.low>0 if sign>0 else c.difference.high<0)}
 def _listed(found): return ', '.join(f'`{n}` ({d.show()})' for n,d in sorted(found.items(), key=lambda i: i[1].value)) or 'none'
 
@@ -247,15 +244,13 @@ def objective_verdicts(
         half = max((c.difference.high-c.difference.low)/2 for c in groups[g])
         return (f"Better than `random_profile` at equal steps: {_listed(_clear(at(g, 'steps'), -1))}; at equal bit-operations: {_listed(_clear(at(g, 'bit-operations'), -1))}. "
                 f"Worse at equal steps: {_listed(_clear(at(g, 'steps'), 1))}; at equal bit-operations: {_listed(_clear(at(g, 'bit-operations'), 1))}. "
-                f"Differences are in nats per token of the answer, over {_plural(seeds, 'seed')}; an effect of {half:.2g} would have been seen in every arm.")
+                f"Differences are in nats per token of the answer, over {plural(seeds, 'seed')}; an effect of {half:.2g} would have been seen in every arm.")
     cost = {c.arm:c.cost for c in groups['lowest']}
     best,better = default_arm(records),_clear(at('lowest', 'bit-operations'), -1)
     reason = (f"**`{best}`**: at equal bit-operations it serves the lowest profile better ({better[best].show()} nats per token) and neither the trained nor the unseen profiles worse."
               if best!='random_profile' else '**`random_profile`** stays: no arm serves the lowest profile better at equal bit-operations without serving another group worse.')
     return {'Low profiles':said('lowest'), 'Unseen mixed profiles':said('unseen'),
             'Cost':'Bit-operations of a step, as a multiple of `random_profile`: '+', '.join(f'`{n}` {x:.2g}' for n,x in sorted(cost.items(), key=lambda i: i[1]))+'.', 'By default':reason}
-
-def _plural(n, what): return 'one '+what if n==1 else f'{n} {what}s'
 
 def gate_verdict(
     records:Iterable[dict], # Records of `run_objectives`, of one preset
@@ -269,7 +264,7 @@ def gate_verdict(
         d = crossed_mean([np.array(r['scores']['gated']['nll_answer'])-np.mean([r['scores'][n]['nll_answer'] for n in draws], axis=0) for r in runs], runs[0]['n_answer']).interval()
         bits,other = [r['scores']['gated']['cost']['w_bits'] for r in runs],np.mean([r['scores'][n]['cost']['w_bits'] for r in runs for n in draws])
         out[f'Gates per {per}'] = (f"They choose **{verdict(d, 'worse than chance', 'better than chance', 'no differently from chance, as far as this can tell')}**: {d.show()} nats per token of the answer against {len(draws)} random choices of {other:.2f} mean weight bits on the same adapters. "
-                                   f"Realised mean: {np.mean(bits):.2f} bits, at most {max(bits):.2f}, for a budget of {GATE_BUDGET:g}; {_plural(len(runs), 'seed')}.")
+                                   f"Realised mean: {np.mean(bits):.2f} bits, at most {max(bits):.2f}, for a budget of {GATE_BUDGET:g}; {plural(len(runs), 'seed')}.")
     return out
 
 def default_arm(
@@ -280,7 +275,7 @@ def default_arm(
     worse = {n for g in GROUPS for n in _clear(equal[g], 1)}
     return min(((d.value,n) for n,d in _clear(equal['lowest'], -1).items() if n not in worse), default=(0., 'random_profile'))[1]
 
-# %% ../nbs/03e_experiments.ipynb #23813a17
+# %% ../nbs/03e_experiments.ipynb #21810947
 def run_calibration(
     preset:Preset,           # Model, questions, profiles; `act` needs to be 'per_tensor'
     out:str|Path='runs',     # Folder of records; work in progress goes below it too
@@ -335,4 +330,4 @@ def calibration_verdict(
     loses = verdict(d['one set'], 'loses', 'gains', 'shows no difference')
     more = verdict(d['switched'], 'loses', 'gains', 'shows no difference')
     return (f"Against ranges calibrated for each mixed profile, one set from the uniform profiles **{loses}** ({d['one set'].show()} nats per token of the text), one set calibrated under random switching **{more}** ({d['switched'].show()}); "
-            f"{len(records[0]['mixed'])} mixed profiles, {_plural(len(records), 'seed')}.")
+            f"{len(records[0]['mixed'])} mixed profiles, {plural(len(records), 'seed')}.")

@@ -6,16 +6,16 @@
 __all__ = ['CPT_STATIC', 'ROBUSTNESS', 'RIGHT', 'cpt_parts', 'cpt_answer', 'cpt_brief', 'robustness_findings', 'robustness_parts',
            'transfer_share', 'answers_left', 'robustness_answer', 'robustness_brief']
 
-# %% ../nbs/05d_reasons.ipynb #837dd136
+# %% ../nbs/05d_reasons.ipynb #394fd0b4
 import math
 from typing import Iterable
 import numpy as np
-from .comparisons import Findings, Interval, crossed_mean, decide, paired
+from .comparisons import Findings, Interval, crossed_mean, decide, paired, plural
 from .cpt_study import MARGINS, _roomy, cpt_findings, cpt_score, range_of
 from .defences import BASELINES, defence_claim, earlier_statements, robustness_verdicts, sanity_checks, threat_scores, transfer_claim
-from .verdicts import Study, _counted, _lower, _plural, _verdicts, no_record
+from .verdicts import Study, _counted, _lower, _verdicts, no_record
 
-# %% ../nbs/05d_reasons.ipynb #61a5882f
+# %% ../nbs/05d_reasons.ipynb #e936ba7c
 CPT_STATIC = dict(bw8='static_high', bw6='static_mean', bw4='static_low')   # profile -> the arm that was trained for it
 _agrees = {'yes':'It helps here too', 'in part':'It helps here in part', 'no':'It does not help here by an amount that matters', 'undecided':'Not decided'}
 
@@ -58,7 +58,7 @@ def _below_range(study, preset):
     if not ranges or not runs: return 'There is no precision range test, so it is open whether the cycle starts too low.'
     cycle,low = runs[0]['config']['cycle'],[range_of(r).b_min for r in ranges]
     where = 'above the start of the cycle, so part of it trains where little is learnt' if np.median(low)>cycle['b_min'] else 'no higher than the start of the cycle, so a cycle that starts too low is not the reason'
-    return f"The precision range test finds progress from {' or '.join(map(str, sorted(set(low))))} bits on ({_plural(len(low), 'seed')}): {where}."
+    return f"The precision range test finds progress from {' or '.join(map(str, sorted(set(low))))} bits on ({plural(len(low), 'seed')}): {where}."
 
 def cpt_answer(
     study:Study,  # All records
@@ -69,7 +69,7 @@ def cpt_answer(
     findings = cpt_findings(rs)
     if not findings: return no_record(preset, 'cpt')
     cost = [rs_[0]['bops_per_step'] for n in ('cyclic','static_high') if (rs_ := _arms(rs).get(n))]
-    return (f"**{_agrees[_roomy(findings).answer]}**: against static precision, {_verdicts(findings)}; {_left(findings)} ({_plural(findings[0].seeds, 'seed')}, {findings[0].examples} questions)."
+    return (f"**{_agrees[_roomy(findings).answer]}**: against static precision, {_verdicts(findings)}; {_left(findings)} ({plural(findings[0].seeds, 'seed')}, {findings[0].examples} questions)."
             +(f' A step costs {cost[0]/cost[1]:.2f} of one at the highest width.' if len(cost)==2 else '')+'\n'+'\n'.join(filter(None, (_room(rs), _order(rs), _below_range(study, preset)))))
 
 def cpt_brief(
@@ -80,7 +80,7 @@ def cpt_brief(
     fs = cpt_findings(study.of(preset, 'cpt'))
     return f"**{_lower(_agrees[_roomy(fs).answer])}** (against static precision {_verdicts(fs)}; {_left(fs)})" if fs else ''
 
-# %% ../nbs/05d_reasons.ipynb #cb92a173
+# %% ../nbs/05d_reasons.ipynb #aaaff91d
 ROBUSTNESS = {'typos':'typos', 'pgd fixed':'attacks made at a fixed precision', 'pgd adaptive':'an attacker who knows the defence', 'pgd worst':'the worst of all attackers for each question'} # threats of the headline
 _knows = 'an attacker who','the worst of'
 
@@ -153,7 +153,7 @@ def robustness_answer(
     rs = study.of(preset, 'robustness'); joint = [r for r in rs if r['name']=='joint']
     if not joint: return no_record(preset, 'robustness')
     findings,checks = robustness_findings(joint),sanity_checks(joint)
-    return '\n'.join((f"**{_defends[_informed(findings).answer]}** in nats per token, where the attacker knows the defence ({_plural(len(joint[0]['ids']), 'question')}, {_plural(len(joint), 'seed')}); in answers that stay right: {_kept[answers_left(joint)[1].answer]}.", f'In all: {findings.brief()}.', *filter(None, [_in_answers(joint)]), *_why_robust(joint),
+    return '\n'.join((f"**{_defends[_informed(findings).answer]}** in nats per token, where the attacker knows the defence ({plural(len(joint[0]['ids']), 'question')}, {plural(len(joint), 'seed')}); in answers that stay right: {_kept[answers_left(joint)[1].answer]}.", f'In all: {findings.brief()}.', *filter(None, [_in_answers(joint)]), *_why_robust(joint),
             f"Training against attacks: {_lower(robustness_verdicts(rs)['Training'])}", f"Of {len(checks)} sanity checks of the attacks {sum(f.verdict=='confirmed' for f in checks)} are confirmed."))
 
 def robustness_brief(

@@ -7,20 +7,20 @@ __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_ques
            'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'parts_table',
            'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table']
 
-# %% ../nbs/06_report.ipynb #f55b69a4
+# %% ../nbs/06_report.ipynb #3b0b5de9
 import json, math
 from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
 from .data import PRESETS
-from .comparisons import Finding, Interval
+from .comparisons import Finding, Interval, plural
 from .cpt_study import CPT_QUESTIONS, _roomy, cpt_findings
 from .defences import earlier_statements, sanity_checks
-from .verdicts import (COMMANDS, PRESET_NAMES, Study, _counted, _listed, _plural, _title, accuracy_answer, accuracy_brief, accuracy_findings, allocation_answer, allocation_brief, allocation_findings,
+from .verdicts import (COMMANDS, PRESET_NAMES, Study, _counted, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings, allocation_answer, allocation_brief, allocation_findings,
     markdown_table, objectives_answer, objectives_brief, profile_names, profile_scores, tried)
 from .reasons import cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings
 
-# %% ../nbs/06_report.ipynb #34eb871d
+# %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
     study:Study,  # All records
     preset:str,   # Name of a preset
@@ -80,10 +80,10 @@ def directions_answer(
     if not fs: return 'Not decided: there is no record.'
     near = '; '.join(f'{q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
     lost = [f'`{c}`' for c in missing_records(study) if c.endswith(f' {preset}')]
-    return '\n'.join(filter(None, (f"Of {_plural(len(fs), 'claim')} {_counted(fs)}.", near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
+    return '\n'.join(filter(None, (f"Of {plural(len(fs), 'claim')} {_counted(fs)}.", near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
             f'Not run: {_listed(lost)}.' if lost else 'Every experiment of the report was run.', any(f.seeds==1 for f in fs) and 'Where there is one seed, nothing tells the spread between seeds: a second one comes first.')))
 
-# %% ../nbs/06_report.ipynb #bbeab3a7
+# %% ../nbs/06_report.ipynb #ad3e86b7
 QUESTIONS = {   # question -> how it is answered, for one preset
     'Accuracy per configuration':accuracy_answer, 'How the bits were chosen':allocation_answer, 'Objectives that help switching':objectives_answer,
     'Agreement with cyclic precision training, and why':cpt_answer, 'Agreement with Double-Win Quant, and why':robustness_answer, 'Directions':directions_answer}
@@ -102,10 +102,10 @@ def abstract(
 )->dict[str,str]: # Topic -> a sentence, in Markdown
     "What was found, in one minute."
     seeds = {p:len({r['seed'] for rs in study.records[p].values() for r in rs}) for p in PRESET_NAMES if p in study.records}
-    out = {'What it rests on':f"{len(study)} records: "+', '.join(f'{PRESET_NAMES[p]} ({_plural(n, "seed")})' for p,n in seeds.items())+'; intervals are 95 %, verdicts are corrected for the number of claims.' if seeds else 'There is no record yet.'}
+    out = {'What it rests on':f"{len(study)} records: "+', '.join(f'{PRESET_NAMES[p]} ({plural(n, "seed")})' for p,n in seeds.items())+'; intervals are 95 %, verdicts are corrected for the number of claims.' if seeds else 'There is no record yet.'}
     for topic,make in IN_BRIEF.items(): out[topic] = '; '.join(f"*{name}*: {(tried(make, study, p) or 'no record yet').rstrip('.')}" for p,name in PRESET_NAMES.items())+'.'
     n,qs = sum(len(fs) for p in study.records for fs in study_findings(study, p).values()),open_questions(study)
-    return out | {'Open':f"{len(qs)} of {_plural(n, 'claim')} {'is' if len(qs)==1 else 'are'} undecided"+(f"; the nearest to a decision ({_nearest(qs[0])}) takes about {_much(qs[0].times)} times as many seeds and questions." if qs else '.')}
+    return out | {'Open':f"{len(qs)} of {plural(n, 'claim')} {'is' if len(qs)==1 else 'are'} undecided"+(f"; the nearest to a decision ({_nearest(qs[0])}) takes about {_much(qs[0].times)} times as many seeds and questions." if qs else '.')}
 
 def _nearest(q): return f'{PRESET_NAMES[q.preset]}: {q.finding.claim}'
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'TRAININGS', 'Plan', 'short_plan', 'middle', 'attackers', 'run_robustness']
 
-# %% ../nbs/05a_robustness.ipynb #06b3ace3
+# %% ../nbs/05a_robustness.ipynb #63248e00
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from .switching import calibrate_
 from .lora_routing import base_hash, read_switchable, save_switchable
-from .data import Preset, collate, encode, save_record
+from .data import Preset, collate, encode, known_record, save_record
 from .joint_training import answering, high_to_low
 from .profiles_eval import batches_by_length, scoring_mode
 from .study import calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model
@@ -73,7 +73,7 @@ def attackers(
     "At each fixed profile; at the float one, which stands for a model that is not the attacked one; at random; and adaptive."
     return [*map(white_box, (*plan.profiles, 'float')), random_attacker(plan.profiles), *(adaptive(strategy(s, plan.profiles), plan.draws) for s in plan.adaptive)]
 
-# %% ../nbs/05a_robustness.ipynb #73b157d1
+# %% ../nbs/05a_robustness.ipynb #1578f2d7
 class _Bench:
     "A model and its questions in batches."
     def __init__(self, model, tokenizer, questions, plan, preset):
@@ -154,10 +154,7 @@ def _arm_model(arm, preset, plan, folder, work, progress):
 def _run_arm(arm, preset, out, plan, checkpoint, progress, say):
     work,folder = out/'progress'/preset.name/f'robustness-{arm}-s{preset.seed}',_folder(arm, preset, out, checkpoint)
     config = json.loads(json.dumps(dict(preset=asdict(preset), arm=arm, plan=asdict(plan))))
-    old = out/preset.name/'robustness'/f'{arm}-s{preset.seed}.json'
-    if old.exists():
-        if (record := json.loads(old.read_text()))['config']==config: return record
-        raise ValueError(f"{old} was made with other settings: choose another output folder, or delete it")
+    if (old := known_record(out, preset.name, 'robustness', arm, preset.seed, config)) is not None: return old
     stage(work/'settings.json', config, lambda: None)      # with other settings this folder is taken
     model,tokenizer,highest = _arm_model(arm, preset, plan, folder, work, progress)
     adapters = read_switchable(folder)['tensors_sha256']

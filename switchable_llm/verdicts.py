@@ -8,7 +8,7 @@ __all__ = ['PRESET_NAMES', 'COMMANDS', 'Study', 'load_study', 'no_record', 'trie
            'accuracy_brief', 'allocation_findings', 'cheaper_part', 'allocation_answer', 'allocation_brief',
            'plot_chosen_bits', 'objectives_answer', 'objectives_brief']
 
-# %% ../nbs/05c_verdicts.ipynb #ca2bbe81
+# %% ../nbs/05c_verdicts.ipynb #4aabbe09
 import math, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .switching import Profile, Site
 from .data import PRESETS, load_records
 from .plots import plot_bits
-from .comparisons import VERDICTS, Claim, Findings, Interval, crossed_mean, decide, paired
+from .comparisons import VERDICTS, Claim, Findings, Interval, crossed_mean, decide, paired, plural
 from .study import run_name
 from .spans import span_reports
 from .experiments import calibration_verdict, gate_verdict, objective_verdicts
@@ -63,7 +63,7 @@ def load_study(
             records.setdefault(p, {}).setdefault(r['experiment'], []).append(r)
     return Study(records)
 
-# %% ../nbs/05c_verdicts.ipynb #f4a26d37
+# %% ../nbs/05c_verdicts.ipynb #6d258460
 def _verdicts(findings):   # those with room, and how many have none
     roomy = _roomy(findings); left = len(list(findings))-len(roomy)
     return '; '.join(filter(None, (_counted(roomy), left and f'{left} without room')))
@@ -78,7 +78,6 @@ def _subject(f): return f.claim.split('`')[1]
 def _effect(f, factor=1): return f'`{_subject(f)}` ({f.effect.show(factor)})'
 def _title(name): return name[0].upper()+name[1:]
 def _lower(said): return said[0].lower()+said[1:]
-def _plural(n, what): return f'one {what}' if n==1 else f'{n} {what}s'
 def _listed(names): return (', '.join(names[:-1])+' and ' if names[1:] else '')+names[-1] if names else 'none'
 
 def no_record(
@@ -107,7 +106,7 @@ def markdown_table(
     right = [i>0 and all(re.match(r'[-+\d–]|$', r[i]) for r in rest) for i in range(len(head))]
     return '\n'.join([lines[0], '|'+'|'.join('--:' if n else ':--' for n in right)+'|', *lines[1:]])+(f'\n\n*{note}*' if note else '')
 
-# %% ../nbs/05c_verdicts.ipynb #81518da8
+# %% ../nbs/05c_verdicts.ipynb #c84228e8
 def profile_scores(
     record:dict,       # Of joint training
     when:str='after',  # 'before' or 'after'
@@ -166,7 +165,7 @@ def result_table(
     rows = [['profile','W / A bits','MB + LoRA','F1 % before','F1 % after','EM % after','gain by training',f'as good as {max(names, key=lambda n: profile_scores(records[0])[n]["cost"]["bops"])}']]
     rows.append(['float', '16\u00a0/\u00a016', f"{(c := profile_scores(records[0], 'before')['float']['cost'])['bytes']/1e6:.3g}", pct('float', 'before'), '', '', '', ''])
     for n in names: rows.append([n, f"{(c := profile_scores(records[0])[n]['cost'])['w_bits']:.3g} / {c['a_bits']:.3g}", f"{c['bytes']/1e6:.3g}\u00a0+\u00a0{c['adapter_bytes']/1e6:.2g}", pct(n, 'before'), pct(n, 'after'), pct(n, 'after', 'em'), verdict(n, 'gains'), verdict(n, 'loses')])
-    return markdown_table(rows, f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, activations {p['act'].replace('_', ' ')}{', ranges learned' if '-learned' in records[0]['name'] else ''}, {p.get('codes', 'independent')} weight codes; {len(records[0]['after']['ids'])} validation questions, {_plural(len(records), 'seed')}; 95 % intervals. Verdicts are paired, decided together; as good: loses less than {100*MARGINS['f1']:g} points of F1. Float counts as 16 bits.")
+    return markdown_table(rows, f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, activations {p['act'].replace('_', ' ')}{', ranges learned' if '-learned' in records[0]['name'] else ''}, {p.get('codes', 'independent')} weight codes; {len(records[0]['after']['ids'])} validation questions, {plural(len(records), 'seed')}; 95 % intervals. Verdicts are paired, decided together; as good: loses less than {100*MARGINS['f1']:g} points of F1. Float counts as 16 bits.")
 
 def spans_said(
     study:Study,  # All records
@@ -203,7 +202,7 @@ def accuracy_brief(
     groups = [f"{w}: {_listed([f'`{_subject(f)}`' for f in kept if f.verdict==v])}" for v,w in words.items() if any(f.verdict==v for f in kept)]
     return f"`{top}` reaches F1 {_percent(joint_score(rs, top))} % (float, untrained: {_percent(joint_score(rs, 'float', when='before'))} %); against it {', '.join(groups)}"
 
-# %% ../nbs/05c_verdicts.ipynb #17d884af
+# %% ../nbs/05c_verdicts.ipynb #14fce8e5
 def _budget(record, of, i):
     x = record['config']['budgets'][of][i-1]; factor,prefix = next(((f, p) for f,p in ((1e9,'G'),(1e6,'M')) if x>=f), (1e3,'k'))
     return f"{x/factor:.4g} {prefix}{dict(bytes='B', bops='BOPs')[of]}"
@@ -248,7 +247,7 @@ def allocation_answer(
     rs = study.of(preset, 'allocation')
     if not rs: return no_record(preset, 'allocation')
     r,found = rs[0],{k:allocation_findings(rs, *k) for k in (('searched','uniform'),('searched','random'),('searched','allocated'))}
-    return (f"Each layer alone was lowered on {r['search_questions']} training questions; an integer program chose bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, and {r['score_questions']} other questions scored them ({_plural(len(rs), 'seed')}).\n"
+    return (f"Each layer alone was lowered on {r['search_questions']} training questions; an integer program chose bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, and {r['score_questions']} other questions scored them ({plural(len(rs), 'seed')}).\n"
             f"Searched bits beat the best uniform profile for the money: {_by_verdict(found['searched','uniform'], effects=False)}.\nThey beat random bits of the same budget: {_counted(found['searched','random'])}; the program's own choice: {_counted(found['searched','allocated'])}.\n"
             f"Costliest alone, first record: {_worst_layers(r)} nats per token.\n{cheaper_part(rs)}")
 
@@ -260,7 +259,7 @@ def allocation_brief(
     fs = allocation_findings(study.of(preset, 'allocation'))
     won,lost = ([f for f in fs if f.verdict==v] for v in ('confirmed','refuted'))
     best = min(won or fs, key=lambda f: f.effect.value, default=None)
-    return f"they beat the best uniform profile for the money at {len(won)} of {_plural(len(fs), 'budget')}, not so at {len(lost)}, undecided at {len(fs)-len(won)-len(lost)}; the best difference is {best.effect.show()} nats per token, at {_subject(best)}" if fs else ''
+    return f"they beat the best uniform profile for the money at {len(won)} of {plural(len(fs), 'budget')}, not so at {len(lost)}, undecided at {len(fs)-len(won)-len(lost)}; the best difference is {best.effect.show()} nats per token, at {_subject(best)}" if fs else ''
 
 def plot_chosen_bits(
     record:dict,            # Of `run_allocation`
