@@ -19,7 +19,7 @@ import datasets, torch, transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerFast
-from .switching import write_whole
+from .files import write_whole
 
 # %% ../nbs/01a_data.ipynb #c3b4556d
 def load_squad(

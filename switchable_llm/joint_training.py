@@ -23,7 +23,8 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 from .quantizers import Bits
-from .switching import Profile, Rule, switch_of, use_profile, write_whole
+from .files import write_whole
+from .switching import Profile, Rule, switch_of, use_profile
 from .data import collate
 
 # %% ../nbs/02_joint_training.ipynb #03d76938

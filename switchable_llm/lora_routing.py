@@ -18,7 +18,8 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn, Tensor
 from .quantizers import QuantConfig
 import switchable_llm.gates   # a checkpoint can hold its gates: it makes their types known
-from .switching import ADDED, GATE_TYPES, Profile, Setting, added_params, base_params, check_unfrozen, make_switchable_, switch_of, write_whole
+from .files import write_whole
+from .switching import ADDED, GATE_TYPES, Profile, Setting, added_params, base_params, check_unfrozen, make_switchable_, switch_of
 
 # %% ../nbs/01_lora_routing.ipynb #00241f98
 class LoRA(nn.Module):

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from .quantizers import Bits
-from .switching import Profile, Site, Switch, as_profile, write_whole
+from .files import write_whole
+from .switching import Profile, Site, Switch, as_profile
 
 # %% ../nbs/01b_plots.ipynb #107c79a1
 class ProfileStyle(NamedTuple):

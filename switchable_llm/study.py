@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 from .quantizers import Bits, QuantConfig
-from .switching import PROFILES, SITES, Profile, Rule, calibrate_, learn_ranges_, make_switchable_, read_profiles, switch_of, use_profile, write_whole
+from .files import write_whole
+from .switching import PROFILES, SITES, Profile, Rule, calibrate_, learn_ranges_, make_switchable_, read_profiles, switch_of, use_profile
 from .lora_routing import add_adapters_, base_hash, save_switchable
 from .data import Preset, PRESETS, collate, encode, environment, load_model, load_squad, save_record
 from .joint_training import Objective, Policy, Task, TrainConfig, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers, random_profile, train, with_highest

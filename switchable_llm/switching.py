@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SITES', 'FAMILIES', 'PROFILES', 'ADDED', 'GATE_TYPES', 'LAYERS', 'Site', 'find_sites', 'Rule', 'Profile',
-           'as_profile', 'load_profiles', 'read_profiles', 'check_unique', 'save_profiles', 'write_whole', 'Setting',
-           'Switch', 'QuantLayer', 'QuantLinear', 'QuantConv1D', 'QuantEmbedding', 'fake_quant_product',
-           'kernel_report', 'held_bytes', 'make_switchable_', 'switch_of', 'check_unfrozen', 'added_params',
-           'base_params', 'use_profile', 'calibrate_', 'learn_ranges_']
+           'as_profile', 'load_profiles', 'read_profiles', 'check_unique', 'save_profiles', 'Setting', 'Switch',
+           'QuantLayer', 'QuantLinear', 'QuantConv1D', 'QuantEmbedding', 'fake_quant_product', 'kernel_report',
+           'held_bytes', 'make_switchable_', 'switch_of', 'check_unfrozen', 'added_params', 'base_params',
+           'use_profile', 'calibrate_', 'learn_ranges_']
 
 # %% ../nbs/00b_switching.ipynb #22d34355
-import json, os
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+from .files import write_whole
 from .quantizers import Bits, EMAObserver, LearnedRange, QParams, QuantConfig, fake_quant, fake_quant_weight, fused_fake_quant, token_qparams
 from .integer import KERNELS, ReferenceKernel, int_linear, pick_kernel, signed_codes
 
@@ -231,19 +232,6 @@ def save_profiles(
     path,d = Path(path),dict(profiles=[p.to_dict() for p in check_unique(profiles)])
     if path.suffix not in ('.json','.yaml','.yml'): raise ValueError(f"{path}: needs a name that ends in .json, .yaml or .yml")
     write_whole(path, (json.dumps(d, indent=2) if path.suffix=='.json' else yaml.safe_dump(d, sort_keys=False)).encode())
-
-def write_whole(
-    path:str|Path, # File to write
-    data:bytes,    # Its whole content
-):
-    "Write a file so that it appears whole or not at all."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00b_switching.ipynb #9c7438a6
 class Setting(NamedTuple):
