@@ -29,9 +29,9 @@ def use_weights_only(
 ):
     "Switch to a profile with its activation bits left out, adapters as before, for the length of a `with` block."
     switch = switch_of(model)
-    with use_profile(model, profile):
-        switch.settings = tuple(Setting(Bits(s.bits.w), s.adapter) for s in switch.settings)
-        yield model
+    live = switch.find(profile)
+    live['settings'] = tuple(Setting(Bits(s.bits.w), s.adapter) for s in live['settings'])
+    with switch.block(**live): yield model
 
 class LogitGap(NamedTuple):
     "How far logits are from those of a switchable model."

@@ -220,17 +220,15 @@ def use_gates(
     "Let gates decide at profile `gates`, which is live, for the length of a `with` block."
     switch = check_unfrozen(model)
     gating,own = Gating(switch, sample, temperature),_own_profile(switch)
-    before,held = (switch.gate, switch._profile, switch.settings),[(d, d.get(GATED)) for d in (switch.profiles, switch.bound)]
-    def look(module, args, kwargs): gating.mask = _mask_of(args, kwargs)
+    def look(module, args, kwargs):
+        if switch.gate is gating: gating.mask = _mask_of(args, kwargs)   # and not a pass of another thread
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in {model, getattr(model, 'base_model', model)}]   # either may be what is called
+    settings = switch.bind(own)
+    others = tuple(o for o in switch.live.own if o[0]!=GATED)
     try:
-        switch.profiles[GATED],switch.bound[GATED] = own,switch.bind(own)
-        switch.gate,switch.profile = gating,GATED
-        yield gating
+        with switch.block(profile=own, settings=settings, gate=gating, own=(*others, (GATED, own, settings))): yield gating
     finally:
         for h in hooks: h.remove()
-        switch.gate,switch._profile,switch.settings = before
-        for d,old in held: d.pop(GATED, None) if old is None else d.update({GATED:old})
 
 # %% ../nbs/00c_gates.ipynb #9b9c52d2
 def expected_bits(

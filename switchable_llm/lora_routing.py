@@ -127,12 +127,10 @@ def use_adapter(
     key:str|None,     # Adapter for every layer whatever its bits; `None` for none: the quantized base alone
 ):
     "Override the route at the live profile, for the length of a `with` block."
-    switch = switch_of(model); before = switch.settings
+    switch = switch_of(model)
     if key is not None and key not in adapter_keys(model): raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model))}")
-    try:
-        switch.settings = tuple(Setting(s.bits, key if key in l.adapters else None) for s,l in zip(before, switch.layers))
-        yield model
-    finally: switch.settings = before
+    settings = tuple(Setting(s.bits, key if key in l.adapters else None) for s,l in zip(switch.settings, switch.layers))
+    with switch.block(settings=settings): yield model
 
 # %% ../nbs/01_lora_routing.ipynb #8932317a
 def export_peft(

@@ -322,7 +322,7 @@ class LearnedRange(nn.Module):
     )->QParams: # One scale and zero point
         "Scale and zero point of the range as it is now; the same objects as long as it does not move."
         if symmetric!=(len(self.log_ratio)==1): raise ValueError(f"symmetric={symmetric}: this range was made for {'a' if symmetric else ''}symmetric codes")
-        key = bits,self.log_ratio._version,self.log_ratio.data_ptr(),self.start._version
+        key = bits,*self.log_ratio.tolist(),*self.start.tolist()   # not their version: fused optimizers do not count it up
         if self._last is None or self._last[0]!=key: self._last = key,qparams(self.lo, self.hi, bits, symmetric)
         return self._last[1]
 

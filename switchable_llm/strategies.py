@@ -127,11 +127,10 @@ def use_strategy(
 ): # Yields the `Drawn`
     "Choose precision by a strategy for the length of a `with` block; the live profile is not looked at."
     drawn = Drawn(model, strategy, keys, seed, number)
-    before,hook = drawn.switch.gate,getattr(model, 'base_model', model).register_forward_pre_hook(drawn._look, with_kwargs=True)
+    hook = getattr(model, 'base_model', model).register_forward_pre_hook(drawn._look, with_kwargs=True)
     try:
-        drawn.switch.gate = drawn
-        yield drawn
-    finally: hook.remove(); drawn.switch.gate = before
+        with drawn.switch.block(gate=drawn): yield drawn
+    finally: hook.remove()
 
 # %% ../nbs/03f_strategies.ipynb #e59e14ea
 class StrategyScores(NamedTuple):
