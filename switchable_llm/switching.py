@@ -409,6 +409,8 @@ class Switch:
     @property
     def mask(self)->Tensor|None: return self.live.mask
 
+    def __getstate__(self): return self.__dict__ | dict(_default=self.live)   # a copy starts at what is live where it is made
+
     # -- passes of the model --
 
     def attach(self,
