@@ -213,6 +213,10 @@ def _lacks(name, device):   # why a kernel cannot even be tried
     if name=='native' and (off := [f for f in ('quantize','int8 forward','exact backward') if f not in native_features()]): return f'{off[0]}: {native_report()[off[0]]}'
     if name=='onednn' and not torch.cpu._is_vnni_supported(): return 'this processor has no VNNI: byte products would be slow, or saturate'
 
+def _largest(device):   # int8 (16, 80): neighbours of one sign, whose sum saturates in 16 bits, and of both
+    pairs = torch.tensor([[127,127],[-128,-128],[127,-127],[-128,127]], dtype=torch.int8, device=device)
+    return pairs.repeat(4, 40)
+
 @lru_cache
 def try_kernel(
     name:str,    # One of `KERNELS`
@@ -222,7 +226,7 @@ def try_kernel(
     if why := _lacks(name, device): return None, why
     try:
         kernel = KERNELS[name]()
-        w = SignedCodes(torch.tensor([[127,-127],[-128,127]], dtype=torch.int8, device=device).repeat(8, 40), torch.ones(16, device=device), .5)
+        w = SignedCodes(_largest(device), torch.ones(16, device=device), .5)
         x = torch.full((33, 80), 255., device=device); x[::2] = 127
         qp,dense = QParams(torch.ones((), device=device), torch.zeros((), dtype=torch.int32, device=device), 0, 255),w.codes.float()+.5
         prepared,g = kernel.prepare(w, lambda: dense),x[:, :16]-130.7
