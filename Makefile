@@ -11,7 +11,7 @@
 PYTHON ?=
 BIN    := .venv/bin
 
-.PHONY: run test notebooks docs readme bench lock clean env env-dev env-bench
+.PHONY: run test notebooks docs readme bench lock clean env env-dev env-bench env-newest env-lowest
 .DEFAULT_GOAL := run
 
 run: env
@@ -49,3 +49,8 @@ env-bench: .venv/installed-bench
 	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh
 	$(BIN)/python scripts/install.py $*
 	@touch $@
+
+# The ends of the range that pyproject.toml allows, as the weekly job runs them; nothing else uses these.
+env-newest env-lowest:
+	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh
+	$(BIN)/python scripts/install.py $(@:env-%=%)

@@ -2,15 +2,26 @@
 
 `requirements/dev.lock` pins what the tests need, for every Python and system that the package supports, with hashes.
 `run.lock` (for users) and `bench.lock` hold the same versions: what runs is what was tested. PyTorch is in none of them
-(see requirements/torch.txt), nor are the CUDA packages that some of its builds need: pip takes those with PyTorch itself."""
-import re, subprocess, sys, tempfile
+(see requirements/torch.txt), nor are the CUDA packages that some of its builds need: pip takes those with PyTorch itself.
+`lowest.txt` holds the lower ends of the ranges in pyproject.toml."""
+import re, subprocess, sys, tempfile, tomllib
 from pathlib import Path
 from project import ROOT
 
 LOCKS = ROOT/'requirements'
 TORCH = LOCKS/'torch.txt'
+LOWEST = LOCKS/'lowest.txt'
 HEADER = "# Exact versions, written by scripts/lock.py: `make lock` renews them.\n"
 WITH_TORCH = re.compile(r'(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==')   # what comes with PyTorch, or is PyTorch
+
+def requirements(*extras):
+    "What the package needs, as pyproject.toml says, with some of its extras."
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']
+    return project['dependencies'] + [r for x in extras for r in project['optional-dependencies'][x]]
+
+def lowest():
+    "The lower ends of the ranges, as constraints."
+    return [re.sub(r'>=([\w.]+).*', r'==\1', r) for r in requirements('gguf', 'torchao')]
 
 def resolve(
     extra:str,         # Optional dependencies of the package; '' for none
@@ -43,5 +54,7 @@ def main():
     for name,text in found.items():
         (LOCKS/f'{name}.lock').write_text(HEADER+without_torch(text), encoding='utf-8')
         print(f'{name}.lock: {len(entries(without_torch(text)))} packages')
+    LOWEST.write_text(HEADER+'\n'.join(lowest())+'\n', encoding='utf-8')
+    resolve('dev', [LOWEST])   # an error, if the lower ends do not go together
 
 if __name__=='__main__': main()
