@@ -4,14 +4,14 @@
 # make docs       the documentation site, in _docs (with Quarto, if it is installed; else plain pages)
 # make readme     README.md from nbs/index.ipynb
 # make bench      speed and memory against other libraries
+# make lock       renew the versions that all of these install, in requirements/
 # make clean      remove the environment and everything built
-# Each makes what it needs in .venv. PYTHON=... picks the interpreter, TORCH=... the build of PyTorch.
+# Each makes what it needs in .venv, from the committed locks. PYTHON=... picks the interpreter.
 
-TORCH  ?= torch==2.13.0
 PYTHON ?=
 BIN    := .venv/bin
 
-.PHONY: run test notebooks docs readme bench clean env env-dev env-bench
+.PHONY: run test notebooks docs readme bench lock clean env env-dev env-bench env-newest env-lowest
 .DEFAULT_GOAL := run
 
 run: env
@@ -32,19 +32,25 @@ readme: env-dev
 bench: env-bench
 	for b in "train_step.py" "train_step.py --dtype bfloat16" "train_step.py --growth" "generate.py" "store.py"; do $(BIN)/python benchmarks/$$b --out results/benchmarks || exit 1; done
 
+# All locks at once, for every Python and system that is supported. Run the tests and commit the files together.
+lock: env-dev
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python scripts/lock.py
+
 clean:
 	rm -rf .venv _docs _proc build dist .pytest_cache *.egg-info
 
-env:       .venv/installed
+env:       .venv/installed-run
 env-dev:   .venv/installed-dev
 env-bench: .venv/installed-bench
 
-# A stamp per set of extras: a second `make` installs nothing, a change of pyproject.toml or of the kernels installs again.
-.venv/installed:       EXTRAS =
-.venv/installed-dev:   EXTRAS = [dev]
-.venv/installed-bench: EXTRAS = [bench]
-.venv/installed .venv/installed-dev .venv/installed-bench: pyproject.toml setup.py $(wildcard csrc/*.cpp)
+# A stamp per lock: a second `make` installs nothing; a changed lock, pyproject.toml or kernel installs again.
+.venv/installed-%: requirements/%.lock requirements/torch.txt scripts/install.py pyproject.toml setup.py $(wildcard csrc/*)
 	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".$(EXTRAS)"
+	$(BIN)/python scripts/install.py $*
 	@touch $@
+
+# The ends of the range that pyproject.toml allows, as the weekly job runs them; nothing else uses these.
+env-newest env-lowest:
+	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh
+	$(BIN)/python scripts/install.py $(@:env-%=%)

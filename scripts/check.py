@@ -1,35 +1,100 @@
 """Everything that CI checks: `check.py [export] [notebooks] [tests] [docs]`, by default all four.
 
-The last line counts notebooks and tests together, the export and the pages as one more each; the exit status is 0 only if something ran and nothing failed."""
-import hashlib, os, shutil, signal, subprocess, sys, tempfile, time
+Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where systems
+can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts notebooks and
+tests together, the export and the pages as one more each; the exit status is 0 only if something ran and nothing failed."""
+import faulthandler, hashlib, importlib, json, multiprocessing, os, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
+from typing import Callable, NamedTuple
 from xml.etree import ElementTree
-from project import ROOT, notebooks, offline_env, read_cells, skipped
+from project import CFG, NBS, ROOT, cores, notebooks, offline_env, read_cells, skipped
 
-DEADLINE = time.time() + 75*60   # for everything
-NOTEBOOK_LIMIT = 15*60           # for one notebook
+DEADLINE = time.time() + 78*60   # for everything; what still runs then has hung
+TASK_LIMIT = 60*60               # seconds for one task: many times what it needs, for a machine may be busy
+METHOD = 'fork' if sys.platform=='linux' else 'spawn'
+WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft', 'nbdev.test', 'pytest',
+        'switchable_llm.cli')
+LONGEST = ('test_cli.py', 'test_explorer.py', '08_cli.ipynb')
 
-# --- running and counting -------------------------------------------------------------------------------------------
+class Task(NamedTuple):
+    "Work that runs in a process of its own."
+    name:str
+    work:Callable   # Called with the folder for the task's files, then `args`; returns a `Result`
+    args:tuple = ()
 
-counts = dict(passed=0, failed=0, skipped=0)
+class Result(NamedTuple):
+    "What a task found."
+    passed:int = 0
+    failed:int = 0
+    skipped:int = 0
+    message:str = ''        # Shown with a failure, before what the task printed
+    slow:tuple = ()         # Its slowest parts: seconds and name
+    cpu:float = 0.          # Seconds of processor time, children included
 
-def record(name, status, seconds, message=''):
-    "Count and print one result; a failure with its message, indented."
-    counts[status] += 1
-    print(f'{status.upper() if status=="failed" else status:8}{name}  {seconds:.0f} s', flush=True)
-    if status=='failed': print('    '+message.strip().replace('\n','\n    '), flush=True)
+def verdict(bad): return Result(failed=1, message=bad) if bad else Result(passed=1)
 
-def run(cmd, limit, cwd=ROOT, **env):
-    "Run `cmd` with its children in a group of their own, ended after `limit` seconds; exit status and output."
-    limit = max(1, min(limit, DEADLINE-time.time()))
-    p = subprocess.Popen([str(c) for c in cmd], cwd=cwd, env=offline_env(MPLBACKEND='agg', **env), text=True, errors='replace',
-                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        out,_ = p.communicate(timeout=limit)
-        return p.returncode, out
-    except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL)
-        return 124, p.communicate()[0] + f'\nstopped after {limit:.0f} s'
+# --- running tasks --------------------------------------------------------------------------------------------------
+
+def in_child(task, folder):
+    "Body of a task's process: everything that it prints goes to a file, its temporary files to its folder."
+    os.setsid()
+    log = os.open(folder/'log', os.O_CREAT|os.O_WRONLY)
+    for fd,to in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)): os.dup2(to, fd)
+    os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
+    faulthandler.dump_traceback_later(TASK_LIMIT, exit=True)
+    try: result = task.work(folder, *task.args)
+    except BaseException: result = verdict(traceback.format_exc())
+    used = sum(r.ru_utime+r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    (folder/'result').write_text(json.dumps(result._replace(cpu=used)), encoding='utf-8')
+    sys.stdout.flush(); sys.stderr.flush()
+
+class Running:
+    "A task's process, with its folder."
+    def __init__(self, task, folder):
+        folder.mkdir()
+        self.task,self.folder,self.start = task,folder,time.time()
+        self.process = multiprocessing.get_context(METHOD).Process(target=in_child, args=(task, folder))
+        self.process.start()
+    def done(self):
+        "Whether it ended, or was ended because it hangs."
+        if self.process.is_alive() and time.time()<min(DEADLINE, self.start+TASK_LIMIT+60): return False
+        try: os.killpg(self.process.pid, signal.SIGKILL)   # and whatever it left running
+        except ProcessLookupError: pass
+        self.process.join()
+        return True
+    def result(self):
+        f = self.folder/'result'
+        if f.exists(): return Result(*json.loads(f.read_text(encoding='utf-8')))
+        return verdict(f'ended with status {self.process.exitcode} after {time.time()-self.start:.0f} s and no verdict')
+    def log(self):
+        f = self.folder/'log'
+        return f.read_text(encoding='utf-8', errors='replace').strip() if f.exists() else ''
+
+def show(running, r):
+    "Print one task's result, and all that it said if it failed."
+    parts = [f'{n} {k}' for k,n in r._asdict().items() if k in ('passed','failed','skipped') and n]
+    print(f'{"FAILED" if r.failed else "ok":6} {running.task.name}: {", ".join(parts) or "nothing"}; '
+          f'{time.time()-running.start:.0f} s, {r.cpu:.0f} s of processor time', flush=True)
+    if r.failed: print('    '+'\n'.join([r.message.strip(), running.log()]).strip().replace('\n','\n    '), flush=True)
+
+def run_all(tasks, home):
+    "Run tasks, as many at once as there are cores; their results."
+    waiting,running,results = list(enumerate(tasks)),[],[]
+    while waiting or running:
+        while waiting and len(running)<min(cores(), 8):
+            i,task = waiting.pop(0)
+            running.append(Running(task, home/str(i)))
+        for r in [r for r in running if r.done()]:
+            running.remove(r)
+            results.append(r.result())
+            show(r, results[-1])
+            shutil.rmtree(r.folder, ignore_errors=True)
+        time.sleep(.1)
+    return results
+
+def run(cmd, **kw):
+    "Run a command; its exit status."
+    return subprocess.run([str(c) for c in cmd], stderr=subprocess.STDOUT, **kw).returncode
 
 def tool(name): return Path(sys.executable).with_name(name)
 
@@ -45,21 +110,21 @@ def copy_tree(dest):
         if not (ROOT/f).is_file(): continue
         (dest/f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT/f, dest/f)
+    return dest
 
 def snapshot(path):
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in path.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
 
-def check_export(copy):
+def check_export(folder):
     "`nbdev_export` and `nbdev_clean` change nothing."
-    t,before = time.time(),snapshot(copy)
+    copy = copy_tree(folder.resolve()/'copy')
+    before = snapshot(copy)
     for name in ('nbdev_export', 'nbdev_clean'):
-        rc,out = run([tool(name)], 300, cwd=copy, PYTHONPATH=str(copy))
-        if rc: return record(name, 'failed', time.time()-t, out)
+        if run([tool(name)], cwd=copy, env=os.environ|dict(PYTHONPATH=str(copy))): return verdict(f'{name} failed')
     after = snapshot(copy)
     stale = sorted(f for f in before|after if before.get(f)!=after.get(f))
-    message = 'stale, run nbdev_export and nbdev_clean: ' + ', '.join(stale)
-    record('export', 'failed' if stale else 'passed', time.time()-t, message)
+    return verdict(stale and 'stale, run nbdev_export and nbdev_clean: '+', '.join(stale))
 
 # --- the notebooks run ----------------------------------------------------------------------------------------------
 
@@ -70,57 +135,65 @@ def saved_outputs(path):
     runs = [c for c in code if not skipped(c['source'])]
     if runs and not any(c['outputs'] for c in runs): return 'no saved outputs: make notebooks'
 
-def check_notebook(path):
-    t = time.time()
-    if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]): return record(path.name, 'skipped', 0)
-    rc,out = run([tool('nbdev_test'), '--path', path], NOTEBOOK_LIMIT)
-    bad = saved_outputs(path)
-    ok = not rc and 'Success.' in out and not bad    # nbdev_test exits with 0 when it found nothing to run
-    record(path.name, 'passed' if ok else 'failed', time.time()-t, bad if bad and not rc else out.strip() or f'ended with status {rc} and no verdict')
+def check_notebook(folder, path):
+    "Run a notebook as nbdev does, in the folder of the notebooks."
+    from nbdev.test import test_nb
+    if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]): return Result(skipped=1)
+    os.chdir(NBS)
+    ok,_ = test_nb(path, skip_flags=CFG['tst_flags'].split(), basepath=ROOT)
+    return verdict(saved_outputs(path) if ok else 'a cell failed')
 
 # --- the tests pass -------------------------------------------------------------------------------------------------
 
-def check_tests():
-    "pytest over tests/, counted from its own report."
-    t = time.time()
-    with tempfile.TemporaryDirectory() as tmp:
-        xml = Path(tmp)/'report.xml'
-        rc,out = run([sys.executable, '-m', 'pytest', 'tests', '--durations=5', f'--junitxml={xml}'], 40*60)
-        suites = list(ElementTree.parse(xml).iter('testsuite')) if xml.exists() else []
+def check_tests(folder, path):
+    "pytest over one file, counted from its own report."
+    import pytest
+    os.chdir(ROOT)
+    rc = pytest.main([str(path), '-p', 'no:cacheprovider', '-rs', f'--junitxml={folder}/report.xml'])
+    suites = list(ElementTree.parse(folder/'report.xml').iter('testsuite'))
     n = {k: sum(int(s.get(k, 0)) for s in suites) for k in ('tests','failures','errors','skipped')}
-    bad = n['failures']+n['errors']
-    counts['failed'] += bad; counts['skipped'] += n['skipped']; counts['passed'] += n['tests']-bad-n['skipped']
-    print(out.strip(), flush=True)
-    if rc and not bad: record('pytest', 'failed', time.time()-t, f'exit status {rc}')
-    elif not n['tests']: record('pytest', 'failed', time.time()-t, 'no test was run')
+    bad = n['failures']+n['errors'] or int(rc!=0)
+    slow = sorted(((float(c.get('time')), f"{path.name}: {c.get('name')}") for s in suites for c in s.iter('testcase')), reverse=True)
+    return Result(n['tests']-n['failures']-n['errors']-n['skipped'], bad, n['skipped'], f'pytest ended with {rc!r}', slow[:10])
 
 # --- the pages build ------------------------------------------------------------------------------------------------
 
-def check_docs(copy):
+def check_docs(folder):
     "nbdev's processing, links and a plain rendering of every page."
-    t = time.time()
-    rc,out = run([sys.executable, copy/'scripts/build_docs.py', '--check'], 900, cwd=copy, PYTHONPATH=str(copy))
-    record(f'pages of {len(notebooks())} notebooks', 'failed' if rc else 'passed', time.time()-t, out)
+    copy = copy_tree(folder.resolve()/'copy')
+    rc = run([sys.executable, copy/'scripts/build_docs.py', '--check'], cwd=copy, env=os.environ|dict(PYTHONPATH=str(copy)))
+    return verdict(rc and 'the pages have problems')
 
 # --- all ------------------------------------------------------------------------------------------------------------
 
+def tasks_of(section):
+    "The tasks of a part of the checks."
+    if section=='export': return [Task('export', check_export)]
+    if section=='docs': return [Task(f'pages of {len(notebooks())} notebooks', check_docs)]
+    if section=='notebooks': return [Task(p.name, check_notebook, (p,)) for p in notebooks()]
+    if section=='tests': return [Task(p.name, check_tests, (p,)) for p in sorted((ROOT/'tests').glob('test_*.py'))]
+    sys.exit(f'{section}: needs some of export, notebooks, tests, docs, or nothing')
+
+def longest_first(task): return LONGEST.index(task.name) if task.name in LONGEST else len(LONGEST)
+
+def warm_up():
+    "Import what tasks import; one that cannot be imported fails in the tasks that want it, and says there why."
+    if METHOD!='fork': return
+    for m in WARM:
+        try: importlib.import_module(m)
+        except Exception as e: print(f'{m}: {e!r}', flush=True)
+
 def main(sections):
-    def title(s):
-        wanted = not sections or s in sections
-        if wanted: print(f'\n== {s} ==', flush=True)
-        return wanted
-    start = time.time()
-    with tempfile.TemporaryDirectory() as tmp:
-        copy = Path(tmp).resolve()/'copy'
-        copy_tree(copy)
-        if title('export'): check_export(copy)
-        if title('notebooks'):
-            for p in notebooks(): check_notebook(p)
-            if not notebooks(): record('notebooks', 'failed', 0, 'there is no notebook in nbs/')
-        if title('tests'): check_tests()
-        if title('docs'): check_docs(copy)
-    print(f'\n{time.time()-start:.0f} s in all')
-    print(f"{counts['passed']} passed, {counts['failed']} failed" + (f", {counts['skipped']} skipped" if counts['skipped'] else ''))
-    sys.exit(bool(counts['failed'] or not counts['passed']))
+    start,tasks = time.time(),[t for s in sections or ('export','docs','notebooks','tests') for t in tasks_of(s)]
+    os.environ.update(offline_env(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
+    sys.path.insert(0, str(ROOT))
+    warm_up()
+    with tempfile.TemporaryDirectory() as home: results = run_all(sorted(tasks, key=longest_first), Path(home))
+    slow = sorted((tuple(s) for r in results for s in r.slow), reverse=True)[:10]
+    if slow: print('\nslowest tests:\n'+'\n'.join(f'{s:6.0f} s  {n}' for s,n in slow))
+    passed,failed,skips = (sum(r[i] for r in results) for i in range(3))
+    print(f'\n{time.time()-start:.0f} s in all, {sum(r.cpu for r in results):.0f} s of processor time')
+    print(f'{passed} passed, {failed} failed' + (f', {skips} skipped' if skips else ''))
+    sys.exit(bool(failed or not passed))
 
 if __name__=='__main__': main(sys.argv[1:])

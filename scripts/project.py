@@ -23,8 +23,9 @@ def skipped(source):
     flags = dict(re.findall(r'^#\s*\|\s*(\w+):?[ \t]*(.*)$', source, flags=re.M))
     return bool(flags.keys() & set(CFG['tst_flags'].split())) or flags.get('eval','').strip().lower()=='false' or 'nbdev_export(' in source
 
+def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 def offline_env(**extra):
     "Environment in which no hub is asked and every core is used once."
-    cores = str(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': cores, 'TOKENIZERS_PARALLELISM': 'false',
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': str(cores()), 'TOKENIZERS_PARALLELISM': 'false',
             'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', **extra}
