@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logit_gap', 'merged_weight', 'merge', 'export_float',
-           'LinearWithLoRA', 'torchao_weight', 'export_torchao', 'GGUFFamily', 'rotary_pairs', 'export_gguf']
+           'LinearWithLoRA', 'torchao_weight', 'export_torchao', 'save_torchao', 'GGUFFamily', 'rotary_pairs',
+           'export_gguf']
 
 # %% ../nbs/07a_exports.ipynb #1aa09584
-import copy, importlib, json, os, shutil
+import copy, importlib, json, pickle
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import nn, Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 from transformers.pytorch_utils import Conv1D
 from .quantizers import Bits, quantize_weight
+from .files import check_target, write_whole, writing_folder
+from .modules import refuse_save_
 from .switching import Profile, QuantLayer, Setting, save_profiles, switch_of, use_profile
 from .lora_routing import LoRA
 from .data import optional
@@ -72,7 +75,10 @@ def logit_gap(
 # %% ../nbs/07a_exports.ipynb #41300fe7
 def _bound(model, profile):   # the profile; (site, layer, setting) of each quantized layer
     switch = switch_of(model)
-    with use_profile(model, profile): return switch.profile, list(zip(switch.sites, switch.layers, switch.settings))
+    if not all(isinstance(l, QuantLayer) for l in switch.layers):
+        raise ValueError("this model was loaded from a packed file, which is an export already: export the switchable model that it was frozen from")
+    live = switch.find(profile)
+    return live['profile'], list(zip(switch.sites, switch.layers, live['settings']))
 
 def merged_weight(
     layer:QuantLayer,  # A quantized layer
@@ -92,10 +98,18 @@ def _plain_layer(site, layer, setting, memo):   # a copy of the held layer; one 
 def _copy_with(model, rows, build):   # a copy of the model with `build(site, layer, setting, memo)` in place of each quantized layer
     memo = {id(model.switch): model.switch}
     for row in rows: memo[id(row[1])] = build(*row, memo)
-    new = copy.deepcopy(model, memo)
-    del new.switch
+    new = _without_switch(copy.deepcopy(model, memo), model.switch)
     new.zero_grad()
     return new.requires_grad_(True).eval()
+
+def _without_switch(new, switch):   # nor anything that makes of a model one of this library's
+    for m in {new, getattr(new, 'base_model', new)}:
+        for hooks in (m._forward_pre_hooks, m._forward_hooks):
+            for k in [k for k,h in hooks.items() if getattr(h, '__self__', None) is switch]: del hooks[k]
+    del new.switch
+    new.__dict__.pop('_set_gradient_checkpointing', None)
+    refuse_save_(new, None)
+    return new
 
 def _ends(model): return [m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
 
@@ -120,12 +134,20 @@ def merge(
     return _retie(model, _copy_with(model, rows, _plain_layer))
 
 # %% ../nbs/07a_exports.ipynb #729299bb
-def _free(path, overwrite, is_ours):   # a place to write to, or an error
-    path = Path(path).absolute()
-    if path.exists() and not (overwrite and is_ours(path)):
-        raise FileExistsError(f"{path.name} exists" + (", and is nothing that an export wrote: choose another name" if overwrite else ": choose another name, or pass overwrite=True"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.with_name(f'.{path.name}.{os.getpid()}.new')
+def _target(path, what, ours, overwrite, folder=False, space=1<<20):   # a place to write to, or an error before any work
+    path = check_target(path, what, ours, folder, space)
+    if not overwrite and path.exists() and not (folder and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already: choose another name, or pass overwrite=True")
+    return path
+
+def _bytes_of(model): return sum(p.numel()*p.element_size() for p in model.parameters())
+
+_LIST = 'export.json'   # what `export_float` wrote in a folder
+
+def _is_our_folder(folder):   # an export, and nothing beside it
+    try: names = json.loads((folder/_LIST).read_bytes())
+    except (OSError, ValueError, RecursionError): return False
+    return isinstance(names, list) and {str(f.relative_to(folder)) for f in folder.rglob('*') if not f.is_dir()}-{_LIST} <= set(map(str, names))
 
 def export_float(
     model:nn.Module,       # A model after `make_switchable_`; not changed
@@ -135,18 +157,14 @@ def export_float(
     overwrite:bool=False,  # Replace an older export
 )->Path: # The folder
     "Write the merged model for `from_pretrained`, and the profile as `profile.json`."
-    p,_ = _bound(model, profile)
-    folder,tmp = _free(folder, overwrite, lambda f: (f/'config.json').exists() and (f/'profile.json').exists())
-    old = tmp.with_suffix('.old')
-    try:
-        merge(model, profile).save_pretrained(tmp)
+    (p,_),what = _bound(model, profile),'an export of export_float'
+    folder = _target(folder, what, _is_our_folder, overwrite, True, _bytes_of(model))
+    plain = merge(model, profile)
+    with writing_folder(folder, what, _is_our_folder) as tmp:
+        plain.save_pretrained(tmp)
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
         save_profiles([p], tmp/'profile.json')
-        if folder.exists(): os.replace(folder, old)
-        os.replace(tmp, folder)
-    finally:
-        if old.exists() and not folder.exists(): os.replace(old, folder)
-        for f in (tmp, old): shutil.rmtree(f, ignore_errors=True)
+        (tmp/_LIST).write_text(json.dumps(sorted(str(f.relative_to(tmp)) for f in tmp.rglob('*') if f.is_file()), indent=1))
     return folder
 
 # %% ../nbs/07a_exports.ipynb #ba4b5ff1
@@ -222,7 +240,33 @@ def export_torchao(
     _,rows = _bound(model, profile)
     new = _copy_with(model, rows, partial(_torchao_layer, activations=activations))
     if len({id(w) for w in _ends(model)})==1 and len({id(w) for w in _ends(new)})==2: _untied(new)
+    refuse_save_(new, "its layers hold torchao's tensors, and adapters beside them: use save_torchao")
     return new.requires_grad_(False)
+
+def _is_torchao(path):   # a state dict with torchao's tensors
+    kind = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
+    try: state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError): return False
+    return isinstance(state, dict) and any(isinstance(t, kind) for t in state.values())
+
+def save_torchao(
+    model:nn.Module,         # A model after `make_switchable_`; not changed
+    profile:'str|Profile',   # A profile, or the name of one that the model has; weights of at most 8 bits
+    path:str|Path,           # A file; made, with the folders above it
+    activations:bool=False,  # As `export_torchao` takes it
+    overwrite:bool=False,    # Replace an older file of this kind
+)->Path: # The file
+    "Write the state dict of `export_torchao`: a pickle, as torchao's tensors need one, to be read by `torch.load(path, weights_only=True)`, which runs no code."
+    optional('torchao', 'save_torchao')
+    _bound(model, profile)
+    path = _target(path, "a state dict with torchao's tensors", _is_torchao, overwrite, space=_bytes_of(model)//2)
+    state = export_torchao(model, profile, activations).state_dict()
+    return write_whole(path, partial(_save_state, state))
+
+def _save_state(state, path):
+    with open(path, 'wb') as f:
+        try: torch.save(state, f)
+        except RuntimeError as e: raise e.__context__ if isinstance(e.__context__, OSError) else e   # torch hides what the system said
 
 # %% ../nbs/07a_exports.ipynb #9554f8b2
 GGUF_DTYPES = ('F32','F16','BF16','Q8_0')
@@ -292,15 +336,37 @@ def _gguf_add(gguf, w, name, v, dtype):
 def _splitter(pre):   # llama.cpp's name for a pre-tokenizer, or None
     steps = pre['pretokenizers'] if pre and pre['type']=='Sequence' else [pre]
     kinds = [s and s['type'] for s in steps]
-    if kinds in (['ByteLevel'], ['Digits','ByteLevel']) and steps[-1].get('use_regex', True): return 'gpt-2' if len(kinds)==1 else 'smollm' if steps[0]['individual_digits'] else None
+    if kinds in (['ByteLevel'], ['Digits','ByteLevel']) and steps[-1].get('use_regex', True):
+        return 'gpt-2' if len(kinds)==1 else 'smollm' if steps[0]['individual_digits'] else None
     if kinds==['Split','ByteLevel'] and steps[0]['pattern'].get('Regex')==QWEN2_SPLIT: return 'qwen2'
 
-def _gguf_tokenizer(gguf, w, tok, size, pre):
-    d = json.loads(tok.backend_tokenizer.to_str()) if getattr(tok, 'is_fast', False) else {}
-    steps = (d.get('pre_tokenizer') or {}).get('pretokenizers', [d.get('pre_tokenizer') or {}])
-    if d.get('model', {}).get('type')!='BPE' or not any(s.get('type')=='ByteLevel' and not s.get('add_prefix_space') for s in steps):
-        raise ValueError(f"{type(tok).__name__} ({d.get('model', {}).get('type', 'slow')}): only a byte-level BPE without prefix space can be written; leave tokenizer=None and keep the tokenizer beside the file")
-    pre = pre or _splitter(d['pre_tokenizer'])
+def _unwritable(d):   # what a tokenizer does that a GGUF file cannot say, or None
+    model,steps = d.get('model', {}),(d.get('pre_tokenizer') or {}).get('pretokenizers', [d.get('pre_tokenizer') or {}])
+    if model.get('type')!='BPE' or not any(s.get('type')=='ByteLevel' and not s.get('add_prefix_space') for s in steps):
+        return 'only a byte-level BPE without prefix space can be written'
+    if (d.get('normalizer') or {}).get('type') not in (None, 'NFC'): return f"it changes text first ({d['normalizer']['type']}), which llama.cpp would not do"
+    if odd := next((k for k in ('continuing_subword_prefix','end_of_word_suffix','dropout') if model.get(k)), None): return f"its {odd}={model[odd]!r} cannot be written"
+    odd = next(((a['content'], k) for a in d['added_tokens'] for k in ('lstrip','rstrip','single_word') if a[k]), None)
+    if odd: return f"its token {odd[0]!r} is found with {odd[1]}, which llama.cpp would not do"
+
+def _put_around(tok):   # which of bos and eos the tokenizer itself puts around a text
+    bare,whole = (tok('a', add_special_tokens=s).input_ids for s in (False, True))
+    at = next((i for i in range(len(whole)-len(bare)+1) if whole[i:i+len(bare)]==bare), 0)
+    before,after = whole[:at],whole[at+len(bare):]
+    if before not in ([], [tok.bos_token_id]) or after not in ([], [tok.eos_token_id]):
+        raise ValueError(f"the tokenizer puts {tok.decode(before)!r} before and {tok.decode(after)!r} after a text: llama.cpp can put its bos and eos token there, and nothing else")
+    return bool(before), bool(after)
+
+def _special_ids(tok, config):   # kind -> id; llama.cpp takes token 11 for the end of a text where a file names none
+    ids = {k:getattr(tok, f'{k}_token_id') for k in ('bos','eos','unk','pad')}
+    if ids['eos'] is None: ids['eos'] = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if ids['eos'] is None: raise ValueError("neither tokenizer nor model has a token that ends a text: set tokenizer.eos_token")
+    return {k:i for k,i in ids.items() if i is not None}
+
+def _gguf_tokenizer(gguf, w, tok, config, pre):
+    d,size = json.loads(tok.backend_tokenizer.to_str()) if getattr(tok, 'is_fast', False) else {},config.vocab_size
+    if why := _unwritable(d): raise ValueError(f"{type(tok).__name__} ({d.get('model', {}).get('type', 'slow')}): {why}; leave tokenizer=None and keep the tokenizer beside the file")
+    pre = pre or (None if d['model'].get('ignore_merges') else _splitter(d['pre_tokenizer']))
     if pre is None: raise ValueError("the tokenizer splits text in a way that is not known here: give llama.cpp's name for it as `pre`, like 'llama-bpe'")
     ids,T = {i:t for t,i in tok.get_vocab().items()},gguf.TokenType
     if max(ids)>=size: raise ValueError(f"the tokenizer has ids up to {max(ids)}, the model {size} embeddings: it is not this model's")
@@ -309,13 +375,32 @@ def _gguf_tokenizer(gguf, w, tok, size, pre):
     w.add_token_list([ids.get(i, f'[PAD{i}]') for i in range(size)])
     w.add_token_types([kinds.get(i, T.NORMAL if i in ids else T.UNUSED) for i in range(size)])
     w.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in d['model']['merges']])
-    for k,add in dict(bos=w.add_bos_token_id, eos=w.add_eos_token_id, unk=w.add_unk_token_id, pad=w.add_pad_token_id).items():
-        if (i := getattr(tok, f'{k}_token_id')) is not None: add(i)
-    one = tok('a').input_ids
-    w.add_add_space_prefix(False); w.add_add_bos_token(len(one)>1 and one[0]==tok.bos_token_id); w.add_add_eos_token(len(one)>1 and one[-1]==tok.eos_token_id)
-    if isinstance(tok.chat_template, str): w.add_chat_template(tok.chat_template)
+    for k,i in _special_ids(tok, config).items(): getattr(w, f'add_{k}_token_id')(i)
+    bos,eos = _put_around(tok)
+    w.add_add_space_prefix(False); w.add_add_bos_token(bos); w.add_add_eos_token(eos)
+    if chat := tok.chat_template: w.add_chat_template(chat if isinstance(chat, str) else [dict(name=k, template=t) for k,t in chat.items()])
 
 # %% ../nbs/07a_exports.ipynb #b34b5312
+def _is_our_gguf(path):   # a file that `export_gguf` wrote: its description is a profile
+    try:
+        with open(path, 'rb') as f:
+            if f.read(4)!=b'GGUF': return False
+        field = importlib.import_module('gguf').GGUFReader(path).get_field('general.description')
+    except (OSError, ValueError, KeyError, IndexError): return False
+    return field is not None and str(field.contents()).startswith('profile {')
+
+def _gguf_metadata(gguf, w, model, family, profile, dtype):
+    w.add_type(gguf.GGUFType.MODEL)
+    w.add_name(f"{Path(model.config._name_or_path or family.arch).name.removesuffix('.gguf')}-{profile.name}")
+    w.add_description(f'profile {json.dumps(profile.to_dict())}, activations float')
+    w.add_file_type(gguf.LlamaFileType['ALL_F32' if dtype=='F32' else f'MOSTLY_{dtype}'])
+    w.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _gguf_settings(w, model.config, family)
+
+def _gguf_write(w, path):
+    try: w.write_header_to_file(path); w.write_kv_data_to_file(); w.write_tensors_to_file()
+    finally: w.close()
+
 @torch.no_grad()
 def export_gguf(
     model:nn.Module,       # A model after `make_switchable_`; not changed
@@ -330,18 +415,11 @@ def export_gguf(
     if dtype not in GGUF_DTYPES: raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(GGUF_DTYPES)}")
     if Path(path).suffix!='.gguf': raise ValueError(f"{path}: needs a name that ends in .gguf")
     gguf,family,(p,_) = optional('gguf', 'export_gguf'),_gguf_family(model),_bound(model, profile)
-    plain = merge(model, profile)
-    path,tmp = _free(path, overwrite, Path.is_file)
-    w = gguf.GGUFWriter(str(tmp), family.arch)
-    try:
-        w.add_type(gguf.GGUFType.MODEL); w.add_name(f"{Path(model.config._name_or_path or family.arch).name.removesuffix('.gguf')}-{p.name}"); w.add_description(f'profile {json.dumps(p.to_dict())}, activations float')
-        w.add_file_type(gguf.LlamaFileType['ALL_F32' if dtype=='F32' else f'MOSTLY_{dtype}']); w.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _gguf_settings(w, plain.config, family)
-        if tokenizer is None: w.add_tokenizer_model('no_vocab')
-        else: _gguf_tokenizer(gguf, w, tokenizer, plain.config.vocab_size, pre)
-        for name,v in _gguf_tensors(gguf, plain, family): _gguf_add(gguf, w, name, v, dtype)
-        w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
-        os.replace(tmp, path)
-    finally:
-        w.close(); tmp.unlink(missing_ok=True)
-    return path
+    numbers = sum(q.numel() for q in model.parameters())
+    path = _target(path, 'a file that export_gguf wrote', _is_our_gguf, overwrite, space=numbers*dict(F32=4, Q8_0=1).get(dtype, 2))
+    w = gguf.GGUFWriter(None, family.arch)
+    _gguf_metadata(gguf, w, model, family, p, dtype)
+    if tokenizer is None: w.add_tokenizer_model('no_vocab')
+    else: _gguf_tokenizer(gguf, w, tokenizer, model.config, pre)
+    for name,v in _gguf_tensors(gguf, merge(model, profile), family): _gguf_add(gguf, w, name, v, dtype)
+    return write_whole(path, lambda tmp: _gguf_write(w, tmp))

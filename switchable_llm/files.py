@@ -36,9 +36,9 @@ def named_errors(
     "A full disk, or another fault of the system, as an `OSError` that names the file and the way out."
     try: yield
     except (OSError, SafetensorError) as e:
-        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e)
+        full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or any(s in str(e) for s in ('No space left', 'requested and'))   # numpy's words
         if full: raise OSError(f"{path}: no space left on the disk: free some, or choose another place") from e
-        if isinstance(e, OSError): raise
+        if isinstance(e, OSError) and (e.errno is not None or str(path) in str(e)): raise
         raise OSError(f"{path}: cannot be written: {e}") from e
 
 def write_whole(
@@ -109,8 +109,9 @@ def writing_folder(
         try:
             tmp.mkdir()
             yield tmp
+            mode = tmp.stat().st_mode & 0o666              # of a new file; safetensors makes files that only their owner can read
             for f in tmp.rglob('*'):
-                if f.is_file(): _to_disk(f)
+                if f.is_file(): f.chmod(mode); _to_disk(f)
             check_target(folder, what, ours, folder=True)   # somebody may have put something there meanwhile
             _swap(tmp, folder)
         finally: shutil.rmtree(tmp, ignore_errors=True)
@@ -133,7 +134,7 @@ def whole_folder(
     folder:str|Path, # A folder that `writing_folder` wrote
 )->Path: # Where it is now
     "The folder; or, where a writer was killed between its two renames, the older one that stands aside."
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     aside = sorted(folder.parent.glob(glob.escape(f'.{folder.name}.')+'*.old'), key=lambda p: p.stat().st_mtime)
     return folder if folder.exists() or not aside else aside[-1]
 

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 from .files import write_whole
+from .modules import Bank, check_plain, refuse_save_
 from .quantizers import Bits, EMAObserver, LearnedRange, QParams, QuantConfig, fake_quant, fake_quant_weight, fused_fake_quant, token_qparams
 from .integer import KERNELS, ReferenceKernel, int_linear, pick_kernel, signed_codes
 
@@ -322,10 +323,13 @@ class Switch:
     def bound(self)->dict: return self._bound | {n:s for n,_,s in self.live.own}
 
     def rebind(self):
-        "Bind all profiles again, after adapters were added."
-        bound = {n:self.bind(p) for n,p in self._profiles.items()}
-        live,self._bound = self.live.profile,bound
-        self._set(settings=self.bind(live))
+        "Bind all profiles again, after adapters were added; one that does not find all of its adapters yet says so when it is asked for."
+        live,bound = self.bind(self.live.profile),{}
+        for n,p in self._profiles.items():
+            try: bound[n] = self.bind(p)
+            except ValueError: pass
+        self._bound = bound
+        self._set(settings=live)
 
     @property
     def kernel(self)->str:
@@ -390,9 +394,10 @@ class Switch:
         p:'str|Profile', # A profile, or the name of one that the model has
     )->dict: # `profile` and `settings` of a `Live`
         "A profile and its settings; a `ValueError` lists the names."
-        if not isinstance(p, str): return dict(profile=p, settings=self.bound[p.name] if self.profiles.get(p.name)==p else self.bind(p))
-        if p not in self.bound: raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(self.profiles)}; add it with switch.add")
-        return dict(profile=self.profiles[p], settings=self.bound[p])
+        if isinstance(p, str) and p not in self.profiles: raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(self.profiles)}; add it with switch.add")
+        p = self.profiles[p] if isinstance(p, str) else p
+        bound = self.bound.get(p.name) if self.profiles.get(p.name)==p else None
+        return dict(profile=p, settings=self.bind(p) if bound is None else bound)   # an error that says which adapter it lacks
 
     @property
     def profile(self)->Profile: return self.live.profile
@@ -487,7 +492,7 @@ class QuantLayer(nn.Module):
     ):
         super().__init__()
         self.base,self.switch,self.index = base,switch,index
-        self.observers,self.adapters,self.gates = nn.ModuleDict(),nn.ModuleDict(),nn.ModuleDict()   # by activation bits; by route key; by name
+        self.observers,self.adapters,self.gates = Bank(),Bank(),Bank()   # by activation bits; by route key; by name
         self._weights,self._made_of,self._acts,self._kernels = {},None,{},{}
         self.register_state_dict_post_hook(_base_keys_out)
         self.register_load_state_dict_pre_hook(_base_keys_in)
@@ -737,6 +742,7 @@ def make_switchable_(
 )->list[str]: # Names of the layers that became switchable
     "Give every layer switchable bits; the model starts, unchanged, at profile `float`."
     if hasattr(model, 'switch'): raise ValueError("the model is switchable already: use model.switch.add(profile) to give it more profiles")
+    check_plain(model)
     found = find_sites(model, sites, embedding, lm_head)
     switch = Switch(found, cfg)
     switch.add(PROFILES['float']); switch.profile = 'float'
@@ -746,6 +752,7 @@ def make_switchable_(
         switch.layers.append(next(q for t,q in LAYERS.items() if isinstance(base, t))(base, switch, i).train(base.training))
         model.set_submodule(s.name, switch.layers[-1])
     switch.attach(model)
+    refuse_save_(model, 'use save_switchable, or export_float for a plain model of one profile')
     return [s.name for s in found]
 
 def switch_of(

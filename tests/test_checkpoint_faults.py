@@ -1,7 +1,8 @@
 "A damaged checkpoint is an error that says so; never a model that is silently another."
-import copy, json, random, shutil
+import copy, hashlib, json, random, shutil
 from dataclasses import asdict
 import pytest, torch
+from safetensors.torch import load_file, save as save_tensors
 from torch import nn
 from switchable_llm.data import load_model
 from switchable_llm.lora_routing import _sealed, adapter_params, add_adapters_, load_switchable, read_switchable, save_switchable
@@ -130,6 +131,94 @@ def test_one_of_the_first_format(checkpoint, base, tmp_path):
     "Without the keys that the first format did not have."
     old = rewritten(checkpoint[0], tmp_path/'old', lambda d: [d.pop(k) for k in ('gates','frozen')])
     assert read_switchable(old)['format_version']==1 and content(load_switchable(old, copy.deepcopy(base)))==checkpoint[1]
+
+# --- from a stranger: sealed, and wrong ------------------------------------------------------------------------------
+
+def places(x, path=()):
+    "Paths to everything in a nest of mappings and lists."
+    for k,v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
+        yield (*path, k)
+        yield from places(v, (*path, k))
+
+ODD = [None, True, False, -1, 0, 1, 3.5, 10**12, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '*', '../x', 'a'*5000, [], {}, [[]],
+       ['x'], [['x', 'y']], dict(x=1), [None]*3]
+
+def change_at(d, path, value):
+    "Put a value there, or take out what is there."
+    for k in path[:-1]: d = d[k]
+    if value is KeyError: del d[path[-1]]
+    else: d[path[-1]] = copy.deepcopy(value)
+
+def state_of(model):
+    params = {n:(id(p), p.requires_grad, p._version) for n,p in model.named_parameters()}
+    return [(n, type(m)) for n,m in model.named_modules()], params
+
+@pytest.mark.parametrize('kind,many', [('small', 400), ('large', 400)])
+def test_a_description_with_anything_anywhere(kind, many, checkpoints, base, tmp_path):
+    "Refused with the model as it was, or loaded whole; and nothing else, whatever a description says."
+    good,rng,loaded = checkpoints[kind][0],random.Random(kind),0
+    everywhere = list(places(json.loads((good/'switchable.json').read_text())))
+    top = [p for p in everywhere if len(p)<3]
+    model,bad = copy.deepcopy(base),shutil.copytree(good, tmp_path/'bad')
+    before = state_of(model)
+    for _ in range(many):
+        path,value = rng.choice(rng.choice((everywhere, top))),rng.choice([*ODD, KeyError])
+        rewritten(good, shutil.rmtree(bad) or bad, lambda d: change_at(d, path, value) if path[0]!='checksum' else None)
+        try: load_switchable(bad, model)
+        except ValueError as e: assert 'bad' in str(e) and state_of(model)==before, (path, value)
+        else:
+            loaded += 1
+            model = copy.deepcopy(base); before = state_of(model)
+    assert 0<loaded<many/2      # names, scalings and the like are free
+
+@pytest.mark.parametrize('change,match', [
+    (lambda d: d.update(format_version=0), 'format version is 0'),
+    (lambda d: d.update(format_version=-1), 'format version is -1'),
+    (lambda d: d.update(format_version=True), 'format version is True'),
+    (lambda d: d.update(format_version=1.), r'format version is 1\.0'),
+    (lambda d: d.update(route='layer'), "route is 'layer'"),
+    (lambda d: d.update(route=None), 'route is None'),
+    (lambda d: d['adapters'][0].update(r=10**9), r'tensor .*\.adapters\.4\.a is \[4, 32\].*\[1000000000, 32\]'),
+    (lambda d: d['adapters'][0].update(r=True), 'adapters, 0, r is True'),
+    (lambda d: d['adapters'][0].update(alpha=0), 'alpha=0'),
+    (lambda d: d['adapters'][0].update(dropout=1), 'dropout=1'),
+    (lambda d: d['adapters'][0].update(key='a.b'), "'a.b'"),
+    (lambda d: d['adapters'].append(d['adapters'][0]), 'twice'),
+    (lambda d: d['adapters'].pop(), 'has no place'),
+    (lambda d: d['quantizer'].update(weight='per_row'), 'per_row'),
+    (lambda d: d['quantizer'].update(speed=9), 'speed'),
+    (lambda d: d['sites'].append(['transformer.h.7.attn.c_attn', 'attn_qkv']), 'other layers'),
+    (lambda d: d['sites'].append(d['sites'][0]), 'each layer once'),
+    (lambda d: d['profiles'].append(dict(name='bw4', default='w5')), "called 'bw4'"),
+    (lambda d: d['profiles'][1].update(default='w40'), 'w=40'),
+    (lambda d: d.update(frozen=['x.adapters.4.a']), 'x.adapters.4.a'),
+    (lambda d: d.pop('base'), 'base'),
+    (lambda d: d['base'].pop('sha256'), 'sha256')], ids=range(22))
+def test_a_fault_is_named(change, match, checkpoint, base, tmp_path):
+    model = copy.deepcopy(base); before = state_of(model)
+    bad = rewritten(checkpoint[0], tmp_path/'bad', change)
+    with pytest.raises(ValueError, match=match): load_switchable(bad, model)
+    assert state_of(model)==before
+
+def test_tensors_of_another_shape(checkpoint, base, tmp_path):
+    "Sealed by a stranger: the file's own checksum is right too."
+    changes = ((lambda t: t.pop(next(k for k in t if k.endswith('.adapters.4.a'))), r'adapters\.4\.a is missing'),
+               (lambda t: t.update(extra=torch.zeros(1)), 'tensor extra has no place'),
+               (lambda t: t.update({k:v.int() for k,v in t.items()}), 'int32'),
+               (lambda t: t.update({k:v[None] for k,v in t.items()}), 'is needed'))
+    for i,(change,match) in enumerate(changes):
+        state = load_file(checkpoint[0]/'adapters.safetensors'); change(state)
+        data = save_tensors(state); digest = hashlib.sha256(data).hexdigest()
+        bad = rewritten(checkpoint[0], tmp_path/str(i), lambda d: d.update(tensors_sha256=digest))
+        (bad/'adapters.safetensors').write_bytes(data)
+        model = copy.deepcopy(base); before = state_of(model)
+        with pytest.raises(ValueError, match=match): load_switchable(bad, model)
+        assert state_of(model)==before
+
+def test_a_model_that_is_switchable_already(checkpoint, base):
+    model = load_switchable(checkpoint[0], copy.deepcopy(base))
+    with pytest.raises(ValueError, match='switchable already'): load_switchable(checkpoint[0], model)
+    assert content(model)==checkpoint[1]
 
 def test_a_gate_of_an_unknown_type(checkpoints, base, monkeypatch):
     monkeypatch.delitem(GATE_TYPES, 'ToyGate'); model = copy.deepcopy(base)

@@ -1,11 +1,10 @@
 "Exports, loaded where they are to run: plain transformers, torchao, GGUF through transformers' own reader."
-import io, sys
+import io, os, sys
 import pytest, torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from switchable_llm import exports
 from switchable_llm.data import gguf_overrides, load_model, tiny_tokenizer
 from switchable_llm.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, logit_gap, merge, merged_weight, use_weights_only
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_, base_hash
@@ -151,31 +150,36 @@ def test_a_merged_model_generates():
 
 # --- folders and files, whole or not at all -------------------------------------------------------------------------
 
+def fails_at(n):
+    "`os.replace` that fails at its n-th call."
+    real,calls = os.replace,iter(range(n+1))
+    def replace(a, b):
+        if next(calls, None)==n: raise OSError('gone')
+        real(a, b)
+    return replace
+
 def test_folder_is_whole_or_not_at_all(tmp_path, monkeypatch):
     m = switchable('gpt2'); tok = tiny_tokenizer()
     folder = export_float(m, 'bw8', tmp_path/'a'/'b', tok)
     assert AutoTokenizer.from_pretrained(folder)('Where?').input_ids==tok('Where?').input_ids
     with pytest.raises(FileExistsError, match='overwrite=True'): export_float(m, 'bw4', folder)
-    with pytest.raises(FileExistsError, match='nothing that an export wrote'): export_float(m, 'bw4', tmp_path, overwrite=True)
+    with pytest.raises(FileExistsError, match='holds a and is not an export'):
+        export_float(m, 'bw4', tmp_path, overwrite=True)
     was = {f.name:f.read_bytes() for f in folder.iterdir()}
     def broken(*a, **k): raise OSError('disk full')
-    for what in ('switchable_llm.exports.save_profiles', 'switchable_llm.exports.os.replace'):
-        with monkeypatch.context() as mp:
-            mp.setattr(what, broken)
-            with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', folder, overwrite=True)
-            with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', tmp_path/'a'/'c')
-        assert {f.name:f.read_bytes() for f in folder.iterdir()}==was and [f.name for f in folder.parent.iterdir()]==['b']
-    real,calls = exports.os.replace,[]
-    def second(a, b):                                         # the old one is aside, the new one does not get into place
-        calls.append(b)
-        if len(calls)==3: raise OSError('gone')               # the first is profile.json
-        real(a, b)
     with monkeypatch.context() as mp:
-        mp.setattr('switchable_llm.exports.os.replace', second)
-        with pytest.raises(OSError, match='gone'): export_float(m, 'bw4', folder, overwrite=True)
-    assert {f.name:f.read_bytes() for f in folder.iterdir()}==was and [f.name for f in folder.parent.iterdir()]==['b']
-    export_float(m, 'bw4', folder, overwrite=True)
-    assert load_profiles(folder/'profile.json')==[PROFILES['bw4']] and [f.name for f in folder.parent.iterdir()]==['b']
+        mp.setattr('switchable_llm.exports.save_profiles', broken)
+        with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', folder, overwrite=True)
+        with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', tmp_path/'a'/'c')
+    for n in range(20):                                       # profile.json, the old one aside, the new one into place
+        with monkeypatch.context() as mp:
+            mp.setattr('os.replace', fails_at(n))
+            try: export_float(m, 'bw4', folder, overwrite=True)
+            except OSError: pass
+            else: break
+        assert {f.name:f.read_bytes() for f in folder.iterdir()}==was and [f.name for f in folder.parent.iterdir()]==['b']
+    assert n>=3 and load_profiles(folder/'profile.json')==[PROFILES['bw4']]
+    assert [f.name for f in folder.parent.iterdir()]==['b']
 
 def test_bad_input(tmp_path):
     pytest.importorskip('torchao', reason='the extra `torchao` is not installed')
@@ -365,7 +369,16 @@ def test_gguf_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     export_gguf(m, 'bw4', path, overwrite=True)
     assert path.read_bytes()!=was and len(list(tmp_path.iterdir()))==1
     (tmp_path/'d.gguf').mkdir()
-    with pytest.raises(FileExistsError, match='nothing that an export wrote'): export_gguf(m, 'bw4', tmp_path/'d.gguf', overwrite=True)
+    with pytest.raises(FileExistsError, match='d.gguf: is a folder'):
+        export_gguf(m, 'bw4', tmp_path/'d.gguf', overwrite=True)
+    w = gguf.GGUFWriter(tmp_path/'base.gguf', 'llama'); w.add_description('a base model')
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.close()
+    for f in ('base.gguf','notes.gguf'):
+        if not (tmp_path/f).exists(): (tmp_path/f).write_text('mine')
+        was = (tmp_path/f).read_bytes()
+        with pytest.raises(FileExistsError, match=f'{f}: is there already and is not a file that export_gguf wrote'):
+            export_gguf(m, 'bw4', tmp_path/f, overwrite=True)
+        assert (tmp_path/f).read_bytes()==was
 
 # --- its tokenizer --------------------------------------------------------------------------------------------------
 
@@ -404,14 +417,66 @@ def test_gguf_tokenizer(kind, split, pre, tmp_path):
         assert back.decode(back(t).input_ids)==tok.decode(tok(t).input_ids)
     assert read(path).config.vocab_size==len(tok)+7
 
+def around(tok, template):
+    "The tokenizer with its own template of special tokens."
+    ids = [(t, tok.convert_tokens_to_ids(t)) for t in ('<|endoftext|>','<|im_start|>','<|pad|>') if t in template]
+    made = processors.TemplateProcessing(single=template, pair=f'{template} $B:1', special_tokens=ids)
+    tok.backend_tokenizer.post_processor = made
+    return tok
+
+@pytest.mark.parametrize('template,bos,eos', [
+    ('$A', False, False), ('<|im_start|> $A', True, False), ('$A <|endoftext|>', False, True),
+    ('<|im_start|> $A <|endoftext|>', True, True)])
+def test_gguf_says_what_the_tokenizer_puts_around_a_text(template, bos, eos, tmp_path):
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    tok = around(bpe(), template); tok.bos_token = '<|im_start|>'
+    path = export_gguf(switchable('llama', vocab_size=len(tok)), 'bw4', tmp_path/'m.gguf', tokenizer=tok)
+    get = lambda k: gguf.GGUFReader(str(path)).fields[f'tokenizer.ggml.{k}'].contents()
+    assert (get('add_bos_token'), get('add_eos_token'), get('add_space_prefix'))==(bos, eos, False)
+    assert (get('bos_token_id'), get('eos_token_id'))==(tok.bos_token_id, tok.eos_token_id)
+    back = AutoTokenizer.from_pretrained(tmp_path, gguf_file='m.gguf')
+    for t in [*TEXTS, '', ' lead']: assert back(t).input_ids==tok(t).input_ids, t
+
+def test_gguf_end_of_text(tmp_path):
+    "llama.cpp takes token 11 for the end where a file names none."
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    tok = bpe(); tok.eos_token = None
+    m = switchable('llama', vocab_size=len(tok))
+    for eos,want in ((1, 1), ([2, 0], 2)):
+        m.config.eos_token_id = eos
+        path = export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok, overwrite=True)
+        assert gguf.GGUFReader(str(path)).fields['tokenizer.ggml.eos_token_id'].contents()==want
+    m.config.eos_token_id = None
+    with pytest.raises(ValueError, match='set tokenizer.eos_token'):
+        export_gguf(m, 'bw4', tmp_path/'n.gguf', tokenizer=tok)
+
+def test_gguf_several_chat_templates(tmp_path):
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    tok = bpe(); tok.chat_template = dict(default='{{ messages }}', tool_use='{{ tools }}')
+    path = export_gguf(switchable('llama', vocab_size=len(tok)), 'bw4', tmp_path/'m.gguf', tokenizer=tok)
+    fields = gguf.GGUFReader(str(path)).fields
+    said = [fields[f'tokenizer.chat_template{k}'].contents() for k in ('', '.tool_use')]
+    assert said==['{{ messages }}', '{{ tools }}']
+
+def changed(change, split='gpt2'):
+    tok = bpe(split); change(tok)
+    return tok
+
 def test_gguf_tokenizers_that_cannot_be_written(tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     m = switchable('llama', vocab_size=400)
-    for tok,match in ((tiny_tokenizer(), 'WordLevel'), (bpe('prefix'), 'without prefix space'), (bpe('other'), "as `pre`"), (object(), 'object')):
+    lower = changed(lambda t: setattr(t.backend_tokenizer, 'normalizer', normalizers.Lowercase()))
+    strips = changed(lambda t: t.add_tokens([AddedToken('<mask>', lstrip=True)]))
+    whole_words = changed(lambda t: setattr(t.backend_tokenizer.model, 'ignore_merges', True))
+    for tok,match in ((tiny_tokenizer(), 'WordLevel'), (bpe('prefix'), 'without prefix space'), (bpe('other'), "as `pre`"),
+                      (object(), 'object'), (lower, 'Lowercase'), (strips, "'<mask>' is found with lstrip"),
+                      (whole_words, 'as `pre`'), (around(bpe(), '<|pad|> $A'), r"puts '<\|pad\|>' before")):
         with pytest.raises(ValueError, match=match): export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok)
     with pytest.raises(ValueError, match='not this model'): export_gguf(switchable('llama'), 'bw4', tmp_path/'m.gguf', tokenizer=bpe())
     assert not list(tmp_path.iterdir())
     export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=bpe('other'), pre='llama-bpe')
+    composed = changed(lambda t: setattr(t.backend_tokenizer, 'normalizer', normalizers.NFC()))
+    export_gguf(m, 'bw4', tmp_path/'n.gguf', tokenizer=composed)
 
 def test_a_gguf_export_is_read_by_load_model(tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
