@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['answering', 'Policy', 'fixed_profile', 'random_profile', 'all_profiles', 'with_highest', 'random_layers',
            'high_to_low', 'Outputs', 'cross_entropy', 'Task', 'token_weights', 'token_outputs', 'Objective',
-           'batch_rows', 'TrainConfig', 'train']
+           'batch_rows', 'train']
 
 # %% ../nbs/02_joint_training.ipynb #a0dbade8
-import inspect, json, math, random, shutil, time
-from contextlib import nullcontext
+import inspect, math, random, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn, Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from .quantizers import Bits
-from .files import write_whole
 from .switching import Profile, Rule, switch_of, use_profile
 from .data import collate
+from .resuming import RunState, data_facts, kept, model_facts
+from .training_config import TrainConfig, whole_number
 
 # %% ../nbs/02_joint_training.ipynb #03d76938
 @dataclass(frozen=True)
@@ -238,30 +238,6 @@ def batch_rows(
     per_epoch = len(_epoch(lengths, size, seed, 0))
     return _epoch(lengths, size, seed, i//per_epoch)[i%per_epoch]
 
-# %% ../nbs/02_joint_training.ipynb #f2da08fe
-@dataclass(frozen=True)
-class TrainConfig:
-    "Settings of the loop; the defaults are the original study's."
-    steps:int=1000              # Optimizer steps
-    batch_size:int=4            # Questions in a forward pass, all processes together
-    accumulate:int=2            # Forward passes in a step, for each profile
-    lr:float=2e-4               # Peak learning rate
-    warmup:int=10               # Steps until the peak
-    schedule:str='linear'       # After the peak: 'linear' or 'cosine' to zero, or 'constant_with_warmup'
-    weight_decay:float=0.01     # AdamW's
-    betas:tuple[float,float]=(0.9, 0.999) # AdamW's
-    clip:float|None=1.0         # Largest norm of the gradient; `None` for no limit
-    answer_weight:float=1.      # Weight of answer tokens in the loss
-    text_weight:float=0.        # Weight of all other tokens
-    mixed_precision:str='no'    # 'bf16' runs float32 weights under autocast; a bfloat16 model needs 'no'
-    seed:int=0                  # Of the data order and of dropout
-
-    def __post_init__(self):
-        for k in ('steps','batch_size','accumulate'):
-            if not isinstance(getattr(self, k), int) or getattr(self, k)<1: raise ValueError(f"{k}={getattr(self, k)!r}: needs a positive integer")
-        if self.mixed_precision not in ('no','bf16'): raise ValueError(f"mixed_precision={self.mixed_precision!r}: choose 'no' or 'bf16'")
-        if self.answer_weight==self.text_weight==0: raise ValueError("answer_weight and text_weight are both 0: there is nothing to learn")
-
 # %% ../nbs/02_joint_training.ipynb #0276dc3c
 def train(
     model:nn.Module,             # Trained in place: its parameters that require a gradient
@@ -271,76 +247,110 @@ def train(
     pad_id:int=0,                # Token that fills the rows
     task:Task=answering,         # What is learnt
     objective:Objective=Objective(), # Cross-entropy, and what is to be minimised beside it
-    checkpoint:str|Path|None=None, # Folder for checkpoints; an unfinished run found there goes on
+    checkpoint:str|Path|None=None, # Folder for checkpoints, of this run alone; an unfinished run found there goes on
     every:int=100,               # Steps between checkpoints
     progress:bool=True,          # Show a bar
     callback:Callable|None=None, # Called as callback(step, curve) after each step
     cpu:bool=False,              # Stay on the CPU where there is a GPU
-)->dict: # `curve` (a list of step, loss, profiles, tokens), `tokens`, `seconds`, `processes`, `device`
+)->dict: # `curve` (step, loss, profiles, tokens; no entry for a skipped step), `skipped`, `tokens`, `seconds`, `processes`, `device`
     "Train: one loop for one process or many, resumable to the same bits."
     AcceleratorState._reset_state()
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
-    _check(model, data, cfg, acc)
+    set_seed(cfg.seed)                                   # a task may draw while the examples are looked at
+    _check(model, data, cfg, pad_id, every, task, acc)
     model.to(acc.device)
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
-    optimizer = acc.prepare_optimizer(torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas))
-    schedule = get_scheduler(cfg.schedule, optimizer.optimizer, cfg.warmup, cfg.steps)
-    state = _State(params); set_seed(cfg.seed, device_specific=True)
-    acc.register_for_checkpointing(state, schedule)
-    keeper = _Keeper(acc, checkpoint, dict(train=vars(cfg), policy=policy and [policy.name, policy.settings], task=task.name, objective=objective.to_dict()), state)
-    step_of = partial(_step, acc, model, data, tuple(task.length(d) for d in data), policy, cfg, pad_id, task, objective, params, optimizer)
-    modes = {m:m.training for m in model.modules()}
-    with use_profile(model, switch_of(model).profile) if policy else nullcontext():
-        try:
-            _train_mode(model, params)
-            for step in tqdm(range(state.step, cfg.steps), initial=state.step, total=cfg.steps, disable=not (progress and acc.is_main_process), desc='train'):
-                start = time.perf_counter()
-                value,tokens,profiles = step_of(step)
-                schedule.step(); optimizer.zero_grad(set_to_none=True)
-                state.add(value, tokens, profiles, time.perf_counter()-start)
-                if (step+1)%every==0 or step+1==cfg.steps: keeper.save()
-                if callback: callback(step, state.curve)
-        finally:
-            for m,was in modes.items(): m.training = was
-    return dict(curve=state.curve, tokens=sum(c[3] for c in state.curve), seconds=state.seconds, processes=acc.num_processes, device=str(acc.device))
+    optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
+    state,lengths = RunState(params, optimizer),tuple(task.length(d) for d in data)
+    settings = dict(train=asdict(cfg), policy=policy and [policy.name, policy.settings], task=task.name, objective=objective.to_dict(),
+                    data=data_facts(data, lengths, task.collate, pad_id), model=model_facts(model, params),
+                    groups=[[g['peak'], g['weight_decay'], len(g['params'])] for g in optimizer.param_groups])
+    step_of = partial(_step, acc, model, data, lengths, policy, cfg, pad_id, task, objective, params, optimizer)
+    set_seed(cfg.seed, device_specific=True)
+    with kept(acc, checkpoint, settings, state) as save, _training(model, params, policy):
+        shown = dict(initial=state.step, total=cfg.steps, disable=not (progress and acc.is_main_process), desc='train')
+        for step in tqdm(range(state.step, cfg.steps), **shown):
+            start = time.perf_counter()
+            point = step_of(step)
+            optimizer.zero_grad(set_to_none=True)
+            state.add(point, time.perf_counter()-start)
+            if (step+1)%every==0 or step+1==cfg.steps: save()
+            if callback: callback(step, state.curve)
+    tokens = sum(c[3] for c in state.curve)
+    return dict(curve=state.curve, skipped=state.skipped, tokens=tokens, seconds=state.seconds,
+                processes=acc.num_processes, device=str(acc.device))
 
-def _check(model, data, cfg, acc):
-    if not any(p.requires_grad for p in model.parameters()): raise ValueError("no parameter requires a gradient: call add_adapters_(model) first, or model.requires_grad_(True)")
-    if not 1<=cfg.batch_size<=len(data): raise ValueError(f"batch_size={cfg.batch_size}: there are {len(data)} training questions")
-    if cfg.batch_size%acc.num_processes: raise ValueError(f"batch_size={cfg.batch_size}: not divisible by {acc.num_processes} processes")
+def _check(model, data, cfg, pad_id, every, task, acc):
+    size,n = f'batch_size={cfg.batch_size}',acc.num_processes
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter requires a gradient: call add_adapters_(model) or model.requires_grad_(True) first")
+    if cfg.batch_size>len(data): raise ValueError(f"{size}: there are {len(data)} training questions")
+    if cfg.batch_size%n: raise ValueError(f"{size}: not divisible by {n} processes")
+    whole_number('every', every, 1)
+    whole_number('pad_id', pad_id, 0, _vocabulary(model)-1)
+    if not any(task.weights(task.collate([d], pad_id), cfg).any() for d in data):
+        raise ValueError(f"none of the {len(data)} training questions has a target: "
+                         "train on some that have an answer, or on the whole text with text_weight=1")
+
+def _vocabulary(model):   # tokens that the model knows
+    table = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
+    return len(table.weight) if hasattr(table, 'weight') else math.inf
 
 def _groups(model, cfg):   # by learning rate and decay
     groups = {}
     for m in model.modules():
         for p in m.parameters(False):
-            if p.requires_grad: groups.setdefault((getattr(m, 'lr_factor', 1.), p.ndim>1 and getattr(m, 'decays', True)), {})[id(p)] = p
-    return [dict(params=list(ps.values()), lr=cfg.lr*f, weight_decay=cfg.weight_decay*decays) for (f,decays),ps in groups.items()]
+            kind = getattr(m, 'lr_factor', 1.),p.ndim>1 and getattr(m, 'decays', True)
+            if p.requires_grad: groups.setdefault(kind, {})[id(p)] = p
+    return [dict(params=list(ps.values()), peak=cfg.lr*factor, weight_decay=cfg.weight_decay*decays)
+            for (factor,decays),ps in groups.items()]
 
-def _train_mode(model, params):   # what is trained in training mode, a frozen base in evaluation mode
+@contextmanager
+def _training(model, params, policy):   # what is trained in training mode, a frozen base in evaluation mode
+    modes = {m:m.training for m in model.modules()}
     base = not hasattr(model, 'switch') or any('.base.' in n for n in params)
-    model.train(base)
-    for n,m in model.named_modules():
-        if '.adapters.' in n or any(p.requires_grad for p in m.parameters(False)): m.train()
+    with use_profile(model, switch_of(model).profile) if policy else nullcontext():
+        try:
+            model.train(base)
+            for n,m in model.named_modules():
+                if '.adapters.' in n or any(p.requires_grad for p in m.parameters(False)): m.train()
+            yield
+        finally:
+            for m,was in modes.items(): m.training = was
 
 # %% ../nbs/02_joint_training.ipynb #7d62364c
 def _step(acc, model, data, lengths, policy, cfg, pad_id, task, objective, params, optimizer, step):
-    profiles = policy(step) if policy else (None,)
-    batches = [task.collate([data[j] for j in batch_rows(lengths, cfg.batch_size, step*cfg.accumulate+i, cfg.seed)], pad_id) for i in range(cfg.accumulate)]
-    weights = [task.weights(b, cfg) for b in batches]
-    total,value = sum(w.sum() for w in weights).item(),torch.zeros((), device=acc.device)
-    mine = slice(acc.process_index, None, acc.num_processes)
-    for b,w in zip(batches, weights):
-        losses = objective.losses(model, task, {k:v[mine].to(acc.device) for k,v in b.items()}, w[mine].to(acc.device), profiles)
-        while True:
-            with acc.autocast(): l = next(losses, None)
-            if l is None: break
-            if not l.requires_grad: raise ValueError(f"profile {_names(profiles)!r} trains nothing: none of its layers has an adapter or a trained weight")
-            acc.backward(l/(total*len(profiles))); value += l.detach()/(total*len(profiles))
+    # Loss, profiles and tokens of a step; `None` for one without a target.
+    profiles,batches = policy(step) if policy else (None,),[]
+    for i in range(cfg.accumulate):
+        rows = batch_rows(lengths, cfg.batch_size, step*cfg.accumulate+i, cfg.seed)
+        batch = task.collate([data[j] for j in rows], pad_id)
+        if (w := task.weights(batch, cfg)).any(): batches.append((batch, w))
+    if not batches: return None
+    total,value = sum(w.sum() for _,w in batches).item()*len(profiles),torch.zeros((), device=acc.device)
+    mine = lambda t: t[acc.process_index::acc.num_processes].to(acc.device)
+    for batch,w in batches:
+        if not mine(w).any(): continue
+        losses = objective.losses(model, task, {k:mine(v) for k,v in batch.items()}, mine(w), profiles)
+        value += _backward(acc, losses, total, profiles)
     value = _sum_over_processes(acc, params.values(), value)
     if cfg.clip is not None: nn.utils.clip_grad_norm_([p for p in params.values() if p.grad is not None], cfg.clip)
-    if not math.isfinite(value): raise FloatingPointError(f"step {step}: the loss is {value}; lower lr={cfg.lr} or check the profile {_names(profiles)}. The checkpoint is the last good one")
+    if not math.isfinite(value):
+        raise FloatingPointError(f"step {step}: the loss is {value}; lower lr={cfg.lr} or check the profile {_names(profiles)}. "
+                                 "The checkpoint is the last good one")
+    for g in optimizer.param_groups: g['lr'] = g['peak']*cfg.rate(step)
     optimizer.step()
-    return value, sum(int(b['attention_mask'].sum()) for b in batches)*len(profiles), _names(profiles)
+    return value, _names(profiles), sum(int(b['attention_mask'].sum()) for b,_ in batches)*len(profiles)
+
+def _backward(acc, losses, total, profiles):   # gradients of a forward pass at each profile; its part of the loss
+    value = 0.
+    while True:
+        with acc.autocast(): l = next(losses, None)
+        if l is None: return value
+        if not l.requires_grad: raise ValueError(f"profile {_names(profiles)!r} trains nothing: "
+                                                 "none of its layers has an adapter or a trained weight")
+        acc.backward(l/total)
+        value += l.detach()/total
 
 def _names(profiles): return '+'.join(p if isinstance(p, str) else p.name for p in profiles if p is not None)
 
@@ -354,45 +364,3 @@ def _sum_over_processes(acc, params, value):   # gradients in place; the loss as
     flat = acc.reduce(torch.cat([value.view(1)]+[g.flatten().float() for g in grads]), 'sum')
     for g,part in zip(grads, flat[1:].split([g.numel() for g in grads])): g.copy_(part.view_as(g))
     return flat[0].item()
-
-# %% ../nbs/02_joint_training.ipynb #9a41c2b6
-class _State:
-    "What a run has done and learnt, for a checkpoint."
-    def __init__(self, params): self.params,self.step,self.seconds,self.curve = params,0,0.,[]
-    def add(self, loss, tokens, profiles, seconds):
-        self.curve.append([self.step, loss, profiles, tokens]); self.step += 1; self.seconds += seconds
-    def state_dict(self): return dict(params=dict(self.params), step=self.step, seconds=self.seconds, curve=self.curve)
-    @torch.no_grad()
-    def load_state_dict(self, d):
-        for n,p in self.params.items(): p.copy_(d['params'][n])
-        self.step,self.seconds,self.curve = d['step'],d['seconds'],d['curve']
-
-class _Keeper:
-    "Checkpoints in a folder: each appears whole or not at all, and the newest is kept."
-    def __init__(self, acc, folder, settings, state):
-        self.acc,self.folder,self.state = acc,folder and Path(folder),state
-        if not folder: return
-        self.settings = json.dumps(settings | dict(params={n:list(p.shape) for n,p in state.params.items()}), indent=1)
-        done = [d for d in sorted(self.folder.glob('step-*')) if not d.name.endswith('.part')]
-        if done: self._resume(done[-1])
-
-    def _resume(self, last):
-        old = (last/'settings.json').read_text()
-        if old!=self.settings:
-            diff = next((a.strip(),b.strip()) for a,b in zip(old.splitlines()+[''], self.settings.splitlines()+['']) if a!=b)
-            raise ValueError(f"{last} was made with other settings ({diff[0]} there, {diff[1]} here): choose another checkpoint folder, or delete this one")
-        self.acc.load_state(str(last))
-
-    def save(self):
-        if not self.folder: return
-        final = self.folder/f'step-{self.state.step:06d}'; part = final.with_suffix('.part')
-        if self.acc.is_main_process: shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-        self.acc.wait_for_everyone()
-        self.acc.save_state(str(part))
-        self.acc.wait_for_everyone()
-        if self.acc.is_main_process:
-            write_whole(part/'settings.json', self.settings.encode())
-            if not final.exists(): part.rename(final)
-            for d in self.folder.glob('step-*'):
-                if d!=final: shutil.rmtree(d)
-        self.acc.wait_for_everyone()
