@@ -39,8 +39,10 @@ def set_random_state(
     device:str|torch.device='cpu', # Where training runs
 ):
     "Put every generator where it was."
+    state = {k:t.clone() for k,t in state.items()}   # PyTorch reads a state that is not aligned beyond its end
     ahead,kept = state['ahead'].tolist()
     *keys,at,has = state['numpy'].tolist()
+    if not 0<=at<=len(keys): raise ValueError(f"numpy's generator has no place {at}")
     random.setstate((random.getstate()[0], tuple(state['python'].tolist()), None if math.isnan(ahead) else ahead))
     np.random.set_state(('MT19937', np.array(keys, dtype=np.uint32), at, has, kept))
     torch.set_rng_state(state['torch'])
@@ -274,10 +276,9 @@ def _resume(acc, last, settings, state):
     _check_same(last, about['settings'], settings)
     if about['step']!=int(_step_name.fullmatch(last.name)[1]):
         raise ValueError(f"{last}: holds step {about['step']}: it was renamed; give it its name again, or delete it")
-    try: state.restore(about, tensors)
-    except ValueError as e: raise _damaged(last/TENSORS, e) from e
     mine = {k.partition('/')[2]:t[acc.process_index] for k,t in tensors.items() if k.startswith('random/')}
-    set_random_state(mine, acc.device)
+    try: state.restore(about, tensors); set_random_state(mine, acc.device)
+    except (ValueError, RuntimeError, KeyError) as e: raise _damaged(last/TENSORS, f'{type(e).__name__}: {e}') from e
 
 def _save(acc, folder, settings, state):
     chance = {f'random/{k}':_of_all(acc, t[None]) for k,t in random_state(acc.device).items()}
