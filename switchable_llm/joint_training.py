@@ -25,7 +25,7 @@ from .quantizers import Bits
 from .switching import Profile, Rule, switch_of, use_profile
 from .data import collate
 from .resuming import RunState, data_facts, kept, model_facts
-from .training_config import TrainConfig, whole_number
+from .training_config import TrainConfig, finite_number, whole_number
 
 # %% ../nbs/02_joint_training.ipynb #03d76938
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def with_highest(
 )->Policy: # The highest and `n` random others each step
     "The highest profile in every step, so that it can teach, and random others (after the sandwich rule of Yu and Huang 2019)."
     first,*rest = profiles = tuple(profiles)
-    if not 1<=n<=len(rest): raise ValueError(f"n={n}: there are {len(rest)} profiles beside {first!r}")
-    return Policy('with_highest', lambda step: (first, *_draw(seed, step).sample(rest, n)), dict(profiles=profiles, n=n, seed=seed))
+    n = whole_number('n', n, 1)
+    if n>len(rest): raise ValueError(f"n={n}: there are {len(rest)} profiles beside {first!r}")
+    pick = lambda step: (first, *_draw(seed, step).sample(rest, n))
+    return Policy('with_highest', pick, dict(profiles=profiles, n=n, seed=seed))
 
 def random_layers(
     model:nn.Module,                # A model after `make_switchable_`
@@ -85,7 +87,7 @@ def random_layers(
     "Random bits for each layer and step, where asked within a budget: random layers are lowered until it is met."
     switch,bits = switch_of(model),sorted({Bits.parse(b) for b in bits}, key=lambda b: (b.w or 99, b.a or 99))
     if not bits: raise ValueError("bits is empty: random_layers needs at least one")
-    if mean_bits is not None and (bits[-1].w is None or mean_bits<bits[0].w): raise ValueError(f"mean_bits={mean_bits}: the lowest of {', '.join(map(str, bits))} has {bits[0].w or 'float'} weight bits, the highest {bits[-1].w or 'float'}")
+    if mean_bits is not None: mean_bits = _check_mean(mean_bits, bits)
     names,size = [s.name for s in switch.sites],[l.weight.numel() for l in switch.layers]
     def pick(step):
         rng = _draw(seed, step)
@@ -93,7 +95,14 @@ def random_layers(
         while mean_bits is not None and sum(n*bits[d].w for n,d in zip(size, drawn))>mean_bits*sum(size):
             drawn[rng.choice([i for i,d in enumerate(drawn) if d])] -= 1
         return Profile('random_layers', bits[0], tuple(Rule(bits[d], glob=n) for n,d in zip(names, drawn))),
-    return Policy('random_layers', pick, dict(bits=[str(b) for b in bits], seed=seed) | (dict(mean_bits=mean_bits) if mean_bits else {}))
+    settings = dict(bits=[str(b) for b in bits], seed=seed)
+    return Policy('random_layers', pick, settings | (dict(mean_bits=mean_bits) if mean_bits else {}))
+
+def _check_mean(mean_bits, bits):
+    mean_bits = finite_number('mean_bits', mean_bits, lambda x: x>0, 'above 0, or None')
+    if bits[-1].w is not None and mean_bits>=bits[0].w: return mean_bits
+    raise ValueError(f"mean_bits={mean_bits}: the lowest of {', '.join(map(str, bits))} has {bits[0].w or 'float'} weight bits, "
+                     f"the highest {bits[-1].w or 'float'}")
 
 def high_to_low(
     model:nn.Module,    # A model after `make_switchable_`
@@ -164,7 +173,9 @@ def _run(model, batch, keep, hidden):
 @lru_cache
 def _can_keep(cls): return 'logits_to_keep' in inspect.signature(cls.forward).parameters
 
-answering = Task('answering', lambda e: len(e.ids), collate, lambda batch, cfg: token_weights(batch, cfg.answer_weight, cfg.text_weight), token_outputs)
+def _weigh(batch, cfg): return token_weights(batch, cfg.answer_weight, cfg.text_weight)
+
+answering = Task('answering', lambda e: len(e.ids), collate, _weigh, token_outputs)
 
 # %% ../nbs/02_joint_training.ipynb #b4e631ae
 @dataclass(frozen=True)
@@ -172,6 +183,8 @@ class Objective:
     "What a step minimises."
     terms:tuple=()           # Terms beside cross-entropy
     task_weight:float=1.     # Weight of cross-entropy
+
+    def __post_init__(self): finite_number('task_weight', self.task_weight)
 
     def _any(self, key, value, default): return any(getattr(t, key, default)==value for t in self.terms)
     @property
@@ -188,7 +201,9 @@ class Objective:
         "Cross-entropy and all terms."
         teachers = {None:[], 'highest':list(before[:1]), 'higher':list(before), 'float':[of_float]}
         l = self.task_weight*cross_entropy(out)
-        for t in self.terms: l = l+t.weight*out.weight.sum()*t(model, out, [o.detach() if getattr(t, 'stop_gradient', True) else o for o in teachers[getattr(t, 'teacher', None)]])
+        for t in self.terms:
+            seen,constant = teachers[getattr(t, 'teacher', None)],getattr(t, 'stop_gradient', True)
+            l = l+t.weight*out.weight.sum()*t(model, out, [o.detach() if constant else o for o in seen])
         return l
 
     def losses(self,
@@ -200,7 +215,9 @@ class Objective:
     )->Iterator[Tensor]: # One summed loss for each profile, or a single one where teachers get a gradient too
         "Run the profiles one after the other; each loss can be backpropagated before the next is made."
         mutual,hidden = self._any('stop_gradient', False, True),self._any('hidden', True, False)
-        if self.compares and len(profiles)<2: raise ValueError(f"profile {profiles[0]!r} alone in a step has no teacher: choose a policy with several, such as with_highest or all_profiles")
+        if self.compares and len(profiles)<2:
+            raise ValueError(f"profile {profiles[0]!r} alone in a step has no teacher: "
+                             "choose a policy with several, such as with_highest or all_profiles")
         of_float,before,total = None,[],0.
         if self.needs_float:
             with use_profile(model, 'float'), torch.no_grad(): of_float = task.predict(model, batch, weights, hidden)
@@ -257,7 +274,7 @@ def train(
     AcceleratorState._reset_state()
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
     set_seed(cfg.seed)                                   # a task may draw while the examples are looked at
-    _check(model, data, cfg, pad_id, every, task, acc)
+    _check(model, data, policy, cfg, pad_id, every, task, acc)
     model.to(acc.device)
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
@@ -280,7 +297,7 @@ def train(
     return dict(curve=state.curve, skipped=state.skipped, tokens=tokens, seconds=state.seconds,
                 processes=acc.num_processes, device=str(acc.device))
 
-def _check(model, data, cfg, pad_id, every, task, acc):
+def _check(model, data, policy, cfg, pad_id, every, task, acc):
     size,n = f'batch_size={cfg.batch_size}',acc.num_processes
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter requires a gradient: call add_adapters_(model) or model.requires_grad_(True) first")
@@ -291,6 +308,13 @@ def _check(model, data, cfg, pad_id, every, task, acc):
     if not any(task.weights(task.collate([d], pad_id), cfg).any() for d in data):
         raise ValueError(f"none of the {len(data)} training questions has a target: "
                          "train on some that have an answer, or on the whole text with text_weight=1")
+
+    for name in _named(policy):
+        with use_profile(model, name): pass              # a profile that the model does not have is said now, not when it is drawn
+
+def _named(policy):   # profiles that a policy says it draws from
+    said = (policy.settings.get('profiles') or [policy.settings.get('profile')]) if policy else ()
+    return [name for name in said if isinstance(name, str)]
 
 def _vocabulary(model):   # tokens that the model knows
     table = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
