@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['answering', 'Policy', 'fixed_profile', 'random_profile', 'all_profiles', 'with_highest', 'random_layers',
            'high_to_low', 'Outputs', 'cross_entropy', 'Task', 'token_weights', 'token_outputs', 'Objective',
-           'batch_rows', 'TrainConfig', 'train']
+           'batch_rows', 'train']
 
 # %% ../nbs/02_joint_training.ipynb #a0dbade8
-import inspect, json, math, random, shutil, time
-from contextlib import nullcontext
+import inspect, math, random, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn, Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from .quantizers import Bits
-from .files import write_whole
 from .switching import Profile, Rule, switch_of, use_profile
 from .data import collate
+from .resuming import RunState, data_facts, kept, model_facts
+from .training_config import TrainConfig, finite_number, whole_number
 
 # %% ../nbs/02_joint_training.ipynb #03d76938
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def with_highest(
 )->Policy: # The highest and `n` random others each step
     "The highest profile in every step, so that it can teach, and random others (after the sandwich rule of Yu and Huang 2019)."
     first,*rest = profiles = tuple(profiles)
-    if not 1<=n<=len(rest): raise ValueError(f"n={n}: there are {len(rest)} profiles beside {first!r}")
-    return Policy('with_highest', lambda step: (first, *_draw(seed, step).sample(rest, n)), dict(profiles=profiles, n=n, seed=seed))
+    n = whole_number('n', n, 1)
+    if n>len(rest): raise ValueError(f"n={n}: there are {len(rest)} profiles beside {first!r}")
+    pick = lambda step: (first, *_draw(seed, step).sample(rest, n))
+    return Policy('with_highest', pick, dict(profiles=profiles, n=n, seed=seed))
 
 def random_layers(
     model:nn.Module,                # A model after `make_switchable_`
@@ -85,7 +87,7 @@ def random_layers(
     "Random bits for each layer and step, where asked within a budget: random layers are lowered until it is met."
     switch,bits = switch_of(model),sorted({Bits.parse(b) for b in bits}, key=lambda b: (b.w or 99, b.a or 99))
     if not bits: raise ValueError("bits is empty: random_layers needs at least one")
-    if mean_bits is not None and (bits[-1].w is None or mean_bits<bits[0].w): raise ValueError(f"mean_bits={mean_bits}: the lowest of {', '.join(map(str, bits))} has {bits[0].w or 'float'} weight bits, the highest {bits[-1].w or 'float'}")
+    if mean_bits is not None: mean_bits = _check_mean(mean_bits, bits)
     names,size = [s.name for s in switch.sites],[l.weight.numel() for l in switch.layers]
     def pick(step):
         rng = _draw(seed, step)
@@ -93,7 +95,14 @@ def random_layers(
         while mean_bits is not None and sum(n*bits[d].w for n,d in zip(size, drawn))>mean_bits*sum(size):
             drawn[rng.choice([i for i,d in enumerate(drawn) if d])] -= 1
         return Profile('random_layers', bits[0], tuple(Rule(bits[d], glob=n) for n,d in zip(names, drawn))),
-    return Policy('random_layers', pick, dict(bits=[str(b) for b in bits], seed=seed) | (dict(mean_bits=mean_bits) if mean_bits else {}))
+    settings = dict(bits=[str(b) for b in bits], seed=seed)
+    return Policy('random_layers', pick, settings | (dict(mean_bits=mean_bits) if mean_bits else {}))
+
+def _check_mean(mean_bits, bits):
+    mean_bits = finite_number('mean_bits', mean_bits, lambda x: x>0, 'above 0, or None')
+    if bits[-1].w is not None and mean_bits>=bits[0].w: return mean_bits
+    raise ValueError(f"mean_bits={mean_bits}: the lowest of {', '.join(map(str, bits))} has {bits[0].w or 'float'} weight bits, "
+                     f"the highest {bits[-1].w or 'float'}")
 
 def high_to_low(
     model:nn.Module,    # A model after `make_switchable_`
@@ -164,7 +173,9 @@ def _run(model, batch, keep, hidden):
 @lru_cache
 def _can_keep(cls): return 'logits_to_keep' in inspect.signature(cls.forward).parameters
 
-answering = Task('answering', lambda e: len(e.ids), collate, lambda batch, cfg: token_weights(batch, cfg.answer_weight, cfg.text_weight), token_outputs)
+def _weigh(batch, cfg): return token_weights(batch, cfg.answer_weight, cfg.text_weight)
+
+answering = Task('answering', lambda e: len(e.ids), collate, _weigh, token_outputs)
 
 # %% ../nbs/02_joint_training.ipynb #b4e631ae
 @dataclass(frozen=True)
@@ -172,6 +183,8 @@ class Objective:
     "What a step minimises."
     terms:tuple=()           # Terms beside cross-entropy
     task_weight:float=1.     # Weight of cross-entropy
+
+    def __post_init__(self): finite_number('task_weight', self.task_weight)
 
     def _any(self, key, value, default): return any(getattr(t, key, default)==value for t in self.terms)
     @property
@@ -188,7 +201,9 @@ class Objective:
         "Cross-entropy and all terms."
         teachers = {None:[], 'highest':list(before[:1]), 'higher':list(before), 'float':[of_float]}
         l = self.task_weight*cross_entropy(out)
-        for t in self.terms: l = l+t.weight*out.weight.sum()*t(model, out, [o.detach() if getattr(t, 'stop_gradient', True) else o for o in teachers[getattr(t, 'teacher', None)]])
+        for t in self.terms:
+            seen,constant = teachers[getattr(t, 'teacher', None)],getattr(t, 'stop_gradient', True)
+            l = l+t.weight*out.weight.sum()*t(model, out, [o.detach() if constant else o for o in seen])
         return l
 
     def losses(self,
@@ -200,7 +215,9 @@ class Objective:
     )->Iterator[Tensor]: # One summed loss for each profile, or a single one where teachers get a gradient too
         "Run the profiles one after the other; each loss can be backpropagated before the next is made."
         mutual,hidden = self._any('stop_gradient', False, True),self._any('hidden', True, False)
-        if self.compares and len(profiles)<2: raise ValueError(f"profile {profiles[0]!r} alone in a step has no teacher: choose a policy with several, such as with_highest or all_profiles")
+        if self.compares and len(profiles)<2:
+            raise ValueError(f"profile {profiles[0]!r} alone in a step has no teacher: "
+                             "choose a policy with several, such as with_highest or all_profiles")
         of_float,before,total = None,[],0.
         if self.needs_float:
             with use_profile(model, 'float'), torch.no_grad(): of_float = task.predict(model, batch, weights, hidden)
@@ -238,30 +255,6 @@ def batch_rows(
     per_epoch = len(_epoch(lengths, size, seed, 0))
     return _epoch(lengths, size, seed, i//per_epoch)[i%per_epoch]
 
-# %% ../nbs/02_joint_training.ipynb #f2da08fe
-@dataclass(frozen=True)
-class TrainConfig:
-    "Settings of the loop; the defaults are the original study's."
-    steps:int=1000              # Optimizer steps
-    batch_size:int=4            # Questions in a forward pass, all processes together
-    accumulate:int=2            # Forward passes in a step, for each profile
-    lr:float=2e-4               # Peak learning rate
-    warmup:int=10               # Steps until the peak
-    schedule:str='linear'       # After the peak: 'linear' or 'cosine' to zero, or 'constant_with_warmup'
-    weight_decay:float=0.01     # AdamW's
-    betas:tuple[float,float]=(0.9, 0.999) # AdamW's
-    clip:float|None=1.0         # Largest norm of the gradient; `None` for no limit
-    answer_weight:float=1.      # Weight of answer tokens in the loss
-    text_weight:float=0.        # Weight of all other tokens
-    mixed_precision:str='no'    # 'bf16' runs float32 weights under autocast; a bfloat16 model needs 'no'
-    seed:int=0                  # Of the data order and of dropout
-
-    def __post_init__(self):
-        for k in ('steps','batch_size','accumulate'):
-            if not isinstance(getattr(self, k), int) or getattr(self, k)<1: raise ValueError(f"{k}={getattr(self, k)!r}: needs a positive integer")
-        if self.mixed_precision not in ('no','bf16'): raise ValueError(f"mixed_precision={self.mixed_precision!r}: choose 'no' or 'bf16'")
-        if self.answer_weight==self.text_weight==0: raise ValueError("answer_weight and text_weight are both 0: there is nothing to learn")
-
 # %% ../nbs/02_joint_training.ipynb #0276dc3c
 def train(
     model:nn.Module,             # Trained in place: its parameters that require a gradient
@@ -271,76 +264,117 @@ def train(
     pad_id:int=0,                # Token that fills the rows
     task:Task=answering,         # What is learnt
     objective:Objective=Objective(), # Cross-entropy, and what is to be minimised beside it
-    checkpoint:str|Path|None=None, # Folder for checkpoints; an unfinished run found there goes on
+    checkpoint:str|Path|None=None, # Folder for checkpoints, of this run alone; an unfinished run found there goes on
     every:int=100,               # Steps between checkpoints
     progress:bool=True,          # Show a bar
     callback:Callable|None=None, # Called as callback(step, curve) after each step
     cpu:bool=False,              # Stay on the CPU where there is a GPU
-)->dict: # `curve` (a list of step, loss, profiles, tokens), `tokens`, `seconds`, `processes`, `device`
+)->dict: # `curve` (step, loss, profiles, tokens; no entry for a skipped step), `skipped`, `tokens`, `seconds`, `processes`, `device`
     "Train: one loop for one process or many, resumable to the same bits."
     AcceleratorState._reset_state()
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
-    _check(model, data, cfg, acc)
+    set_seed(cfg.seed)                                   # a task may draw while the examples are looked at
+    _check(model, data, policy, cfg, pad_id, every, task, acc)
     model.to(acc.device)
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
-    optimizer = acc.prepare_optimizer(torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas))
-    schedule = get_scheduler(cfg.schedule, optimizer.optimizer, cfg.warmup, cfg.steps)
-    state = _State(params); set_seed(cfg.seed, device_specific=True)
-    acc.register_for_checkpointing(state, schedule)
-    keeper = _Keeper(acc, checkpoint, dict(train=vars(cfg), policy=policy and [policy.name, policy.settings], task=task.name, objective=objective.to_dict()), state)
-    step_of = partial(_step, acc, model, data, tuple(task.length(d) for d in data), policy, cfg, pad_id, task, objective, params, optimizer)
-    modes = {m:m.training for m in model.modules()}
-    with use_profile(model, switch_of(model).profile) if policy else nullcontext():
-        try:
-            _train_mode(model, params)
-            for step in tqdm(range(state.step, cfg.steps), initial=state.step, total=cfg.steps, disable=not (progress and acc.is_main_process), desc='train'):
-                start = time.perf_counter()
-                value,tokens,profiles = step_of(step)
-                schedule.step(); optimizer.zero_grad(set_to_none=True)
-                state.add(value, tokens, profiles, time.perf_counter()-start)
-                if (step+1)%every==0 or step+1==cfg.steps: keeper.save()
-                if callback: callback(step, state.curve)
-        finally:
-            for m,was in modes.items(): m.training = was
-    return dict(curve=state.curve, tokens=sum(c[3] for c in state.curve), seconds=state.seconds, processes=acc.num_processes, device=str(acc.device))
+    optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
+    state,lengths = RunState(params, optimizer),tuple(task.length(d) for d in data)
+    settings = dict(train=asdict(cfg), policy=policy and [policy.name, policy.settings], task=task.name, objective=objective.to_dict(),
+                    data=data_facts(data, lengths, task.collate, pad_id), model=model_facts(model, params),
+                    groups=[[g['peak'], g['weight_decay'], len(g['params'])] for g in optimizer.param_groups])
+    step_of = partial(_step, acc, model, data, lengths, policy, cfg, pad_id, task, objective, params, optimizer)
+    set_seed(cfg.seed, device_specific=True)
+    with kept(acc, checkpoint, settings, state) as save, _training(model, params, policy):
+        shown = dict(initial=state.step, total=cfg.steps, disable=not (progress and acc.is_main_process), desc='train')
+        for step in tqdm(range(state.step, cfg.steps), **shown):
+            start = time.perf_counter()
+            point = step_of(step)
+            optimizer.zero_grad(set_to_none=True)
+            state.add(point, time.perf_counter()-start)
+            if (step+1)%every==0 or step+1==cfg.steps: save()
+            if callback: callback(step, state.curve)
+    tokens = sum(c[3] for c in state.curve)
+    return dict(curve=state.curve, skipped=state.skipped, tokens=tokens, seconds=state.seconds,
+                processes=acc.num_processes, device=str(acc.device))
 
-def _check(model, data, cfg, acc):
-    if not any(p.requires_grad for p in model.parameters()): raise ValueError("no parameter requires a gradient: call add_adapters_(model) first, or model.requires_grad_(True)")
-    if not 1<=cfg.batch_size<=len(data): raise ValueError(f"batch_size={cfg.batch_size}: there are {len(data)} training questions")
-    if cfg.batch_size%acc.num_processes: raise ValueError(f"batch_size={cfg.batch_size}: not divisible by {acc.num_processes} processes")
+def _check(model, data, policy, cfg, pad_id, every, task, acc):
+    size,n = f'batch_size={cfg.batch_size}',acc.num_processes
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter requires a gradient: call add_adapters_(model) or model.requires_grad_(True) first")
+    if cfg.batch_size>len(data): raise ValueError(f"{size}: there are {len(data)} training questions")
+    if cfg.batch_size%n: raise ValueError(f"{size}: not divisible by {n} processes")
+    whole_number('every', every, 1)
+    whole_number('pad_id', pad_id, 0, _vocabulary(model)-1)
+    if not any(task.weights(task.collate([d], pad_id), cfg).any() for d in data):
+        raise ValueError(f"none of the {len(data)} training questions has a target: "
+                         "train on some that have an answer, or on the whole text with text_weight=1")
+
+    for name in _named(policy):
+        with use_profile(model, name): pass              # a profile that the model does not have is said now, not when it is drawn
+
+def _named(policy):   # profiles that a policy says it draws from
+    said = (policy.settings.get('profiles') or [policy.settings.get('profile')]) if policy else ()
+    return [name for name in said if isinstance(name, str)]
+
+def _vocabulary(model):   # tokens that the model knows
+    table = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None
+    return len(table.weight) if hasattr(table, 'weight') else math.inf
 
 def _groups(model, cfg):   # by learning rate and decay
     groups = {}
     for m in model.modules():
         for p in m.parameters(False):
-            if p.requires_grad: groups.setdefault((getattr(m, 'lr_factor', 1.), p.ndim>1 and getattr(m, 'decays', True)), {})[id(p)] = p
-    return [dict(params=list(ps.values()), lr=cfg.lr*f, weight_decay=cfg.weight_decay*decays) for (f,decays),ps in groups.items()]
+            kind = getattr(m, 'lr_factor', 1.),p.ndim>1 and getattr(m, 'decays', True)
+            if p.requires_grad: groups.setdefault(kind, {})[id(p)] = p
+    return [dict(params=list(ps.values()), peak=cfg.lr*factor, weight_decay=cfg.weight_decay*decays)
+            for (factor,decays),ps in groups.items()]
 
-def _train_mode(model, params):   # what is trained in training mode, a frozen base in evaluation mode
+@contextmanager
+def _training(model, params, policy):   # what is trained in training mode, a frozen base in evaluation mode
+    modes = {m:m.training for m in model.modules()}
     base = not hasattr(model, 'switch') or any('.base.' in n for n in params)
-    model.train(base)
-    for n,m in model.named_modules():
-        if '.adapters.' in n or any(p.requires_grad for p in m.parameters(False)): m.train()
+    with use_profile(model, switch_of(model).profile) if policy else nullcontext():
+        try:
+            model.train(base)
+            for n,m in model.named_modules():
+                if '.adapters.' in n or any(p.requires_grad for p in m.parameters(False)): m.train()
+            yield
+        finally:
+            for m,was in modes.items(): m.training = was
 
 # %% ../nbs/02_joint_training.ipynb #7d62364c
 def _step(acc, model, data, lengths, policy, cfg, pad_id, task, objective, params, optimizer, step):
-    profiles = policy(step) if policy else (None,)
-    batches = [task.collate([data[j] for j in batch_rows(lengths, cfg.batch_size, step*cfg.accumulate+i, cfg.seed)], pad_id) for i in range(cfg.accumulate)]
-    weights = [task.weights(b, cfg) for b in batches]
-    total,value = sum(w.sum() for w in weights).item(),torch.zeros((), device=acc.device)
-    mine = slice(acc.process_index, None, acc.num_processes)
-    for b,w in zip(batches, weights):
-        losses = objective.losses(model, task, {k:v[mine].to(acc.device) for k,v in b.items()}, w[mine].to(acc.device), profiles)
-        while True:
-            with acc.autocast(): l = next(losses, None)
-            if l is None: break
-            if not l.requires_grad: raise ValueError(f"profile {_names(profiles)!r} trains nothing: none of its layers has an adapter or a trained weight")
-            acc.backward(l/(total*len(profiles))); value += l.detach()/(total*len(profiles))
+    # Loss, profiles and tokens of a step; `None` for one without a target.
+    profiles,batches = policy(step) if policy else (None,),[]
+    for i in range(cfg.accumulate):
+        rows = batch_rows(lengths, cfg.batch_size, step*cfg.accumulate+i, cfg.seed)
+        batch = task.collate([data[j] for j in rows], pad_id)
+        if (w := task.weights(batch, cfg)).any(): batches.append((batch, w))
+    if not batches: return None
+    total,value = sum(w.sum() for _,w in batches).item()*len(profiles),torch.zeros((), device=acc.device)
+    mine = lambda t: t[acc.process_index::acc.num_processes].to(acc.device)
+    for batch,w in batches:
+        if not mine(w).any(): continue
+        losses = objective.losses(model, task, {k:mine(v) for k,v in batch.items()}, mine(w), profiles)
+        value += _backward(acc, losses, total, profiles)
     value = _sum_over_processes(acc, params.values(), value)
     if cfg.clip is not None: nn.utils.clip_grad_norm_([p for p in params.values() if p.grad is not None], cfg.clip)
-    if not math.isfinite(value): raise FloatingPointError(f"step {step}: the loss is {value}; lower lr={cfg.lr} or check the profile {_names(profiles)}. The checkpoint is the last good one")
+    if not math.isfinite(value):
+        raise FloatingPointError(f"step {step}: the loss is {value}; lower lr={cfg.lr} or check the profile {_names(profiles)}. "
+                                 "The checkpoint is the last good one")
+    for g in optimizer.param_groups: g['lr'] = g['peak']*cfg.rate(step)
     optimizer.step()
-    return value, sum(int(b['attention_mask'].sum()) for b in batches)*len(profiles), _names(profiles)
+    return value, _names(profiles), sum(int(b['attention_mask'].sum()) for b,_ in batches)*len(profiles)
+
+def _backward(acc, losses, total, profiles):   # gradients of a forward pass at each profile; its part of the loss
+    value = 0.
+    while True:
+        with acc.autocast(): l = next(losses, None)
+        if l is None: return value
+        if not l.requires_grad: raise ValueError(f"profile {_names(profiles)!r} trains nothing: "
+                                                 "none of its layers has an adapter or a trained weight")
+        acc.backward(l/total)
+        value += l.detach()/total
 
 def _names(profiles): return '+'.join(p if isinstance(p, str) else p.name for p in profiles if p is not None)
 
@@ -354,45 +388,3 @@ def _sum_over_processes(acc, params, value):   # gradients in place; the loss as
     flat = acc.reduce(torch.cat([value.view(1)]+[g.flatten().float() for g in grads]), 'sum')
     for g,part in zip(grads, flat[1:].split([g.numel() for g in grads])): g.copy_(part.view_as(g))
     return flat[0].item()
-
-# %% ../nbs/02_joint_training.ipynb #9a41c2b6
-class _State:
-    "What a run has done and learnt, for a checkpoint."
-    def __init__(self, params): self.params,self.step,self.seconds,self.curve = params,0,0.,[]
-    def add(self, loss, tokens, profiles, seconds):
-        self.curve.append([self.step, loss, profiles, tokens]); self.step += 1; self.seconds += seconds
-    def state_dict(self): return dict(params=dict(self.params), step=self.step, seconds=self.seconds, curve=self.curve)
-    @torch.no_grad()
-    def load_state_dict(self, d):
-        for n,p in self.params.items(): p.copy_(d['params'][n])
-        self.step,self.seconds,self.curve = d['step'],d['seconds'],d['curve']
-
-class _Keeper:
-    "Checkpoints in a folder: each appears whole or not at all, and the newest is kept."
-    def __init__(self, acc, folder, settings, state):
-        self.acc,self.folder,self.state = acc,folder and Path(folder),state
-        if not folder: return
-        self.settings = json.dumps(settings | dict(params={n:list(p.shape) for n,p in state.params.items()}), indent=1)
-        done = [d for d in sorted(self.folder.glob('step-*')) if not d.name.endswith('.part')]
-        if done: self._resume(done[-1])
-
-    def _resume(self, last):
-        old = (last/'settings.json').read_text()
-        if old!=self.settings:
-            diff = next((a.strip(),b.strip()) for a,b in zip(old.splitlines()+[''], self.settings.splitlines()+['']) if a!=b)
-            raise ValueError(f"{last} was made with other settings ({diff[0]} there, {diff[1]} here): choose another checkpoint folder, or delete this one")
-        self.acc.load_state(str(last))
-
-    def save(self):
-        if not self.folder: return
-        final = self.folder/f'step-{self.state.step:06d}'; part = final.with_suffix('.part')
-        if self.acc.is_main_process: shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-        self.acc.wait_for_everyone()
-        self.acc.save_state(str(part))
-        self.acc.wait_for_everyone()
-        if self.acc.is_main_process:
-            write_whole(part/'settings.json', self.settings.encode())
-            if not final.exists(): part.rename(final)
-            for d in self.folder.glob('step-*'):
-                if d!=final: shutil.rmtree(d)
-        self.acc.wait_for_everyone()

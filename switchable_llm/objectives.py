@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .switching import switch_of
 from .joint_training import Outputs
+from .training_config import finite_number, one_of
 
 # %% ../nbs/02a_objectives.ipynb #1c08b39d
 DIVERGENCES = 'kl','js'
@@ -25,8 +26,8 @@ def divergence(
     temperature:float=1., # Softens both
 )->Tensor: # (n,), float32, in nats, times `temperature` squared
     "How far a student's predictions are from a teacher's (Hinton et al. 2015, section 2; Lin 1991, eq. 4.1)."
-    if kind not in DIVERGENCES: raise ValueError(f"divergence={kind!r}: choose one of {', '.join(DIVERGENCES)}")
-    if temperature<=0: raise ValueError(f"temperature={temperature}: needs to be above 0")
+    one_of('divergence', kind, DIVERGENCES)
+    finite_number('temperature', temperature, lambda x: x>0, 'above 0')
     q,p = (F.log_softmax(l.float()/temperature, -1) for l in (student, teacher))
     if kind=='kl': return _kl(p, q)*temperature**2
     m = torch.logaddexp(p, q)-math.log(2)
@@ -37,8 +38,9 @@ def _kl(p, q): return torch.where(p>-60, p.exp()*(p-q), 0).sum(-1)   # a class t
 # %% ../nbs/02a_objectives.ipynb #4d92db6f
 TEACHERS = 'highest','higher','float'
 
-def _check_teacher(teacher):
-    if teacher not in TEACHERS: raise ValueError(f"teacher={teacher!r}: choose one of {', '.join(TEACHERS)}")
+def _check_term(weight, teacher='float'):
+    finite_number('weight', weight)
+    one_of('teacher', teacher, TEACHERS)
 
 @dataclass(frozen=True)
 class Distillation:
@@ -50,7 +52,7 @@ class Distillation:
     stop_gradient:bool=True    # A teacher is a constant
 
     def __post_init__(self):
-        _check_teacher(self.teacher)
+        _check_term(self.weight, self.teacher)
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), self.kind, self.temperature)   # checks both
 
     def __call__(self,
@@ -71,7 +73,7 @@ class Stability:
     stop_gradient:bool=True  # A teacher is a constant
     hidden:ClassVar[bool] = True
 
-    def __post_init__(self): _check_teacher(self.teacher)
+    def __post_init__(self): _check_term(self.weight, self.teacher)
 
     def __call__(self,
         model:nn.Module, # Not looked at
@@ -88,6 +90,8 @@ class Stability:
 class RangePenalty:
     "Penalise activation ranges of one layer that differ between widths, relative to their spans; only learned ranges can follow."
     weight:float=1. # Weight in the objective
+
+    def __post_init__(self): _check_term(self.weight)
 
     def __call__(self,
         model:nn.Module,     # A model whose ranges are learned

@@ -4,7 +4,9 @@ import pytest, torch
 from safetensors.torch import load_file
 import train_worker as worker
 from switchable_llm.data import load_model
+from switchable_llm.files import LOCK
 from switchable_llm.lora_routing import adapter_params, load_switchable, save_switchable
+from switchable_llm.resuming import checkpoints, read_checkpoint
 
 STEPS = 40
 pytestmark = pytest.mark.skipif('forkserver' not in mp.get_all_start_methods(), reason='this system has no fork')
@@ -43,12 +45,14 @@ def whole(toy_folder, spawn, tmp_path_factory):
     return torch.load(out/'done.pt')
 
 def whole_files(folder):
-    "Check the checkpoint that counts, the newest: all its files can be read. (An older one may be half deleted.)"
-    done = sorted(d for d in folder.glob('step-*') if not d.name.endswith('.part'))
-    for d in done[-1:]:
-        assert (d/'settings.json').exists()
-        for f in d.iterdir():
-            if f.suffix in ('.bin','.pkl'): torch.load(f, weights_only=False)
+    "Check the checkpoint that counts, the newest: it can be read. (An older one may be half deleted.) Returns how many there are."
+    done = checkpoints(folder) if folder.exists() else []
+    for d in done[-1:]: read_checkpoint(d)
+    return len(done)
+
+def names(folder):
+    "What lies in a folder of checkpoints, beside the file that locks it."
+    return sorted(f.name for f in folder.iterdir() if f.name!=LOCK)
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_killed_at_random_moments(seed, toy_folder, spawn, whole, tmp_path):
@@ -65,13 +69,13 @@ def test_killed_at_random_moments(seed, toy_folder, spawn, whole, tmp_path):
     assert p.exitcode==0 and kills>=3, f'killed {kills} times: the test shows little'
     again = torch.load(tmp_path/'done.pt')
     for n,x in whole.items(): assert torch.equal(again[n], x), n
-    assert [f.name for f in (tmp_path/'checkpoints').iterdir()]==[f'step-{STEPS:06d}']
+    assert names(tmp_path/'checkpoints')==[f'step-{STEPS:06d}']
 
 # --- killed in the middle of writing --------------------------------------------------------------------------------
 
 class CountDown:
     "Kills this very process at the n-th call of one of some functions of the operating system."
-    def __init__(self, n, calls=('replace','rename','mkdir','rmdir','unlink')):
+    def __init__(self, n, calls=('replace','rename','mkdir','rmdir','unlink','fsync','chmod')):
         self.n = n
         for k in calls: setattr(os, k, self.wrap(getattr(os, k)))
     def wrap(self, f):
@@ -95,12 +99,11 @@ def test_killed_while_a_training_checkpoint_is_written(toy_folder, spawn, tmp_pa
         p = spawn(saving_checkpoints, toy_folder, out, n); p.join()
         ended = p.exitcode==0
         assert ended or p.exitcode==-signal.SIGKILL
-        good = [d for d in out.iterdir() if not d.name.endswith('.part')]
-        assert good, f'killed at operation {n}: no checkpoint is left'
-        whole_files(out)
+        assert whole_files(out), f'killed at operation {n}: no checkpoint is left'
         again = worker.run(toy_folder, 'random_profile', 3, checkpoint=out, every=1)
         assert len(again['seen'])<3, 'it began from the beginning'
         for k,x in want.items(): assert torch.equal(again['params'][k], x), k
+        assert names(out)==['step-000003'], f'killed at operation {n}: something was left behind'
         if ended: break
     assert ended, 'more file operations than expected: raise the range'
 
@@ -161,7 +164,7 @@ def test_a_full_disk_leaves_the_last_training_checkpoint(toy_folder, spawn, tmp_
     worker.run(toy_folder, 'random_profile', 4, checkpoint=tmp_path/'c', every=2, stop_at=2)
     p = spawn(limited, train_on, toy_folder, tmp_path/'c'); p.join()
     assert p.exitcode==7
-    assert [d.name for d in (tmp_path/'c').iterdir() if not d.name.endswith('.part')]==['step-000002']
+    assert names(tmp_path/'c')==['step-000002']
     again,want = worker.run(toy_folder, 'random_profile', 4, checkpoint=tmp_path/'c', every=2),worker.run(toy_folder, 'random_profile', 4)
     for k,x in want['params'].items(): assert torch.equal(again['params'][k], x), k
-    assert [d.name for d in (tmp_path/'c').iterdir()]==['step-000004']
+    assert names(tmp_path/'c')==['step-000004']

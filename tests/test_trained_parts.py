@@ -10,7 +10,7 @@ from switchable_llm.joint_training import TrainConfig, fixed_profile, random_lay
 from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
 from switchable_llm.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight
-from switchable_llm.switching import added_params, base_params, calibrate_, held_bytes, kernel_report, learn_ranges_, make_switchable_, use_profile
+from switchable_llm.switching import Profile, added_params, base_params, calibrate_, held_bytes, kernel_report, learn_ranges_, make_switchable_, use_profile
 
 IDS = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0))
 BATCH,DATA = dict(input_ids=IDS),[Encoded(tuple(row.tolist()), 10) for row in IDS]
@@ -22,9 +22,10 @@ def llama():
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)).eval()
 BASES = dict(gpt2=gpt2, llama=llama)
+SMOOTH = [Profile('w4', Bits(4)), Profile('w8', Bits(8))]   # with float activations no code can flip at a tie: through any kernel, on any machine
 
 def model_of(kind='gpt2', act='per_tensor', learned=False, adapters=True, **kw):
-    m = BASES[kind](); make_switchable_(m, ['bw4','bw8'], QuantConfig(act=act)); calibrate_(m, [BATCH])
+    m = BASES[kind](); make_switchable_(m, ['bw4','bw8',*SMOOTH], QuantConfig(act=act)); calibrate_(m, [BATCH])
     if adapters: torch.manual_seed(1); add_adapters_(m, r=4, dropout=0., **kw)
     if learned: learn_ranges_(m)
     return m
@@ -51,7 +52,7 @@ def test_full_fine_tuning(kind, adapters, tmp_path):
     for p in m.switch.profiles: assert torch.equal(logits(m, p), logits(back, p))
     assert {n for n,p in back.named_parameters() if p.requires_grad}=={n for n,p in m.named_parameters() if p.requires_grad}
     freeze(m, tmp_path/'model.safetensors'); packed = load_packed(tmp_path/'model.safetensors')
-    for p in ('bw4','bw8'): torch.testing.assert_close(logits(packed, p), logits(m, p), rtol=1e-2, atol=1e-2)
+    for p in SMOOTH: torch.testing.assert_close(logits(packed, p.name), logits(m, p.name), rtol=1e-3, atol=1e-3)
     with torch.no_grad(): assert torch.equal(merge(m, 'float')(IDS).logits, logits(m, 'float')) and not torch.equal(logits(m, 'float'), BASES[kind]()(IDS).logits)
 
 def test_a_trained_weight_is_quantized_from_what_it_is_now():
@@ -77,9 +78,9 @@ def test_learned_ranges_go_through_files(kind, tmp_path):
     back = load_switchable(save_switchable(m, tmp_path/'model'), BASES[kind]())
     assert all(isinstance(o, LearnedRange) for l in back.switch.layers for o in l.observers.values())
     freeze(m, tmp_path/'model.safetensors'); packed = load_packed(tmp_path/'model.safetensors')
+    for p in SMOOTH: torch.testing.assert_close(logits(packed, p.name), logits(m, p.name), rtol=1e-3, atol=1e-3)
     for p in ('bw4','bw8'):
         assert torch.equal(logits(m, p), logits(back, p))
-        torch.testing.assert_close(logits(packed, p), logits(m, p), rtol=1e-2, atol=1e-2)
         for a,b in zip(packed.switch.layers, m.switch.layers):
             bits = Bits.parse(f'w{p[2]}a{p[2]}').a
             assert (q := a.act_quant(bits)).scale==b.act_qparams(bits).scale.item() and q.zero==b.act_qparams(bits).zero_point.item()

@@ -1,29 +1,39 @@
 """Trains a toy model: the body of the tests that start, kill or multiply processes.
 
-As a script, under `accelerate launch`: `train_worker.py FOLDER OUT PHASE`, with PHASE `whole` (three policies, one uninterrupted run with dropout, and
-one that stops in the middle) or `resume` (the stopped one goes on). Each process writes OUT/PHASE-RANK.pt."""
+As a script, under `accelerate launch`: `train_worker.py FOLDER OUT PHASE`, with PHASE `whole` (gradients of three policies and of questions without
+answers, one uninterrupted run with dropout, and one that stops in the middle) or `resume` (the stopped one goes on). Each process writes
+OUT/PHASE-RANK.pt."""
 import hashlib, os, sys
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from accelerate.utils import set_seed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from switchable_llm.data import encode, load_model, tiny_squad
 from switchable_llm.joint_training import Policy, TrainConfig, all_profiles, random_layers, random_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.quantizers import QuantConfig
-from switchable_llm.switching import make_switchable_
+from switchable_llm.quantizers import Bits, QuantConfig
+from switchable_llm.switching import Profile, make_switchable_
 
 NAMES = ('bw4','bw6','bw8')
-POLICIES = dict(random_profile=lambda m: random_profile(NAMES, seed=3), random_layers=lambda m: random_layers(m, seed=3), all_profiles=lambda m: all_profiles(NAMES))
+POLICIES = dict(random_profile=lambda m: random_profile(NAMES, seed=3), random_layers=lambda m: random_layers(m, seed=3),
+                all_profiles=lambda m: all_profiles(NAMES))
+# With float activations no code can flip where two processes add in another order than one: what is compared is a continuous function.
+SMOOTH = [Profile(f'w{w}', Bits(w)) for w in (4, 6, 8)]
+SMOOTH_POLICIES = dict(random_profile=lambda m: random_profile(('w4','w6','w8'), seed=3), random_layers=lambda m: random_layers(m, ('w4','w6','w8'), seed=3),
+                       all_profiles=lambda m: all_profiles(('w4','w6','w8')))
 
 class Stopped(Exception):
     "Raised in the middle of a run."
 
-def toy(folder, dropout=0.):
+def questions(tok): return [encode(q, tok, 256) for q in tiny_squad(64)]
+
+def toy(folder, dropout=0., profiles=NAMES, **kw):
     "A switchable model with adapters, its tokenizer and questions; the same in every process."
     model,tok = load_model(folder)
-    make_switchable_(model, NAMES, QuantConfig(act='per_token'))
-    set_seed(0); add_adapters_(model, r=4, dropout=dropout)
-    return model, tok, [encode(q, tok, 256) for q in tiny_squad(64)]
+    make_switchable_(model, profiles, QuantConfig(act='per_token'))
+    set_seed(0); add_adapters_(model, r=4, dropout=dropout, **kw)
+    return model, tok, questions(tok)
 
 def settings(steps, **kw): return TrainConfig(**(dict(steps=steps, batch_size=4, accumulate=2, lr=1e-2, warmup=2, weight_decay=.1) | kw))
 
@@ -35,21 +45,49 @@ def watched(policy, seen):
         return profiles
     return Policy(policy.name, pick, policy.settings)
 
-def run(folder, policy, steps, dropout=0., checkpoint=None, every=2, stop_at=None, pause=None):
+def learnt(model): return {n:p.detach().clone() for n,p in adapter_params(model).items()}
+
+def run(folder, policy, steps, dropout=0., checkpoint=None, every=2, stop_at=None, pause=None, **kw):
     "Train; returns the adapters, the profiles chosen and the curve."
     model,tok,data = toy(folder, dropout)
     seen = []
     def callback(step, curve):
         if pause: pause(step)
         if step==stop_at: raise Stopped
-    try: result = train(model, data, watched(POLICIES[policy](model), seen), settings(steps), tok.pad_token_id, checkpoint=checkpoint, every=every, progress=False, callback=callback, cpu=True)
+    try: result = train(model, data, watched(POLICIES[policy](model), seen), settings(steps, **kw), tok.pad_token_id, checkpoint=checkpoint, every=every, progress=False, callback=callback, cpu=True)
     except Stopped: result = dict(curve=[], processes=None)
-    return dict(params={n:p.detach().clone() for n,p in adapter_params(model).items()}, seen=seen, curve=result['curve'], processes=result['processes'])
+    return dict(params=learnt(model), seen=seen, curve=result['curve'], processes=result['processes'])
+
+@contextmanager
+def gradients(model):
+    "What the optimizer is given: for each of its steps, parameter -> gradient."
+    found = []
+    def note(*_): found.append({n:p.grad.clone() for n,p in adapter_params(model).items() if p.grad is not None})
+    hook = register_optimizer_step_pre_hook(note)
+    try: yield found
+    finally: hook.remove()
+
+def smooth(folder, policy, steps=4, without=(), **kw):
+    "Gradients of each step of a run that moves nothing; the questions in `without` have no answer."
+    model,tok,data = toy(folder, profiles=SMOOTH)
+    gen = torch.Generator().manual_seed(0)
+    for p in adapter_params(model).values(): torch.nn.init.normal_(p, std=.1, generator=gen)
+    data = [e._replace(ids=e.ids[:e.prompt]) if i in without else e for i,e in enumerate(data)]
+    seen,start = [],learnt(model)
+    cfg = settings(steps, **(dict(lr=1e-30, warmup=0, clip=None) | kw))
+    with gradients(model) as found:
+        result = train(model, data, watched(SMOOTH_POLICIES[policy](model), seen), cfg, tok.pad_token_id, progress=False, cpu=True)
+    assert all(torch.equal(p, start[n]) for n,p in adapter_params(model).items())
+    return dict(gradients=found, seen=seen) | result
+
+# Every batch of two has rows of both, of one process, or none with an answer.
+SPARSE = dict(policy='random_profile', steps=16, without=range(0, 44), batch_size=2, accumulate=1)
 
 def main(folder, out, phase):
     out,todo = Path(out),{}
     if phase=='whole':
-        for p in POLICIES: todo[p] = run(folder, p, 4)
+        for p in POLICIES: todo[p] = smooth(folder, p)
+        todo['sparse'] = smooth(folder, **SPARSE)
         todo['dropout'] = run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'whole')
         run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'stopped', stop_at=2)
     else: todo['dropout'] = run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'stopped')
