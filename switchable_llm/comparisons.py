@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARGIN', 'VERDICTS', 'SIDES', 'Interval', 'digits', 'interval', 'per_token', 'Estimate', 'crossed_mean', 'read',
            'side', 'Claim', 'better', 'as_good', 'Finding', 'basis', 'plural', 'decide', 'Findings', 'exposure',
-           'same_exposure', 'show_exposure', 'paired', 'plot_findings']
+           'mean_exposure', 'same_exposure', 'show_exposure', 'paired', 'plot_findings']
 
 # %% ../nbs/02b_comparisons.ipynb #cd35ba15
 import math
@@ -121,14 +121,14 @@ def _error(u, scale):   # of residuals (seeds, examples): standard error and deg
 # %% ../nbs/02b_comparisons.ipynb #e6e3ec99
 MARGIN = .02   # what matters: nats per token (2 % of a perplexity), or a share of the questions (two points of F1)
 
-VERDICTS = 'confirmed','refuted','undecided','no room'
+VERDICTS = 'confirmed','refuted','undecided','no room','no verdict'
 
 def read(
     effect:Interval,  # Of the difference
     above:float,      # Lower edge of the region that is claimed, or minus infinity
     below:float,      # Its upper edge, or infinity
     room:bool=True,   # Whether the scores leave room for what is claimed
-)->str: # One of `VERDICTS`
+)->str: # One of the first four `VERDICTS`
     "What an interval says of a claim; nothing else is asked."
     inside,outside = above<effect.low and effect.high<below,effect.high<=above or effect.low>=below
     told = 'confirmed' if inside else 'refuted' if outside else 'undecided'
@@ -160,6 +160,7 @@ class Claim:
     sizes:Iterable|None = field(default=None, repr=False) # (examples,), what the mean is over; by default 1 each
     unit:str=''                     # Of the difference
     room:bool=True                  # Whether the scores leave room for what is claimed
+    fault:str=''                    # Why the data cannot carry a verdict, in words
 
     def __post_init__(self):
         open_ends = math.isinf(self.above)+math.isinf(self.below)
@@ -175,9 +176,10 @@ def better(
     unit:str='',              # Of the difference
     room:bool=True,           # Whether the scores leave room for it
     margin:float=MARGIN,      # The smallest gain that matters
+    fault:str='',             # Why the data cannot carry a verdict, in words
 )->Claim: # Its region begins at the margin
     "That one side is better by an amount that matters."
-    return Claim(text, differences, *((-math.inf, -margin) if less else (margin, math.inf)), sizes, unit, room)
+    return Claim(text, differences, *((-math.inf, -margin) if less else (margin, math.inf)), sizes, unit, room, fault)
 
 def as_good(
     text:str,                 # What is claimed, in words
@@ -187,16 +189,17 @@ def as_good(
     unit:str='',              # Of the difference
     room:bool=True,           # Whether the scores leave room for it
     margin:float=MARGIN,      # The smallest loss that matters
+    fault:str='',             # Why the data cannot carry a verdict, in words
 )->Claim: # Its region ends a margin on the wrong side of zero
     "That one side is not worse by an amount that matters."
-    return Claim(text, differences, *((-math.inf, margin) if less else (-margin, math.inf)), sizes, unit, room)
+    return Claim(text, differences, *((-math.inf, margin) if less else (-margin, math.inf)), sizes, unit, room, fault)
 
 @dataclass(frozen=True)
 class Finding:
     "A claim, and what the data say of it."
     claim:str           # In words
     effect:Interval     # Mean difference and its interval, which holds together with those of the family, and decides
-    verdict:str         # One of `VERDICTS`, as `read` gives it
+    verdict:str         # One of `VERDICTS`: what `read` says of the effect, or 'no verdict' where there is a fault
     detectable:float    # Distance from the region's edge that would have been seen in 80 % of such runs
     above:float         # The region's lower edge
     below:float         # Its upper edge
@@ -204,11 +207,13 @@ class Finding:
     examples:int        # Scores in each
     family:int          # Claims whose intervals hold together
     unit:str=''         # Of the effect
+    fault:str=''        # Why the data cannot carry a verdict, in words
 
     def show(self
     )->str: # In Markdown
         "One sentence."
-        return f"{self.claim}: **{self.verdict}** ({_effect(self)}; {basis(self.seeds, self.examples)}; {_ruled_out(self)})"
+        why = self.fault or _ruled_out(self)
+        return f"{self.claim}: **{self.verdict}** ({_effect(self)}; {basis(self.seeds, self.examples)}; {why})"
 
     @property
     def gain_left(self)->float: # 0 where no gain is left
@@ -255,8 +260,8 @@ def decide(
     level = 1-alpha/len(claims)
     def one(c):
         m = crossed_mean(c.differences, c.sizes); effect = m.interval(level)
-        return Finding(c.text, effect, read(effect, c.above, c.below, c.room), m.detectable(level, power), c.above, c.below,
-                       m.seeds, m.examples, len(claims), c.unit)
+        verdict = 'no verdict' if c.fault else read(effect, c.above, c.below, c.room)
+        return Finding(c.text, effect, verdict, m.detectable(level, power), c.above, c.below, m.seeds, m.examples, len(claims), c.unit, c.fault)
     return Findings(map(one, claims))
 
 class Findings(tuple):
@@ -281,10 +286,10 @@ class Findings(tuple):
         return found[key]
 
     @property
-    def answer(self)->str: # 'yes' (all confirmed), 'in part' (some), 'no' (all refuted), 'no or open' (some), 'open' or 'no room'
-        "One word for all of them; those without room do not count where another has some."
-        seen = {f.verdict for f in self}; told = seen-{'no room'}
-        if not told: return 'no room' if seen else 'open'
+    def answer(self)->str: # 'yes' (all confirmed), 'in part' (some), 'no' (all refuted), 'no or open' (some), 'open', 'no room' or 'no verdict'
+        "One word for all of them; those without room or verdict do not count where another has both."
+        seen = {f.verdict for f in self}; told = seen-{'no room','no verdict'}
+        if not told: return next((v for v in ('no verdict','no room') if v in seen), 'open')
         if 'confirmed' in told: return 'yes' if told=={'confirmed'} else 'in part'
         return 'open' if 'refuted' not in told else 'no' if told=={'refuted'} else 'no or open'
 
@@ -300,19 +305,26 @@ class Findings(tuple):
         "The finding first, then what it rests on; a verdict that all share is not told twice."
         groups = {v:sorted(fs, key=lambda f: -abs(f.effect.value)) for v in VERDICTS if (fs := self.of(v))}
         told = [('' if len(groups)==1 else f'{_GROUPS[v]} {len(fs)} of {len(self)}: ')+_examples(fs, n) for v,fs in groups.items()]
-        return f"**{words[self.answer]}** {'; '.join(told) or 'Nothing was compared'}."
+        text = '; '.join(told) or 'Nothing was compared'
+        return f"**{words[self.answer]}** {'S'+text[1:] if text.startswith('such as') else text}."
+
+    @property
+    def faults(self)->list[str]: # In words; mostly empty
+        "What keeps some of them from a verdict."
+        return list(dict.fromkeys(f.fault for f in self if f.fault))
 
     def _repr_markdown_(self):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self.table()]
         together = f'{len(self)} claims; their intervals hold together in 95 % of runs, and decide.' if len(self)>1 else '95 % interval.'
         once = ' One seed: intervals are over its examples, and say nothing of other seeds.' if any(f.seeds==1 for f in self) else ''
-        return '\n'.join([head, '|:--|:--'+'|--:'*(len(self.table()[0])-2)+'|', *rows, '', f'*{together}{once}*'])
+        why = f" No verdict: {'; '.join(self.faults)}." if self.faults else ''
+        return '\n'.join([head, '|:--|:--'+'|--:'*(len(self.table()[0])-2)+'|', *rows, '', f'*{together}{once}{why}*'])
     def __repr__(self): return '\n'.join(f.show() for f in self)
 
-_GROUPS = {'confirmed':'confirmed','refuted':'refuted','undecided':'open','no room':'no room'}
+_GROUPS = {'confirmed':'confirmed','refuted':'refuted','undecided':'open','no room':'no room','no verdict':'no verdict'}
 
 def _examples(findings, n):   # with their effects, and what the run would have seen of the others
-    shown = '; '.join(f'{f.claim} ({_effect(f)})' for f in findings[:n])
+    shown = '; '.join(f"{f.claim}{'?'*(f.verdict=='no verdict')} ({_effect(f)})" for f in findings[:n])
     most = max(f.detectable for f in findings)
     each = ' in each'*(len(findings)>1)
     seen = f'; an effect of {_number(most)} would have been seen{each}' if findings[0].verdict=='undecided' and 0<most<math.inf else ''
@@ -343,6 +355,13 @@ def _layer_kinds(profiles):   # one layer for each site and block that the rules
     sites = dict.fromkeys([*SITES[:4], *(s for r in rules for s in r.site or ())])
     blocks = sorted({l for r in rules for l in r.layers or ()})
     return [Site(f'{s} {b}' if blocks else s, s, b) for s in sites for b in (*blocks, (blocks or [-1])[-1]+1)]
+
+def mean_exposure(
+    exposures:Iterable[dict], # From `exposure`, one for each seed
+)->dict[str,dict]: # The same, averaged
+    "What the adapters of several runs have had on average."
+    all_of = list(exposures)
+    return {n:{k:sum(e[n][k] for e in all_of)/len(all_of) for k in steps} for n,steps in all_of[0].items()} if all_of else {}
 
 def same_exposure(
     a:dict,               # Of one profile: kind of layer -> steps
@@ -376,8 +395,8 @@ def paired(
     return np.array([np.subtract(score(one[s]), (score_b or score)(other[s])) for s in seeds], dtype=float)
 
 # %% ../nbs/02b_comparisons.ipynb #219128fe
-_colors = {'confirmed':'#1B9E77', 'refuted':'#C856C6', 'undecided':'#7f7f7f', 'no room':'#BAB206'}
-_markers = {'confirmed':'o', 'refuted':'X', 'undecided':'D', 'no room':'s'}
+_colors = {'confirmed':'#1B9E77', 'refuted':'#C856C6', 'undecided':'#7f7f7f', 'no room':'#BAB206', 'no verdict':'#7f7f7f'}
+_markers = {'confirmed':'o', 'refuted':'X', 'undecided':'D', 'no room':'s', 'no verdict':'|'}
 
 def plot_findings(
     panels:dict,    # Title -> findings; a claim has the same row in every panel
@@ -399,5 +418,5 @@ def plot_findings(
             ax.set(title=title); ax.grid(axis='y', visible=False)
         axs[0][0].set_yticks(range(len(claims)), claims); axs[0][0].set_ylim(len(claims)-.5, -.5)
         fig.supxlabel(xlabel or next(f.unit for fs in panels.values() for f in fs), color='#7f7f7f', fontsize=9)
-        fig.legend(handles=[plt.Line2D([], [], marker=_markers[v], c=_colors[v], label=v) for v in VERDICTS if any(f.verdict==v for fs in panels.values() for f in fs)], loc='outside upper center', ncols=4)
+        fig.legend(handles=[plt.Line2D([], [], marker=_markers[v], c=_colors[v], label=v) for v in VERDICTS if any(f.verdict==v for fs in panels.values() for f in fs)], loc='outside upper center', ncols=5)
     return fig
