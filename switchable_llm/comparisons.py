@@ -34,12 +34,17 @@ class Interval(NamedTuple):
         v,l,h = (digits(x*factor) for x in self)
         return f'{v} [{l}, {h}]'
 
+    def to_list(self)->list: # Value, low, high
+        "Only what JSON has: an end that is infinite is `None`."
+        return [x if math.isfinite(x) else None for x in self]
+
 def digits(
-    x:float, # Any finite number
+    x:float, # Any number
 )->str: # About three significant digits
     "A number as tables show it."
     size = abs(x)
     if size==0: return '0'
+    if math.isinf(x): return '∞' if x>0 else '-∞'
     if size>=1e5 or size<5e-4: return f'{x:.1e}'
     return f'{x:.{0 if size>=1000 else 1 if size>=10 else 2 if size>=1 else 3}f}'
 
@@ -223,7 +228,7 @@ class Finding:
     def to_dict(self)->dict:
         "Only what JSON has: an edge or end that is infinite is `None`."
         finite = lambda x: x if math.isfinite(x) else None
-        return {k:[finite(x) for x in v] if k=='effect' else finite(v) if isinstance(v, float) else v for k,v in vars(self).items()}
+        return {k:v.to_list() if k=='effect' else finite(v) if isinstance(v, float) else v for k,v in vars(self).items()}
 
 def basis(
     seeds:int,          # Runs
@@ -260,7 +265,8 @@ def decide(
     level = 1-alpha/len(claims)
     def one(c):
         m = crossed_mean(c.differences, c.sizes); effect = m.interval(level)
-        verdict = 'no verdict' if c.fault else read(effect, c.above, c.below, c.room)
+        told = read(effect, c.above, c.below, c.room)
+        verdict = 'no verdict' if c.fault and told!='no room' else told
         return Finding(c.text, effect, verdict, m.detectable(level, power), c.above, c.below, m.seeds, m.examples, len(claims), c.unit, c.fault)
     return Findings(map(one, claims))
 

@@ -101,14 +101,18 @@ def defence_findings(
     records:Iterable[dict],    # Records of one preset and arm
     score:str='nll',           # 'nll', 'right' (attacks) or 'f1' (typos)
     threats:Iterable[str]=THREATS, # What to look at; these claims are decided together
-    fault:str='',              # Why the data cannot carry a verdict
+    faults:Iterable[str]=(),   # What keeps gradient attacks from a verdict, as `attack_faults` says
+    unequal:str='',            # Where the profiles' adapters had other numbers of steps: how many, in words
 )->Findings: # One for each random strategy and threat that was run and can be asked
     "Every random strategy under every threat: is it better than the best fixed profile?"
-    records = list(records)
+    records,faults = list(records),list(faults)
     if not records: return Findings()
+    fault = lambda t: '; '.join(filter(None, (*_attack_faults(t, faults), unequal)))
     fits = [t for t in threats if score=='nll' or (score=='f1')==(t=='typos')]
     asked = [(t, s) for t in fits for s in records[0]['config']['plan']['strategies'] if is_question(records[0], t, s)]
-    return _decided(defence_claim(f'{t}: `{s}` better than `{{b}}`', records, t, s, 'best', score, fault=fault) for t,s in asked)
+    return _decided(defence_claim(f'{t}: `{s}` better than `{{b}}`', records, t, s, 'best', score, fault=fault(t)) for t,s in asked)
+
+def _attack_faults(threat, faults): return () if threat.split()[0] in ('clean','typos','flips') else faults   # those are no gradients
 
 # %% ../nbs/05b_defences.ipynb #c38da4fe
 def sanity_checks(
@@ -189,9 +193,9 @@ def robustness_verdicts(
     for r in records: arms.setdefault(r['name'], []).append(r)
     joint = arms.get('joint', [])
     faults = attack_faults(joint)
-    fault = lambda k: unequal if k=='Typos' else '; '.join([*faults, *([unequal] if unequal else [])])
-    found = {k:defence_findings(joint, threats=[t for t in THREATS if who(t)], fault=fault(k)) for k,who in _KINDS.items()}
+    found = {k:defence_findings(joint, threats=[t for t in THREATS if who(t)], faults=faults, unequal=unequal) for k,who in _KINDS.items()}
     first = {'What these attacks cannot say':f"Whether random precision protects: {'; '.join(faults)}."} if faults else {}
+    if unequal: first['What these profiles cannot say'] = f'Which precision is hurt less: {unequal}.'
     checks = {'Checks of the attacks':_said(sanity_checks(joint), _holds)} if joint else {}
     return (first | {k:_said(fs) for k,fs in found.items()} | checks | {'Random layers':_said(_layers(joint, faults)), 'Training':_said(_training(arms, faults))}
             | {k:_said(Findings([f]), _statement) for k,f in earlier_statements(joint, unequal).items()})
@@ -203,20 +207,17 @@ _statement = dict(zip(_answers, ('It stands.', 'It stands.', 'It does not stand 
 
 def _said(findings, words=_helps):
     if not findings: return 'Open: it was not run, or there is nothing to ask.'
-    f = findings[0]; why = f" No verdict: {'; '.join(findings.faults)}." if findings.faults else ''
-    over = basis(f.seeds, f.examples, 'question')
-    return f'{findings.say(words)}{why} {over[0].upper()+over[1:]}.'
-
-def _attack_fault(threat, faults): return '' if threat in ('clean','typos') else '; '.join(faults)
+    over = basis(findings[0].seeds, findings[0].examples, 'question')
+    return f'{findings.say(words)} {over[0].upper()+over[1:]}.'
 
 def _layers(joint, faults=()):   # a draw for each layer against one for all; both have each width as often
     if not joint or not all(s in joint[0]['clean'] for s in ('random_layer','random_profile')): return Findings()
     threats = [t for t in ('clean','typos','pgd adaptive','pgd worst') if t in ('clean','typos') or is_question(joint[0], 'pgd worst', 'random_layer')]
-    return _decided(defence_claim(f'{t}: random layers better than a random profile', joint, t, 'random_layer', 'random_profile', fault=_attack_fault(t, faults)) for t in threats)
+    return _decided(defence_claim(f'{t}: random layers better than a random profile', joint, t, 'random_layer', 'random_profile', fault="; ".join(_attack_faults(t, faults))) for t in threats)
 
 def _training(arms, faults=()):   # adversarial training against joint training, and against attacks at one precision
     pairs = [(a, b) for a,b in (('rpt','joint'),('rpt','fixed_attack')) if a in arms and b in arms]
-    return _decided(defence_claim(f'{t}: `{a}` better than `{b}`', arms[a], t, 'random_profile', 'random_profile', other=arms[b], fault=_attack_fault(t, faults))
+    return _decided(defence_claim(f'{t}: `{a}` better than `{b}`', arms[a], t, 'random_profile', 'random_profile', other=arms[b], fault="; ".join(_attack_faults(t, faults)))
                     for a,b in pairs for t in ('clean','pgd adaptive'))
 
 def earlier_statements(
