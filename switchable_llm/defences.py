@@ -164,9 +164,9 @@ def attack_faults(
     records = list(records)
     if not records: return []
     plan,checks = records[0]['config']['plan'],{f.claim:f for f in sanity_checks(records)}
-    out = [f"the attacks took {plan['steps']} steps, and {STEPS} are the least"] if plan['steps']<STEPS else []
+    out = [f"the attacks took {plan['steps']} steps, where {STEPS} are the least"] if plan['steps']<STEPS else []
     n = len(plan['profiles'])
-    if plan['draws']<n: out.append(f"the attacker who knows the defence averaged over {plan['draws']} draws, and the defence has {n} precisions")
+    if plan['draws']<n: out.append(f"the attacker who knows the defence averaged over {plan['draws']} draws of the {n} precisions")
     if (f := checks.get(_KNOWS)) and f.verdict=='refuted':
         plain = max(_plain(records).values())
         out.append(f"that attacker did less harm than one who does not know it ({_mean_over(records, 'adaptive_random_profile'):.3g} against {plain:.3g} nats per token)")
@@ -178,7 +178,7 @@ def _nothing_left(records):
     shares = {n:[threat_scores(r, 'pgd worst', n, 'right') for r in records] for n in (*(f"fixed_{p}" for p in records[0]['config']['plan']['profiles']), 'random_profile')}
     if any(x is None for xs in shares.values() for x in xs) or (most := max(np.mean(xs) for xs in shares.values()))>=LEFT: return []
     radii = ', '.join(f'{r:g}' for r in records[0]['config']['plan']['radii'])
-    return [f'at radius {radii} at most {100*most:.0f} % of the answers stay right, random or not, so answers cannot tell the two apart']
+    return [f'at radius {radii} hardly an answer stays right, random or not (at most {100*most:.0f} %), so answers cannot tell the two apart']
 
 # %% ../nbs/05b_defences.ipynb #5b67939e
 _KINDS = {'Typos':lambda t: t=='typos', 'Attackers who do not know it':lambda t: t.split()[0] in ('fgsm','pgd','pgd_l2') and t.split()[1] in ('fixed','random'),

@@ -144,10 +144,16 @@ def defence_levels(
 
 _WHERE = {'clean':'without an attack', 'pgd worst':'under the worst of all attackers'}
 
-def _levels_said(records, where=tuple(_WHERE)):
-    found = {_WHERE[t]:defence_levels(records, t) for t in where}
+def _levels_said(records):
+    found = {w:defence_levels(records, t) for t,w in _WHERE.items()}
     told = [f"{w} {', '.join(f'`{n}` {digits(nll)} ({100*right:.0f} %)' for n,(nll,right) in levels.items())}" for w,levels in found.items() if levels]
     return f"Measured, nats per token (answers right): {'; '.join(told)}." if told else ''
+
+def _best_and_random(records):   # a sentence, or ''
+    levels = defence_levels(records)
+    if not levels: return ''
+    best,(own,_) = next(n for n in levels if n!='random_profile'),levels['random_profile']
+    return f" Measured, {_WHERE['pgd worst']}: `{best}`, the best fixed profile, {digits(levels[best][0])}, a random one {digits(own)} nats per token."
 
 _defends = dict(zip(_answers, ('It helps here, as Double-Win Quant says.', 'It helps here in part.', 'It does not help here.', 'It does not help here where that is known; the rest is open.', 'Open.',
                                'No room: the best fixed profile loses nothing.', 'No verdict: these attacks cannot answer.')))
@@ -186,5 +192,5 @@ def robustness_brief(
     fs,faults = robustness_findings(joint, score='right', unequal=unequal),attack_faults(joint)
     if not fs: return ''
     why = faults or [unequal]*bool(unequal)
-    if why: return f"**{_defends[fs.answer]}** {why[0][0].upper()+'; '.join(why)[1:]}. {_levels_said(joint, ['pgd worst'])}".strip()
+    if why: return f"**{_defends[fs.answer]}** {why[0][0].upper()+'; '.join(why)[1:]}.{_best_and_random(joint)}"
     return f"**{_defends[fs.answer]}** In answers that stay right: {_shown(fs)}."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESET_NAMES', 'COMMANDS', 'Study', 'load_study', 'no_record', 'tried', 'markdown_table', 'profile_scores',
            'profile_names', 'joint_score', 'joint_exposure', 'unequal_exposure', 'accuracy_findings', 'answer_words',
-           'shared_findings', 'result_table', 'spans_said', 'accuracy_answer', 'accuracy_brief', 'simple_rival',
-           'allocation_findings', 'cheaper_part', 'allocation_answer', 'allocation_brief', 'plot_chosen_bits',
-           'objectives_answer', 'objectives_brief']
+           'shared_findings', 'profile_labels', 'result_table', 'spans_said', 'accuracy_answer', 'accuracy_brief',
+           'simple_rival', 'allocation_findings', 'cheaper_part', 'allocation_answer', 'allocation_brief',
+           'plot_chosen_bits', 'objectives_answer', 'objectives_brief']
 
 # %% ../nbs/05c_verdicts.ipynb #4aabbe09
 import itertools, math, re
@@ -149,8 +149,10 @@ def unequal_exposure(
     names:Iterable[str]|None=None,  # Profiles to be compared; by default all
 )->str: # In words; empty where the profiles can be compared
     "How many steps the adapters of each profile have had, where these differ."
+    records,names = list(records),names and list(names)
+    if not records: return ''
     had = joint_exposure(records)
-    names = [n for n in had if names is None or n in names]
+    names = [n for n in profile_names(records[0]) if names is None or n in names]
     if all(same_exposure(had[a], had[b]) for a,b in itertools.combinations(names, 2)): return ''
     return 'optimizer steps of the adapters differ: '+', '.join(f'`{n}` {show_exposure(had[n])}' for n in names)
 
@@ -200,6 +202,12 @@ def shared_findings(
     other = [n for n in ('bw6','mixed8648','bw4') if n in runs[0]['scores']]
     return decide([as_good(f'`{n}` loses less than {MARGIN:g} nats against bw8, at equal steps', paired(runs, runs, lambda r: cpt_score(r, n), lambda r: cpt_score(r, 'bw8')),
                            less=True, sizes=sizes, unit='nats per token', room=room) for n in other])
+
+def profile_labels(
+    records:Iterable[dict], # Of joint training, one for each seed
+)->dict[str,str]: # Profile -> its name and the steps of its adapters, as `plot_profiles` takes them
+    "What a row of a figure is called, so that nobody compares bits where steps differ."
+    return {n:f'{n}\n{show_exposure(steps)} steps' for n,steps in joint_exposure(records).items() if steps}
 
 _KEPT = {'confirmed':'as good','refuted':'worse','undecided':'open','no room':'no room','no verdict':'unequal steps'}
 
@@ -290,11 +298,15 @@ def accuracy_brief(
     kept,gained = _split(accuracy_findings(rs))
     scores = ', '.join(f'`{n}` {_percent_of(joint_score(rs, n).value)}' for n in profile_names(rs[0]))
     text = f'F1 after joint training: {scores} (float, not trained: {_percent_of(joint_score(rs, "float", when="before").value)}). {_lead(rs, kept)}'
-    if odd := [_subject(f) for f in kept.of('no verdict')]: text += f" Not compared, as {unequal_exposure(rs, [_top(rs), *odd])}."
+    if odd := [_subject(f) for f in kept.of('no verdict')]: text += f" The {unequal_exposure(rs, [_top(rs), *odd])}."
     if _taught(rs): text += f' What the method gives cannot be read from it either: {_taught(rs)}.'
     if won := gained.of('confirmed'): text += f" Training brings {_listed([f'`{_subject(f)}` back by {f.effect.show(100)} points' for f in won])}."
-    same = shared_findings(study.of(preset, 'cpt')).of('confirmed', 'refuted', 'undecided')
-    return text+(f' At equal steps, in a shorter run with one adapter for all widths, against `bw8`: {_by_verdict(same, _KEPT, effects=False)}.' if same else '')
+    return ' '.join((text, *_shared_brief(shared_findings(study.of(preset, 'cpt')))))
+
+def _shared_brief(findings):   # a sentence, or none
+    told = findings.of('confirmed', 'refuted', 'undecided')
+    words = {'confirmed':'as good as `bw8`', 'refuted':'worse than `bw8`', 'undecided':'open'}
+    return [f'In a shorter run with equal steps, one adapter for all widths: {_by_verdict(told, words, effects=False)}.'] if told else []
 
 def _percent_of(x): return f'{100*x:.{0 if x>=.1 else 1}f} %'
 
@@ -349,7 +361,8 @@ def cheaper_part(
     words = dict(MLP='the MLP', attention='the attention', alike='no difference that matters', open='open')
     def seeds(k):
         told = [cheaper(c['price'], c['saved']) for r in records if (c := r['claims'].get(k))]
-        return ', '.join(f'{words[v]} ({told.count(v)} of {plural(len(told), "seed")})' for v in words if v in told)
+        seeds = lambda k: 'one seed' if len(told)==1 else f'{k} of {len(told)} seeds'
+        return ', '.join(f'{words[v]} ({seeds(told.count(v))})' for v in words if v in told)
     return '; '.join(f'`{k}` {seeds(k)}' for k in records[0]['claims'])
 
 def _worst_layers(record, n=3):
