@@ -222,7 +222,8 @@ def precision_range_test(
     means = [[crossed_mean([p.nll_answer], p.n_answer).value for p in loss[b]] for b in bits]
     if means[-1][1]>means[-1][0]+tolerance: raise ValueError(f"lr={preset.lr}: at {bits[-1]} bits the loss rises from {means[-1][0]:.3g} to {means[-1][1]:.3g} in {steps} steps, so there is no static counterpart to compare with: take a lower lr, or train longer")
     best = loss[bits[-1]][1]
-    gap = [crossed_mean([np.subtract(loss[b][1].nll_answer, best.nll_answer)], best.n_answer).interval() for b in bits]
+    gap = [crossed_mean([np.subtract(loss[b][1].nll_answer, best.nll_answer)], best.n_answer).interval() for b in bits[:-1]]
+    gap.append(Interval(0., 0., 0.))   # of the static counterpart to itself
     return PrecisionRange(tuple(bits), *map(tuple, zip(*means)), tuple(gap), steps, threshold, tolerance)
 
 def _probe(preset, model, tokenizer, data, probes, name, progress):   # before and after

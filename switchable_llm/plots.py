@@ -101,7 +101,8 @@ def _rows(ax, names): ax.set_yticks(range(len(names)), names); ax.set_ylim(len(n
 
 # %% ../nbs/01b_plots.ipynb #40475d44
 def plot_profiles(
-    record:dict, # Of joint training, with `before` and `after`
+    record:dict,           # Of joint training, with `before` and `after`
+    labels:dict|None=None, # Profile -> what its row is called; by default its name
 )->Figure: # F1 and answer perplexity
     "Scores of each profile before and after training, with the record's 95 % intervals."
     _need(record, 'plot_profiles', 'before', 'after')
@@ -115,7 +116,7 @@ def plot_profiles(
             for y,n in enumerate(names):
                 for when,scores,dy in (('before',before,-.16), ('after',after,.16)):
                     if n in scores: _mark(ax, None, y+dy, np.array(scores[n]['summary'][key])*factor, profile_style(n), when=='before', gid=f'{key}-{when}-{n}')
-        _rows(axs[0], names); _log(axs[1]); axs[1].grid(axis='y', visible=False)
+        _rows(axs[0], [(labels or {}).get(n, n) for n in names]); _log(axs[1]); axs[1].grid(axis='y', visible=False)
         axs[0].set(xlabel='F1 (%)'); axs[1].set(xlabel='perplexity of the answer')
         keys = [Line2D([], [], marker='o', ls='', c=_ink, mfc='none', label='before training'), Line2D([], [], marker='o', ls='', c=_ink, label='after training'),
                 Line2D([], [], ls='--', c=STYLES['float'].color, label='float, before training')]
@@ -318,6 +319,7 @@ def _front_style(p):
 def plot_arms(
     comparisons:dict,          # Title of a panel -> comparisons with `arm`, `at` ('steps' or 'bit-operations') and `difference` (value, low, high)
     xlabel:str='difference in log perplexity of the answer (nats per token)', # What the differences are
+    margin:float=0.,           # Differences up to here do not matter; drawn as a band
 )->Figure: # A panel for each title, arms in the order of the first panel's differences at equal steps
     "Paired differences of arms from a baseline, with their intervals."
     if not comparisons or not all(comparisons.values()): raise ValueError("comparisons is empty: give at least one panel with at least one comparison")
@@ -327,7 +329,7 @@ def plot_arms(
     with _figure(1, len(comparisons), 2.2+2.7*len(comparisons), 1.2+.3*len(arms), sharey=True) as (fig,axs):
         for ax,(title,cs) in zip(axs, comparisons.items()):
             for c in cs: _mark(ax, None, arms.index(c.arm)+(-.16 if c.at=='steps' else .16), np.array(c.difference), styles[c.at], c.at!='steps', gid=f'{title}-{c.at}-{c.arm}')
-            ax.axvline(0, ls=':', c=_ink); ax.set(title=title); ax.grid(axis='y', visible=False)
+            ax.axvspan(-margin, margin, color=_ink, alpha=.18, lw=0); ax.axvline(0, ls=':', c=_ink); ax.set(title=title); ax.grid(axis='y', visible=False)
         _rows(axs[0], arms); fig.supxlabel(xlabel, color=_ink, fontsize=9)
         keys = [Line2D([], [], marker=s.marker, ls='-', c=s.color, mfc='none' if k!='steps' else s.color, label=f'at equal {k}') for k,s in styles.items()]
         fig.legend(handles=keys, loc='outside upper center', ncols=2)

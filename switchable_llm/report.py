@@ -13,28 +13,35 @@ from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
 from .data import PRESETS
-from .comparisons import Finding, Interval, plural
-from .cpt_study import CPT_QUESTIONS, _roomy, cpt_findings
+from .comparisons import MARGIN, Finding, Findings, Interval, plural
+from .cpt_study import CPT_QUESTIONS, cpt_findings
 from .defences import earlier_statements, sanity_checks
-from .verdicts import (COMMANDS, PRESET_NAMES, Study, _counted, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings, allocation_answer, allocation_brief, allocation_findings,
-    markdown_table, objectives_answer, objectives_brief, profile_names, profile_scores, tried)
+from .verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings, allocation_answer, allocation_brief, allocation_findings,
+    markdown_table, objectives_answer, objectives_brief, profile_names, profile_scores, shared_findings, tried, unequal_exposure)
 from .reasons import cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
     study:Study,  # All records
     preset:str,   # Name of a preset
-)->dict[str,list[Finding]]: # Topic -> findings; without claims that nothing could meet, and without topics that the records do not carry
+)->dict[str,list[Finding]]: # Topic -> findings, also those without room or verdict; without topics that the records do not carry
     "Every family of claims that the report decides."
-    cpt,joint = study.of(preset, 'cpt'),study.of(preset, 'robustness', 'joint')
-    makes = dict(accuracy=lambda: accuracy_findings(study.joint(preset)), bits=lambda: allocation_findings(study.of(preset, 'allocation')))
-    makes |= {f'cyclic precision, {q.replace("_", " ")}':lambda q=q: cpt_findings(cpt, q) for q in CPT_QUESTIONS}
-    makes |= {'random precision':lambda: robustness_findings(joint), 'earlier statements':lambda: earlier_statements(joint).values(), 'attacks':lambda: sanity_checks(joint)}
+    cpt,ranges,rs = study.of(preset, 'cpt'),study.of(preset, 'range_test'),study.joint(preset)
+    joint = study.of(preset, 'robustness', 'joint')
+    unequal = lambda names=None: unequal_exposure(rs, names)
+    attacked = lambda: unequal(joint[0]['config']['plan']['profiles']) if joint else ''
+    makes = dict(accuracy=lambda: accuracy_findings(rs), bits=lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal()))
+    makes |= {'profiles at equal steps':lambda: shared_findings(cpt)}
+    makes |= {f'cyclic precision, {q.replace("_", " ")}':lambda q=q: cpt_findings(cpt, q, ranges=ranges) for q in CPT_QUESTIONS}
+    makes |= {f'random precision, {s}':lambda s=s: robustness_findings(joint, score=s, unequal=attacked()) for s in ('right','nll')}
+    makes |= {'earlier statements':lambda: earlier_statements(joint, attacked()).values(), 'attacks':lambda: sanity_checks(joint)}
     return {k:fs for k,make in makes.items() if (fs := _or_none(make))}
 
 def _or_none(make):   # an answer says what is wrong; here it only does not count
-    try: return _roomy(make())
+    try: return list(make())
     except (LookupError, ValueError): return []
+
+def _all_of(study, presets): return Findings(f for p in presets for fs in study_findings(study, p).values() for f in fs)
 
 class OpenQuestion(NamedTuple):
     "An undecided claim."
@@ -76,11 +83,11 @@ def directions_answer(
     preset:str,   # Name of a preset
 )->str: # In Markdown
     "What is undecided, and what it would take."
-    fs,qs = [f for fs in study_findings(study, preset).values() for f in fs],[q for q in open_questions(study) if q.preset==preset]
-    if not fs: return 'Not decided: there is no record.'
+    fs,qs = _all_of(study, [preset]),[q for q in open_questions(study) if q.preset==preset]
+    if not fs: return 'Open: there is no record.'
     near = '; '.join(f'{q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
     lost = [f'`{c}`' for c in missing_records(study) if c.endswith(f' {preset}')]
-    return '\n'.join(filter(None, (f"Of {plural(len(fs), 'claim')} {_counted(fs)}.", near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
+    return '\n'.join(filter(None, (f"Of {plural(len(fs), 'claim')}: {fs.count()}.", near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
             f'Not run: {_listed(lost)}.' if lost else 'Every experiment of the report was run.', any(f.seeds==1 for f in fs) and 'Where there is one seed, nothing tells the spread between seeds: a second one comes first.')))
 
 # %% ../nbs/06_report.ipynb #ad3e86b7
@@ -99,13 +106,24 @@ IN_BRIEF = {'One checkpoint, many precisions':accuracy_brief, 'Bits chosen per l
 
 def abstract(
     study:Study, # All records
-)->dict[str,str]: # Topic -> a sentence, in Markdown
+)->dict[str,str]: # Topic -> a few sentences in Markdown, or a list of one item for each model
     "What was found, in one minute."
+    out = {'What it rests on':_rests_on(study)}
+    for topic,make in IN_BRIEF.items():
+        told = {_title(name):tried(make, study, p) or 'No record yet.' for p,name in PRESET_NAMES.items()}
+        out[topic] = ''.join(f'\n    - *{name}*: {said}' for name,said in told.items())
+    fs,qs = _all_of(study, study.records),open_questions(study)
+    nearest = f' The nearest to a decision ({_nearest(qs[0])}) takes about {_much(qs[0].times)} times as many seeds and questions.' if qs else ''
+    return out | {'Open':f"Of {plural(len(fs), 'claim')}: {fs.count()}.{nearest}"}
+
+def _rests_on(study):
     seeds = {p:len({r['seed'] for rs in study.records[p].values() for r in rs}) for p in PRESET_NAMES if p in study.records}
-    out = {'What it rests on':f"{len(study)} records: "+', '.join(f'{PRESET_NAMES[p]} ({plural(n, "seed")})' for p,n in seeds.items())+'; intervals are 95 %, verdicts are corrected for the number of claims.' if seeds else 'There is no record yet.'}
-    for topic,make in IN_BRIEF.items(): out[topic] = '; '.join(f"*{name}*: {(tried(make, study, p) or 'no record yet').rstrip('.')}" for p,name in PRESET_NAMES.items())+'.'
-    n,qs = sum(len(fs) for p in study.records for fs in study_findings(study, p).values()),open_questions(study)
-    return out | {'Open':f"{len(qs)} of {plural(n, 'claim')} {'is' if len(qs)==1 else 'are'} undecided"+(f"; the nearest to a decision ({_nearest(qs[0])}) takes about {_much(qs[0].times)} times as many seeds and questions." if qs else '.')}
+    if not seeds: return 'There is no record yet.'
+    once = [PRESET_NAMES[p] for p,n in seeds.items() if n==1]
+    few = f" With one seed ({_listed(once)}) the intervals are over questions, and say nothing of other runs." if once else ''
+    models = ', '.join(f"{PRESET_NAMES[p]} ({plural(n, 'seed')})" for p,n in seeds.items())
+    return (f"{len(study)} records: {models}. Verdicts are read off intervals that hold together for all claims of a question; "
+            f"an effect counts from {MARGIN:g} nats per token, or {100*MARGIN:g} points of F1.{few}")
 
 def _nearest(q): return f'{PRESET_NAMES[q.preset]}: {q.finding.claim}'
 
@@ -114,7 +132,8 @@ def as_markdown(
     bullets:bool=False, # A list, instead of paragraphs
 )->str: # In Markdown
     "Titles and texts."
-    return ('\n' if bullets else '\n\n').join(f"{'- ' if bullets else ''}**{k}.** {v}" if '\n' not in v else f'**{k}**\n\n{v}' for k,v in said.items())
+    if bullets: return '\n'.join(f'- **{k}.**{"" if v.startswith(chr(10)) else " "}{v}' for k,v in said.items())
+    return '\n\n'.join(f'**{k}.** {v}' if '\n' not in v else f'**{k}**\n\n{v}' for k,v in said.items())
 
 # %% ../nbs/06_report.ipynb #ee5ce7d9
 def records_table(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPINGS', 'Meter', 'Group', 'find_groups', 'compact_profile', 'bit_options', 'Sensitivity', 'highest', 'uniform',
-           'dropped', 'sensitivity', 'outliers', 'total', 'Tolerance', 'tolerance']
+           'dropped', 'sensitivity', 'outliers', 'total', 'Tolerance', 'tolerance', 'cheaper']
 
 # %% ../nbs/03b_sensitivity.ipynb #53c8599a
 import hashlib, itertools, json
@@ -23,7 +23,7 @@ from .switching import SITES, Profile, Rule, Site, as_profile, switch_of, use_pr
 from .lora_routing import adapter_keys
 from .data import Encoded, collate
 from .joint_training import token_outputs, token_weights
-from .comparisons import Interval, interval, per_token
+from .comparisons import Interval, interval, per_token, side
 from .profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
 
 # %% ../nbs/03b_sensitivity.ipynb #c5576013
@@ -356,3 +356,11 @@ def tolerance(
     if not all(saved.values()): raise ValueError(f"{kind}{bits}: not measured for attention and MLP; there are w {s.bits('w')} and a {s.bits('a')}")
     diff = lambda f: interval(per_token, f(rise['mlp'], saved['mlp'])-f(rise['attn'], saved['attn']), s.n)
     return Tolerance(diff(lambda r, n: r), diff(lambda r, n: r/n), saved)
+
+def cheaper(
+    price:Iterable[float], # Difference of the prices, MLP less attention: value, low, high, as `Tolerance` and records have it
+    saved:dict,            # What each saves, in millions
+)->str: # 'MLP', 'attention', 'alike' or 'open'
+    "Where a bit is saved more cheaply, by an amount that matters."
+    told = side(Interval(*(x*min(saved.values()) for x in price)), less=True)   # nats per token, at equal savings
+    return dict(better='MLP', worse='attention').get(told, told)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESET_NAMES', 'COMMANDS', 'Study', 'load_study', 'no_record', 'tried', 'markdown_table', 'profile_scores',
-           'profile_names', 'joint_score', 'accuracy_findings', 'result_table', 'spans_said', 'accuracy_answer',
-           'accuracy_brief', 'allocation_findings', 'cheaper_part', 'allocation_answer', 'allocation_brief',
+           'profile_names', 'joint_score', 'joint_exposure', 'unequal_exposure', 'accuracy_findings', 'answer_words',
+           'shared_findings', 'profile_labels', 'result_table', 'spans_said', 'accuracy_answer', 'accuracy_brief',
+           'simple_rival', 'allocation_findings', 'cheaper_part', 'allocation_answer', 'allocation_brief',
            'plot_chosen_bits', 'objectives_answer', 'objectives_brief']
 
 # %% ../nbs/05c_verdicts.ipynb #4aabbe09
-import math, re
+import itertools, math, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
@@ -18,11 +19,13 @@ from matplotlib.figure import Figure
 from .switching import Profile, Site
 from .data import PRESETS, load_records
 from .plots import plot_bits
-from .comparisons import VERDICTS, Claim, Findings, Interval, crossed_mean, decide, paired, plural
+from .comparisons import (MARGIN, VERDICTS, Claim, Findings, Interval, as_good, basis, better, crossed_mean, decide, exposure, mean_exposure,
+    paired, plural, same_exposure, show_exposure, side)
 from .study import run_name
-from .spans import span_reports
+from .sensitivity import cheaper, total
 from .experiments import calibration_verdict, gate_verdict, objective_verdicts
-from .cpt_study import MARGINS, NO_ROOM, _roomy
+from .cpt_study import cpt_score
+from .profiles_eval import Cost
 
 # %% ../nbs/05c_verdicts.ipynb #f08fd774
 PRESET_NAMES = dict(smollm2='SmolLM2-135M-Instruct', tiny='embedded model')   # in the order of the report
@@ -64,15 +67,12 @@ def load_study(
     return Study(records)
 
 # %% ../nbs/05c_verdicts.ipynb #6d258460
-def _verdicts(findings):   # those with room, and how many have none
-    roomy = _roomy(findings); left = len(list(findings))-len(roomy)
-    return '; '.join(filter(None, (_counted(roomy), left and f'{left} without room')))
+_GROUP = {'confirmed':'confirmed','refuted':'refuted','undecided':'open','no room':'no room','no verdict':'no verdict'}
 
-def _counted(findings): return ', '.join(f'{sum(f.verdict==v for f in findings)} {v}' for v in VERDICTS if any(f.verdict==v for f in findings))
-
-def _by_verdict(findings, factor=1, effects=True):   # what stands in backticks, with its effect
+def _by_verdict(findings, words=_GROUP, factor=1, effects=True):   # what stands in backticks, with its effect
     groups = {v:[f for f in findings if f.verdict==v] for v in VERDICTS}
-    return '; '.join(f"**{v}** for {', '.join(_effect(f, factor) if effects else f'`{_subject(f)}`' for f in fs)}" for v,fs in groups.items() if fs)
+    show = lambda f: _effect(f, factor) if effects else f'`{_subject(f)}`'
+    return '; '.join(f"{words[v]}: {', '.join(map(show, fs))}" for v,fs in groups.items() if fs)
 
 def _subject(f): return f.claim.split('`')[1]
 def _effect(f, factor=1): return f'`{_subject(f)}` ({f.effect.show(factor)})'
@@ -85,7 +85,7 @@ def no_record(
     experiment:str, # Name of an experiment
 )->str: # A sentence
     "What stands where a record is missing."
-    return f"Not decided: there is no record; `{COMMANDS.get(experiment, experiment)} --preset {preset}` makes it."
+    return f"Open: there is no record; `{COMMANDS.get(experiment, experiment)} --preset {preset}` makes it."
 
 def tried(
     make:Callable, # Makes a text
@@ -93,8 +93,8 @@ def tried(
 )->str: # The text, or why there is none
     "A record that does not fit says so in its own place, and nowhere else."
     try: return make(*args)
-    except KeyError as e: return f'Not decided: a record lacks {e}.'
-    except (LookupError, ValueError) as e: return f'Not decided: {e}.'
+    except KeyError as e: return f'Open: a record lacks {e}.'
+    except (LookupError, ValueError) as e: return f'Open: {e}.'
 
 def markdown_table(
     rows:Iterable[Iterable], # A row of heads, then the others
@@ -138,46 +138,118 @@ def _percent(i):   # short, and in one line
     v,low,high = (f'{100*x:.{0 if i.value>=.1 else 1}f}' for x in i)
     return f'{v}\u00a0[{low},\u00a0{high}]'
 
+def joint_exposure(
+    records:Iterable[dict], # Of joint training, one for each seed
+)->dict[str,dict]: # Profile -> kind of layer -> optimizer steps that its adapter has had, mean over seeds
+    "How long each profile's adapters were trained."
+    return mean_exposure(exposure(r['training']['curve'], [s['profile'] for s in r['after']['scores']]) for r in records)
+
+def unequal_exposure(
+    records:Iterable[dict],         # Of joint training, one for each seed; may be empty
+    names:Iterable[str]|None=None,  # Profiles to be compared; by default all
+)->str: # In words; empty where the profiles can be compared
+    "How many steps the adapters of each profile have had, where these differ."
+    records,names = list(records),names and list(names)
+    if not records: return ''
+    had = joint_exposure(records)
+    names = [n for n in profile_names(records[0]) if names is None or n in names]
+    if all(same_exposure(had[a], had[b]) for a,b in itertools.combinations(names, 2)): return ''
+    return 'optimizer steps of the adapters differ: '+', '.join(f'`{n}` {show_exposure(had[n])}' for n in names)
+
+def _top(records): return max(profile_names(records[0]), key=lambda n: profile_scores(records[0])[n]['cost']['bops'])
+
 def accuracy_findings(
-    records:Iterable[dict],     # Of joint training, one for each seed
-    margin:float=MARGINS['f1'], # Loss of F1 that matters
+    records:Iterable[dict], # Of joint training, one for each seed
+    margin:float=MARGIN,    # F1 that matters
 )->Findings: # May be empty
     "For each profile: does it lose less than the margin against the highest, and did training raise its F1?"
     records = list(records)
     if not records: return Findings()
-    after,before,names = _flat(records),_flat(records, 'before'),profile_names(records[0])
-    top,f1 = max(names, key=lambda n: profile_scores(records[0])[n]['cost']['bops']),lambda n: lambda r: r['scores'][n]['f1']
-    lost = [Claim(f'`{n}` loses less than {100*margin:g} points against {top}', paired(after, after, f1(n), f1(top)), above=-margin, unit='F1') for n in names if n!=top]
-    full = lambda n: joint_score(records, n, when='before').value>1-margin
-    return decide(lost+[Claim(f'`{n}` gains F1 by training'+NO_ROOM*full(n), paired(after, before, f1(n)), above=0, unit='F1') for n in names])
+    after,before,names,top,had = _flat(records),_flat(records, 'before'),profile_names(records[0]),_top(records),joint_exposure(records)
+    f1,value = (lambda n: lambda r: r['scores'][n]['f1']),(lambda n, when: joint_score(records, n, when=when).value)
+    room = lambda n, when: value(n, when)<=1-margin
+    def fair(n): return '' if same_exposure(had[n], had[top]) else f'{n} had {show_exposure(had[n])} steps, {top} {show_exposure(had[top])}'
+    kept = [as_good(f'`{n}` loses less than {100*margin:g} points against {top}', paired(after, after, f1(n), f1(top)), unit='F1',
+                    room=room(top, 'after'), margin=margin, fault=fair(n)) for n in names if n!=top]
+    taught = _taught(records, margin)
+    gained = [better(f'`{n}` gains F1 by training', paired(after, before, f1(n)), unit='F1', room=room(n, 'before'), margin=margin, fault=taught) for n in names]
+    return decide(kept+gained)
 
-def _split(findings): return [_roomy(f for f in findings if ('loses less' in f.claim)==kept) for kept in (True, False)]
+def _taught(records, margin=MARGIN):   # '' where the float model knew the task before
+    float_before,best = joint_score(records, 'float', when='before').value,max(joint_score(records, n).value for n in profile_names(records[0]))
+    if float_before>=best-margin: return ''
+    return 'the float model had to learn the task and its format too, and none was trained alike'
+
+def _split(findings): return [Findings(f for f in findings if ('loses less' in f.claim)==kept) for kept in (True, False)]
+
+def answer_words(
+    records:Iterable[dict], # Of joint training, one for each seed
+    profile:str,            # Name of a profile
+    when:str='after',       # 'before' or 'after'
+)->float|None: # `None` where the records do not have the answers
+    "How many words the model answers with, on average: a chat model that has not learnt the format answers in sentences."
+    said = [t for r in records for t in profile_scores(r, when)[profile].get('prediction', ())]
+    return float(np.mean([len(t.split()) for t in said])) if said else None
+
+def shared_findings(
+    records:Iterable[dict], # Of `run_cpt`, of one preset
+    arm:str='random',       # Which arm: one adapter for all widths, and a random width each step
+)->Findings: # May be empty
+    "Profiles against `bw8` at equal exposure: with one adapter for all widths every step has trained it."
+    runs = [r for r in records if r['config']['arm']['name']==arm]
+    if not runs: return Findings()
+    sizes,room = runs[0]['n_answer'],crossed_mean([cpt_score(r, 'bw8') for r in runs], runs[0]['n_answer']).value>=MARGIN
+    other = [n for n in ('bw6','mixed8648','bw4') if n in runs[0]['scores']]
+    return decide([as_good(f'`{n}` loses less than {MARGIN:g} nats against bw8, at equal steps', paired(runs, runs, lambda r: cpt_score(r, n), lambda r: cpt_score(r, 'bw8')),
+                           less=True, sizes=sizes, unit='nats per token', room=room) for n in other])
+
+def profile_labels(
+    records:Iterable[dict], # Of joint training, one for each seed
+)->dict[str,str]: # Profile -> its name and the steps of its adapters, as `plot_profiles` takes them
+    "What a row of a figure is called, so that nobody compares bits where steps differ."
+    return {n:f'{n}\n{show_exposure(steps)} steps' for n,steps in joint_exposure(records).items() if steps}
+
+_KEPT = {'confirmed':'as good','refuted':'worse','undecided':'open','no room':'no room','no verdict':'unequal steps'}
 
 def result_table(
     records:Iterable[dict], # Of joint training, one for each seed
 )->str: # In Markdown
-    "Cost and scores of each profile before and after joint training, and two verdicts."
+    "Cost, exposure and scores of each profile before and after joint training, and what they decide."
     records = list(records)
     if not records: return '*No record yet.*'
-    p,names,said = records[0]['config']['preset'],profile_names(records[0]),{f.claim:f.verdict for f in accuracy_findings(records)}
-    verdict = lambda n,what: next(('no room' if NO_ROOM in c else v for c,v in said.items() if c.startswith(f'`{n}` {what}')), '–')
+    names,top,had = profile_names(records[0]),_top(records),joint_exposure(records)
+    kept = {_subject(f):_KEPT[f.verdict] for f in _split(accuracy_findings(records))[0]}
     pct = lambda n,when,k='f1': _percent(joint_score(records, n, k, when))
-    rows = [['profile','W / A bits','MB + LoRA','F1 % before','F1 % after','EM % after','gain by training',f'as good as {max(names, key=lambda n: profile_scores(records[0])[n]["cost"]["bops"])}']]
-    rows.append(['float', '16\u00a0/\u00a016', f"{(c := profile_scores(records[0], 'before')['float']['cost'])['bytes']/1e6:.3g}", pct('float', 'before'), '', '', '', ''])
-    for n in names: rows.append([n, f"{(c := profile_scores(records[0])[n]['cost'])['w_bits']:.3g} / {c['a_bits']:.3g}", f"{c['bytes']/1e6:.3g}\u00a0+\u00a0{c['adapter_bytes']/1e6:.2g}", pct(n, 'before'), pct(n, 'after'), pct(n, 'after', 'em'), verdict(n, 'gains'), verdict(n, 'loses')])
-    return markdown_table(rows, f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, activations {p['act'].replace('_', ' ')}{', ranges learned' if '-learned' in records[0]['name'] else ''}, {p.get('codes', 'independent')} weight codes; {len(records[0]['after']['ids'])} validation questions, {plural(len(records), 'seed')}; 95 % intervals. Verdicts are paired, decided together; as good: loses less than {100*MARGINS['f1']:g} points of F1. Float counts as 16 bits.")
+    def row(n):
+        c = profile_scores(records[0])[n]['cost']
+        size = f"{c['bytes']/1e6:.3g}\u00a0+\u00a0{c['adapter_bytes']/1e6:.2g}"
+        return [n, f"{c['w_bits']:.3g} / {c['a_bits']:.3g}", size, show_exposure(had[n]), pct(n, 'before'), pct(n, 'after'), pct(n, 'after', 'em'), kept.get(n, '–')]
+    mb = profile_scores(records[0], 'before')['float']['cost']['bytes']/1e6
+    heads = ['profile','W / A bits','MB + LoRA','steps of its adapters','F1 % before','F1 % after','EM % after',f'as good as {top}']
+    return markdown_table([heads, ['float', '16\u00a0/\u00a016', f'{mb:.3g}', '', pct('float', 'before'), '', '', ''], *map(row, names)], _table_note(records))
+
+def _table_note(records):   # how it was made, and how to read it
+    p,n = records[0]['config']['preset'],len(records[0]['after']['ids'])
+    how = f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, activations {p['act'].replace('_', ' ')}"
+    how += f"{', ranges learned' if '-learned' in records[0]['name'] else ''}, {p.get('codes', 'independent')} weight codes"
+    alone = ' Float was not trained.' if not _taught(records) else ' Float was not trained alike, so what training gave cannot be told from what the method gave.'
+    return (f"{how}; {n} validation questions; 95 % intervals over {'questions; one seed, so nothing is known of other runs' if len(records)==1 else f'questions and {len(records)} seeds'}.{alone} "
+            f"Steps: how often an adapter of the profile was trained; where they differ by more than a tenth, profiles are not compared. "
+            f"As good: loses less than {100*MARGIN:g} points of F1 for certain. Float counts as 16 bits.")
 
 def spans_said(
     study:Study,  # All records
     preset:str,   # Name of a preset
 )->str: # A sentence
-    "Pointing at the answer against writing it, from the same base."
-    reports = span_reports(study.joint(preset)+study.of(preset, 'spans'))
-    if not reports: return f'Pointing at the answer instead of writing it: {no_record(preset, "spans")}'
-    r,groups = next(iter(reports.values())),{}
-    for n,v in r.verdicts().items(): groups.setdefault(v, []).append(f"`{n}` ({r.difference[n]['f1'].show(100)})")
-    words = dict(extractive='pointing is better', generative='writing is better')
-    return 'Pointing at the answer instead of writing it, points of F1: '+'; '.join(f"**{words.get(v, v)}** at {', '.join(ns)}" for v,ns in groups.items())+'.'
+    "Pointing at the answer against writing it, from the same base, over the same profiles and steps."
+    ours,theirs = study.joint(preset),study.of(preset, 'spans')
+    both = [r for r in theirs if ours and r['name']==ours[0]['name']]
+    if not both: return f'Pointing at the answer instead of writing it: {no_record(preset, "spans")}'
+    f1,names = (lambda n: lambda r: r['scores'][n]['f1']),[n for n in profile_names(ours[0]) if n in profile_scores(both[0])]
+    found = decide([better(f'`{n}`', paired(_flat(both), _flat(ours), f1(n)), unit='F1', room=joint_score(ours, n).value<=1-MARGIN) for n in names])
+    words,groups = dict(better='pointing is better', worse='writing is better', alike='no difference that matters', open='open'),{}
+    for f in found: groups.setdefault('no room' if f.verdict=='no room' else words[side(f.effect)], []).append(_effect(f, 100))
+    return 'Pointing at the answer instead of writing it, points of F1: '+'; '.join(f"{w}: {', '.join(fs)}" for w,fs in groups.items())+'.'
 
 def accuracy_answer(
     study:Study,  # All records
@@ -186,21 +258,57 @@ def accuracy_answer(
     "Accuracy per configuration."
     rs = study.joint(preset)
     if not rs: return no_record(preset, 'joint')
-    kept,gained = _split(accuracy_findings(rs))
-    return (f"F1 after joint training, %: {', '.join(f'`{n}` {joint_score(rs, n).show(100)}' for n in profile_names(rs[0]))}; the float model before it {joint_score(rs, 'float', when='before').show(100)}.\n"
-            f"Loses less than {100*MARGINS['f1']:g} points against the highest profile: {_by_verdict(kept, 100)}.\nTraining raised F1, points: {_by_verdict(gained, 100) or 'there was no room'}.\n{spans_said(study, preset)}")
+    (kept,gained),unequal = _split(accuracy_findings(rs)),unequal_exposure(rs)
+    scores = ', '.join(f'`{n}` {joint_score(rs, n).show(100)}' for n in profile_names(rs[0]))
+    lines = [f'{_lead(rs, kept)} F1 after joint training, %: {scores}; the float model, not trained, {joint_score(rs, "float", when="before").show(100)}.',
+             unequal and f'Why profiles are not compared: {unequal}.',
+             f'F1 less that of `{_top(rs)}`, points: {_by_verdict(kept, _KEPT, 100)}.', _gain_said(rs, gained), _shared_said(study.of(preset, 'cpt')), spans_said(study, preset)]
+    return '\n'.join(filter(None, lines))
+
+def _lead(records, kept):   # the finding in one sentence
+    top,full = _top(records),len(kept.of('no room'))
+    if kept.answer in ('no room','no verdict') and full: return f'**No room at {full} of {plural(len(kept), "profile")}: they answer everything, as `{top}` does, so the task is too easy to tell them apart.**'
+    words = dict(zip(('yes','in part','no','no or open','open','no verdict'),
+        (f'Every profile is as good as `{top}`.', f'Some profiles are as good as `{top}`.', f'No profile is as good as `{top}`.', f'No profile is known to be as good as `{top}`.',
+         f'Whether any profile is as good as `{top}` is open.',
+         'Which width is better cannot be read from this run.')))
+    return f'**{words[kept.answer]}**'
+
+def _gain_said(records, gained):
+    top,words = _top(records),(answer_words(records, 'float', 'before'),answer_words(records, _top(records)))
+    if not _taught(records): return f"Training raised F1, points: {_by_verdict(gained, _GROUP, 100)}."
+    form = f' Before training the float model answers in {words[0]:.1f} words, after it `{top}` in {words[1]:.1f}: much of the gain is the form of the answer.' if None not in words else ''
+    rises = ', '.join(_effect(f, 100) for f in gained)
+    return f"F1 rose by training, points: {rises}. That is no measure of the method: {_taught(records)}.{form}"
+
+def _shared_said(records):
+    found = shared_findings(records)
+    if not found: return ''
+    arm = next(r for r in records if r['config']['arm']['name']=='random')
+    return (f"At equal steps (another run: one adapter for all widths, {arm['steps']} steps of random width), loss above that of `bw8`, nats per token: "
+            f"{_by_verdict(found, _KEPT)}; {basis(found[0].seeds, found[0].examples, 'question')}.")
 
 def accuracy_brief(
     study:Study,  # All records
     preset:str,   # Name of a preset
 )->str: # In Markdown; empty where there is no record
-    "Accuracy in a clause."
+    "Accuracy in a sentence or two."
     rs = study.joint(preset)
     if not rs: return ''
-    kept,_ = _split(accuracy_findings(rs)); top = next(n for n in profile_names(rs[0]) if n not in map(_subject, kept))
-    words = dict(confirmed=f"as good within {100*MARGINS['f1']:g} points", refuted='worse', undecided='undecided')
-    groups = [f"{w}: {_listed([f'`{_subject(f)}`' for f in kept if f.verdict==v])}" for v,w in words.items() if any(f.verdict==v for f in kept)]
-    return f"`{top}` reaches F1 {_percent(joint_score(rs, top))} % (float, untrained: {_percent(joint_score(rs, 'float', when='before'))} %); against it {', '.join(groups)}"
+    kept,gained = _split(accuracy_findings(rs))
+    scores = ', '.join(f'`{n}` {_percent_of(joint_score(rs, n).value)}' for n in profile_names(rs[0]))
+    text = f'F1 after joint training: {scores} (float, not trained: {_percent_of(joint_score(rs, "float", when="before").value)}). {_lead(rs, kept)}'
+    if odd := [_subject(f) for f in kept.of('no verdict')]: text += f" The {unequal_exposure(rs, [_top(rs), *odd])}."
+    if _taught(rs): text += f' What the method gives cannot be read from it either: {_taught(rs)}.'
+    if won := gained.of('confirmed'): text += f" Training brings {_listed([f'`{_subject(f)}` back by {f.effect.show(100)} points' for f in won])}."
+    return ' '.join((text, *_shared_brief(shared_findings(study.of(preset, 'cpt')))))
+
+def _shared_brief(findings):   # a sentence, or none
+    told = findings.of('confirmed', 'refuted', 'undecided')
+    words = {'confirmed':'as good as `bw8`', 'refuted':'worse than `bw8`', 'undecided':'open'}
+    return [f'In a shorter run with equal steps, one adapter for all widths: {_by_verdict(told, words, effects=False)}.'] if told else []
+
+def _percent_of(x): return f'{100*x:.{0 if x>=.1 else 1}f} %'
 
 # %% ../nbs/05c_verdicts.ipynb #14fce8e5
 def _budget(record, of, i):
@@ -209,35 +317,70 @@ def _budget(record, of, i):
 
 def _points(record): return {p['profile']['name']:p for p in record['front']['points']}
 
+def _cost(point, of): return total(Cost(**point['cost']), of)
+def _loss(point): return sum(point['nll'])
+
+def simple_rival(
+    record:dict,  # Of `run_allocation`
+    of:str,       # 'bytes' or 'bops'
+    budget:float, # What it may cost
+)->dict|None: # A point of the front; `None` where nothing simple fits
+    "The best uniform or built-in profile that a budget allows, as scored on the questions of the front."
+    fits = [p for p in record['front']['points'] if p['kind'] in ('uniform','built-in') and _cost(p, of)<=budget]
+    return min(fits, key=_loss, default=None)
+
 def allocation_findings(
     records:Iterable[dict],  # Of `run_allocation`, one for each seed
     kind:str='searched',     # 'searched', 'allocated' or 'random'
-    rival:str='uniform',     # 'uniform', the best one for the money; or another kind, at the same budget
+    rival:str='simple',      # 'simple', the best uniform or built-in profile that the budget allows; or another kind, at the same budget
+    fault:str='',            # Why the data cannot carry a verdict
 )->Findings: # One for each budget; may be empty
-    "Whether bits per layer beat their rival, over seeds and questions."
-    rows = {}
+    "Whether bits per layer beat their rival by an amount that matters, over seeds and questions."
+    rows,names = {},{}
     for r in records:
         points = _points(r)
-        for of,i in ((of, i+1) for of,limits in r['config']['budgets'].items() for i in range(len(limits))):
-            name = f'{kind}-{of}-{i}'
-            other = next((c['rival'] for c in r['contests'][of] if c['name']==name), None) if rival=='uniform' else f'{rival}-{of}-{i}'
-            if other is not None: rows.setdefault((of, i), []).append((np.subtract(points[name]['nll'], points[other]['nll']), r))
-    claims = [Claim(f"{kind} bits beat {dict(uniform='the best uniform profile').get(rival, rival+' bits')} at `{_budget(rs[0][1], *key)}`", [d for d,_ in rs], below=0, sizes=rs[0][1]['front']['n'], unit='nats per token') for key,rs in rows.items()]
-    return decide(claims) if claims else Findings()
+        for of,limits in r['config']['budgets'].items():
+            for i,limit in enumerate(limits, 1):
+                other = simple_rival(r, of, limit) if rival=='simple' else points[f'{rival}-{of}-{i}']
+                if other is None: continue
+                rows.setdefault((of, i), []).append((points[f'{kind}-{of}-{i}']['nll'], other['nll'], r))
+                names.setdefault((of, i), []).append(other['profile']['name'])
+    def claim(key, found):
+        r,n = found[0][2],found[0][2]['front']['n']
+        against = f"{rival} bits" if rival!='simple' else ' or '.join(f'`{x}`' for x in dict.fromkeys(names[key]))
+        room = crossed_mean([other for _,other,_ in found], n).value>=MARGIN
+        return better(f'at `{_budget(r, *key)}` {kind} bits beat {against}', [np.subtract(own, other) for own,other,_ in found],
+                      less=True, sizes=n, unit='nats per token', room=room, fault=fault)
+    return decide([claim(k, rs) for k,rs in rows.items()]) if rows else Findings()
 
 def cheaper_part(
     records:Iterable[dict], # Of `run_allocation`, one for each seed
-)->str: # A sentence
+)->str: # A clause
     "Where a bit is cheaper to save: the earlier claim that the MLP tolerates fewer bits than attention."
     records = list(records)
-    count = lambda k: {v:sum(r['claims'][k]['verdict']==v for r in records) for v in ('MLP','attention','not decided')}
-    said = '; '.join(f"at `{k}` "+', '.join(f'{v} ({n} of {len(records)} seed{"s"*(len(records)>1)})' for v,n in count(k).items() if n) for k in records[0]['claims'])
-    return f'A byte (w) or a bit-operation (a) is saved more cheaply in: {said}. “The MLP tolerates fewer bits than attention” stands where the MLP is named.'
+    words = dict(MLP='the MLP', attention='the attention', alike='no difference that matters', open='open')
+    def seeds(k):
+        told = [cheaper(c['price'], c['saved']) for r in records if (c := r['claims'].get(k))]
+        seeds = lambda k: 'one seed' if len(told)==1 else f'{k} of {len(told)} seeds'
+        return ', '.join(f'{words[v]} ({seeds(told.count(v))})' for v in words if v in told)
+    return '; '.join(f'`{k}` {seeds(k)}' for k in records[0]['claims'])
 
 def _worst_layers(record, n=3):
     rise = {tuple(k.rsplit('|', 2)):v for k,v in record['sensitivity']['summary'].items()}
     top = sorted(rise, key=lambda k: -rise[k][1])[:n]   # by what it costs for certain
     return ', '.join(f'`{g}` at {b} {dict(w="weight", a="activation")[k]} bits (+{Interval(*rise[g, k, b]).show()})' for g,k,b in top)
+
+_FOUND = dict(zip(('yes','in part','no','no or open','open','no room','no verdict'),
+    ('Bits chosen per layer beat the best simple profile.', 'Bits chosen per layer beat the best simple profile at some budgets.', 'Bits chosen per layer do not beat the best simple profile.',
+     'Bits chosen per layer do not beat the best simple profile where that is known; the rest is open.', 'Open.',
+     'No room: the simple profiles lose so little that nothing could be better.', 'No verdict on bits: the profiles differ in steps too.')))
+
+def _missed(records, findings):   # budgets where the search chose worse than something that it could have had
+    lost = [f for f in findings if f.effect.value>0]
+    if not lost: return ''
+    worst,sure = max(lost, key=lambda f: f.effect.value),sum(f.effect.low>MARGIN for f in lost)
+    return (f"At {len(lost)} of {plural(len(findings), 'budget')} the search chose bits that lose more than a simple profile within the same budget, at {sure} by an amount that matters for certain "
+            f"(most {worst.claim.split(' searched')[0]}: {worst.effect.show()} nats per token against {worst.claim.rsplit('beat ', 1)[1]}); {records[0]['search_questions']} questions chose them.")
 
 def allocation_answer(
     study:Study,  # All records
@@ -246,20 +389,26 @@ def allocation_answer(
     "How the best bits were chosen, and whether they are better."
     rs = study.of(preset, 'allocation')
     if not rs: return no_record(preset, 'allocation')
-    r,found = rs[0],{k:allocation_findings(rs, *k) for k in (('searched','uniform'),('searched','random'),('searched','allocated'))}
-    return (f"Each layer alone was lowered on {r['search_questions']} training questions; an integer program chose bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, and {r['score_questions']} other questions scored them ({plural(len(rs), 'seed')}).\n"
-            f"Searched bits beat the best uniform profile for the money: {_by_verdict(found['searched','uniform'], effects=False)}.\nThey beat random bits of the same budget: {_counted(found['searched','random'])}; the program's own choice: {_counted(found['searched','allocated'])}.\n"
-            f"Costliest alone, first record: {_worst_layers(r)} nats per token.\n{cheaper_part(rs)}")
+    r,unequal = rs[0],unequal_exposure(study.joint(preset))
+    found = {rival:allocation_findings(rs, rival=rival, fault=unequal) for rival in ('simple','random','allocated')}
+    lines = [f"**{_FOUND[found['simple'].answer]}** Less than the best simple profile within the budget, nats per token: {_by_verdict(found['simple'])}.",
+             unequal and f'{unequal[0].upper()+unequal[1:]}.', _missed(rs, found['simple']),
+             f"Against random bits of the same budget: {found['random'].count()}; against the program's own choice: {found['allocated'].count()}.",
+             f"How: each layer alone was lowered on {r['search_questions']} training questions; an integer program chose bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, "
+             f"and {r['score_questions']} other questions scored them ({plural(len(rs), 'seed')}).",
+             f"Costliest alone, first record: {_worst_layers(r)} nats per token.",
+             f"Where a byte (w) or a bit-operation (a) is saved more cheaply, at equal savings: {cheaper_part(rs)}."]
+    return '\n'.join(filter(None, lines))
 
 def allocation_brief(
     study:Study,  # All records
     preset:str,   # Name of a preset
 )->str: # In Markdown; empty where there is no record
-    "Bits per layer in a clause."
-    fs = allocation_findings(study.of(preset, 'allocation'))
-    won,lost = ([f for f in fs if f.verdict==v] for v in ('confirmed','refuted'))
-    best = min(won or fs, key=lambda f: f.effect.value, default=None)
-    return f"they beat the best uniform profile for the money at {len(won)} of {plural(len(fs), 'budget')}, not so at {len(lost)}, undecided at {len(fs)-len(won)-len(lost)}; the best difference is {best.effect.show()} nats per token, at {_subject(best)}" if fs else ''
+    "Bits per layer in a sentence or two."
+    rs = study.of(preset, 'allocation')
+    if not rs: return ''
+    found = allocation_findings(rs, fault=unequal_exposure(study.joint(preset)))
+    return ' '.join(filter(None, (f'**{_FOUND[found.answer]}**', found.answer!='no room' and _missed(rs, found))))
 
 def plot_chosen_bits(
     record:dict,            # Of `run_allocation`
@@ -283,12 +432,13 @@ def objectives_answer(
     if not rs: return no_record(preset, 'objectives')
     said,gates = objective_verdicts(rs),gate_verdict(rs)
     ranges = calibration_verdict(study.of(preset, 'calibration')) if PRESETS[preset].act=='per_tensor' else 'Ranges per token need no calibration.'
-    return '\n'.join((f"What to use: {said['By default']}", *(f'{k}: {v}' for k,v in (*((k, said[k]) for k in ('Low profiles','Unseen mixed profiles')), *gates.items())), f'Calibration: {ranges}'))
+    more = [f'{k}: {v}' for k,v in (*((k, said[k]) for k in ('Low profiles','Unseen mixed profiles')), *gates.items())]
+    return '\n'.join((said['By default'], *more, f'Calibration: {ranges}'))
 
 def objectives_brief(
     study:Study,  # All records
     preset:str,   # Name of a preset
 )->str: # In Markdown; empty where there is no record
-    "What to train with, in a clause."
+    "What to train with, in a sentence."
     rs = study.of(preset, 'objectives')
-    return objective_verdicts(rs)['By default'].rstrip('.') if rs else ''
+    return objective_verdicts(rs)['By default'] if rs else ''

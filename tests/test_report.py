@@ -2,10 +2,14 @@
 import copy, json, shutil
 import numpy as np, pytest
 from conftest import ROOT
+from switchable_llm.comparisons import read, show_exposure
+from switchable_llm.cpt_study import cpt_faults, cpt_findings
+from switchable_llm.defences import attack_faults, defence_findings, is_question
 from switchable_llm.earlier import plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table
-from switchable_llm.reasons import cpt_parts, robustness_parts, transfer_share
-from switchable_llm.report import QUESTIONS, abstract, answers, load_benchmarks, missing_records, open_questions, open_table, records_table, speed_table
-from switchable_llm.verdicts import PRESET_NAMES, Study, load_study, result_table
+from switchable_llm.reasons import cpt_parts, robustness_findings, robustness_parts, transfer_share
+from switchable_llm.report import (QUESTIONS, abstract, answers, as_markdown, load_benchmarks, missing_records, open_questions, open_table, records_table, speed_table,
+                                   study_findings)
+from switchable_llm.verdicts import PRESET_NAMES, Study, accuracy_findings, joint_exposure, load_study, profile_labels, result_table
 
 RESULTS = ROOT/'results'
 KEEP = ('joint','allocation','objectives','cpt','robustness','range_test','calibration','spans')
@@ -15,6 +19,13 @@ def real():
     study = load_study(RESULTS)
     if not all(study.joint(p) for p in PRESET_NAMES): pytest.skip('the records of the study are not here')
     return study
+
+@pytest.fixture
+def first(real):
+    "The records of the first study, whose faults are known; nothing of this holds of another."
+    drawn = [n for _,_,n,_ in real.joint('smollm2')[0]['training']['curve']]
+    if (drawn.count('bw8'), len(drawn), len(real.joint('smollm2')))!=(172, 1000, 1): pytest.skip('the study has been run anew')
+    return real
 
 @pytest.fixture
 def folder(tmp_path):
@@ -36,8 +47,95 @@ def line(text, preset):   # of one preset, with its sub-items
     title = PRESET_NAMES[preset][0].upper()+PRESET_NAMES[preset][1:]
     return text.split(f'- **{title}.**', 1)[1].split('\n- **', 1)[0]
 
+def brief(study, topic, preset):   # of one preset, in the abstract
+    title = PRESET_NAMES[preset][0].upper()+PRESET_NAMES[preset][1:]
+    return abstract(study)[topic].split(f'*{title}*: ', 1)[1].split('\n', 1)[0]
+
 QS = list(QUESTIONS)
 ACCURACY,BITS,OBJECTIVES,CPT,ATTACKS,DIRECTIONS = QS
+ONE_MINUTE = 'One checkpoint, many precisions','Bits chosen per layer','What to train with','Cyclic precision','Random precision at inference'
+
+def equal_steps(r):
+    "As if every step had run all profiles at once: each adapter has had all of them."
+    r['training']['curve'] = [[i, l, 'bw4+bw6+bw8+w4a8+mixed8648', t] for i,l,_,t in r['training']['curve']]
+
+def trained_float(r):
+    "As if the float model had known the task before."
+    before = {s['profile']['name']:s for s in r['before']['scores']}; best = max(r['after']['scores'], key=lambda s: np.mean(s['f1']))
+    before['float']['f1'] = list(best['f1'])
+
+# --- what the records cannot carry ------------------------------------------------------------------------------------
+
+def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
+    for p in PRESET_NAMES:
+        for topic,fs in study_findings(real, p).items():
+            for f in fs:
+                if f.verdict in ('confirmed','refuted','undecided') and f.verdict!=read(f.effect, f.above, f.below):
+                    assert f.verdict=='refuted' and read(f.effect, f.above, f.below, room=False)=='refuted', (p, topic, f)
+
+def test_profiles_of_unequal_exposure_are_not_called_better_or_worse(first):
+    "The run that made `mixed8648` look as good as eight bits: the steps stand in the table, and no verdict does."
+    rs = first.joint('smollm2'); steps = {n:show_exposure(e) for n,e in joint_exposure(rs).items()}
+    assert steps=={'bw8':'172', 'bw6':'208–404', 'mixed8648':'404–620', 'w4a8':'424–620', 'bw4':'424–620'}
+    rows = {l.split('|')[1].strip():l for l in result_table(rs).splitlines() if l.startswith('| ')}
+    for n,k in steps.items(): assert f'| {k} |' in rows[n] and (n=='bw8' or rows[n].endswith('| unequal steps |'))
+    said = line(answers(first)[ACCURACY], 'smollm2').split('At equal steps')[0]+brief(first, ONE_MINUTE[0], 'smollm2').split(' In a shorter run')[0]
+    assert 'cannot be read from this run' in said and not any(w in said for w in ('as good:','worse:','confirmed','refuted'))
+    assert all(k in said for k in steps.values()) and profile_labels(rs)['bw8']=='bw8\n172 steps'
+
+def test_a_gain_against_an_untrained_float_model_is_no_merit_of_the_method(first, folder):
+    said = line(answers(first)[ACCURACY], 'smollm2')
+    assert 'no measure of the method' in said and 'none was trained alike' in said and 'words' in said and 'none was trained alike' in brief(first, ONE_MINUTE[0], 'smollm2')
+    assert {f.verdict for f in accuracy_findings(first.joint('smollm2')) if 'gains' in f.claim}=={'no verdict'}
+    change(folder, 'smollm2', 'joint', trained_float)
+    assert 'confirmed: `bw8`' in line(answers(load_study(folder))[ACCURACY], 'smollm2').split('Training raised F1')[1]
+
+def test_where_there_was_no_room_nothing_is_confirmed(first):
+    rs = first.joint('tiny'); found = accuracy_findings(rs)
+    full = {n for n in ('bw6','mixed8648','w4a8') if np.mean([s['f1'] for r in rs for s in r['after']['scores'] if s['profile']['name']==n])>.98}
+    assert full and {f.verdict for f in found if any(f'`{n}`' in f.claim for n in full)}=={'no room'}
+    assert brief(first, ONE_MINUTE[1], 'tiny').startswith('**No room') and 'No room at' in brief(first, ONE_MINUTE[0], 'tiny') and '| no room |' in result_table(rs)
+
+def test_one_arm_is_said_to_be_one_arm(first):
+    said = brief(first, ONE_MINUTE[2], 'smollm2')
+    if len({r['name'] for r in first.of('smollm2', 'objectives')})!=2: pytest.skip('there are other arms now')
+    assert 'Only one other arm was tried' in said and 'stays' not in said and 'nothing of other seeds' in said
+
+def test_cyclic_precision_without_a_range_test_has_no_verdict(first):
+    said,faults = line(answers(first)[CPT], 'smollm2'),cpt_faults(first.of('smollm2', 'cpt'), first.of('smollm2', 'range_test'))
+    assert [any(w in f for f in faults) for w in ('no range test','44 % of the cycle','the last 4 began another')]==[True]*3
+    assert all(f in said for f in faults) and said.lstrip().startswith('**No verdict') and 'help' not in said.split('Why these runs')[0].split('In all')[0]
+    assert 'No verdict' in statements_table(first).split('four of five')[1].split('\n')[0]
+    assert not cpt_faults(first.of('tiny', 'cpt'), first.of('tiny', 'range_test'))
+
+def test_weak_attacks_have_no_verdict(first):
+    said,faults = line(answers(first)[ATTACKS], 'smollm2'),attack_faults(first.of('smollm2', 'robustness', 'joint'))
+    assert [any(w in f for f in faults) for w in ('3 steps','2 draws','did less harm','hardly an answer')]==[True]*4
+    assert all(f in said for f in faults) and said.lstrip().startswith('**No verdict') and 'Double-Win Quant says' not in said
+    assert 'the best fixed profile, 5.69, a random one 5.79' in brief(first, ONE_MINUTE[4], 'smollm2')
+
+def test_what_algebra_answers_is_not_claimed(real):
+    for p in PRESET_NAMES:
+        joint = real.of(p, 'robustness', 'joint')
+        for f in (*defence_findings(joint), *robustness_findings(joint)):
+            threat = f.claim.split(':')[0]
+            assert 'the mean of' not in f.claim and not ('`random_profile`' in f.claim and threat in ('clean','typos'))
+        assert joint and not is_question(joint[0], 'typos', 'random_profile') and not is_question(joint[0], 'pgd worst', 'random_token')
+
+def test_a_search_that_lost_in_its_own_space_says_so(first):
+    said = brief(first, ONE_MINUTE[1], 'smollm2')
+    assert 'At 5 of 6 budgets the search chose bits that lose more than a simple profile' in said and 'against `w6a8`' in said and '48 questions chose them' in said
+    assert 'beat the best' not in said
+
+def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
+    text = as_markdown(abstract(real), True)+''.join(answers(real).values())
+    for twice in ('Not decided. **undecided**','Open. open','**Open.** Open','No verdict. No verdict','..', '.**.'): assert twice not in text, twice
+    assert 'not decided' not in text.lower()
+
+def test_every_sentence_about_one_seed_says_so(first):
+    for q in (ACCURACY, OBJECTIVES, CPT, ATTACKS): assert 'says nothing of other seeds' in line(answers(first)[q], 'smollm2'), q
+    assert 'say nothing of other runs' in abstract(first)['What it rests on'] and 'nothing is known of other runs' in result_table(first.joint('smollm2'))
+    assert 'other runs' not in result_table(first.joint('tiny'))
 
 # --- changed records ------------------------------------------------------------------------------------------------
 
@@ -45,27 +143,34 @@ def test_a_better_profile_changes_sentence_table_abstract_and_figure(real, folde
     def perfect(r):
         for s in r['after']['scores']:
             if s['profile']['name']=='bw4': s['f1'] = [1.]*len(s['f1'])
+    change(folder, 'smollm2', 'joint', equal_steps); fair = load_study(folder)
     assert change(folder, 'smollm2', 'joint', perfect)
     new = load_study(folder)
-    before,after = (line(answers(s)[ACCURACY], 'smollm2') for s in (real, new))
-    assert '**refuted** for `bw4`' in before and '`bw4` 100.0 [100.0, 100.0]' in after and '**refuted** for `bw4`' not in after
-    topic = 'One checkpoint, many precisions'
-    assert 'worse: `bw4`' in abstract(real)[topic] and 'worse: `bw4`' not in abstract(new)[topic]
+    before,after = (line(answers(s)[ACCURACY], 'smollm2') for s in (fair, new))
+    assert 'worse: `bw4`' in before and '`bw4` 100.0 [100.0, 100.0]' in after and 'worse: `bw4`' not in after.split('At equal steps')[0] and 'as good:' in after
+    assert '**Some profiles are as good as `bw8`.**' in brief(new, ONE_MINUTE[0], 'smollm2')
     row = lambda s: next(l for l in result_table(s.joint('smollm2')).splitlines() if l.startswith('| bw4 |')).replace('\xa0', ' ')
-    assert '| 100 [100, 100] |' in row(new) and row(new).endswith('| confirmed | confirmed |') and row(real).endswith('| refuted |')
+    assert '| 100 [100, 100] |' in row(new) and row(new).endswith('| as good |') and row(fair).endswith('| worse |') and row(real).endswith('| unequal steps |')
     at_four = lambda s: next(l for l in plot_earlier_accuracy(s).axes[0].lines if len(l.get_xdata()) and 'SmolLM2' in str(l.get_gid() or l.get_label())).get_ydata()[0]
     assert at_four(new)==100 and at_four(real)<50
-    assert line(answers(new)[BITS], 'smollm2')==line(answers(real)[BITS], 'smollm2')   # nothing else moves
+    assert line(answers(new)[BITS], 'smollm2')==line(answers(fair)[BITS], 'smollm2')   # nothing else moves
+
+def test_steps_that_are_made_unequal_take_the_verdict_away(folder):
+    def skewed(r): r['training']['curve'] = [[i, l, 'bw8' if i%9==0 else 'bw6' if i%9<4 else 'mixed8648+bw4+w4a8', t] for i,l,_,t in r['training']['curve']]
+    change(folder, 'smollm2', 'joint', equal_steps); fair = load_study(folder)
+    assert not any(f.fault for f in accuracy_findings(fair.joint('smollm2')) if 'loses' in f.claim)
+    change(folder, 'smollm2', 'joint', skewed); new = load_study(folder)
+    assert {f.verdict for f in accuracy_findings(new.joint('smollm2')) if 'loses' in f.claim}=={'no verdict'} and '`bw8` 112' in line(answers(new)[ACCURACY], 'smollm2')
 
 def test_cheaper_bits_that_win_are_said_to_win(real, folder):
     def win(r):
         for p in r['front']['points']:
             if p['kind']=='searched': p['nll'] = [x*.5 for x in p['nll']]
+    change(folder, 'smollm2', 'joint', equal_steps)
     assert change(folder, 'smollm2', 'allocation', win)
-    topic,new = 'Bits chosen per layer',load_study(folder)
-    n = len([k for k in real.of('smollm2', 'allocation')[0]['config']['budgets'].values() for _ in k])
-    assert f'at {n} of {n} budgets' in abstract(new)[topic] and f'at {n} of {n} budgets' not in abstract(real)[topic].split(';')[0]
-    assert '**refuted**' not in line(answers(new)[BITS], 'smollm2').split('\n')[1]
+    new = load_study(folder); said = brief(new, ONE_MINUTE[1], 'smollm2')
+    assert said.startswith('**Bits chosen per layer beat the best simple profile.**') and 'lose more' not in said
+    assert 'refuted' not in line(answers(new)[BITS], 'smollm2').split('\n')[0] and 'no verdict' not in line(answers(new)[BITS], 'smollm2').split('\n')[0]
 
 def test_a_worse_default_objective_is_no_longer_recommended(real, folder):
     if not real.of('tiny', 'objectives'): pytest.skip('no record of objectives')
@@ -84,28 +189,52 @@ def test_cyclic_precision_that_helps_is_said_to_help(real, folder):
             for s in r['scores'].values(): s['nll_answer'] = [x+5 for x in s['nll_answer']]
     change(folder, 'tiny', 'cpt', low)
     new = load_study(folder)
-    assert 'It helps here' in line(answers(new)[CPT], 'tiny') and line(answers(new)[CPT], 'tiny')!=line(answers(real)[CPT], 'tiny')
+    assert line(answers(new)[CPT], 'tiny').lstrip().startswith('**It helps here') and brief(new, ONE_MINUTE[3], 'tiny').startswith('**It helps here')
     assert cpt_parts(new.of('tiny', 'cpt'))['bw4']['both'].value<cpt_parts(real.of('tiny', 'cpt'))['bw4']['both'].value-1
-    assert 'it helps here' in abstract(new)['Cyclic precision']
+    shutil.rmtree(folder/'tiny'/'range_test')
+    assert 'no range test' in line(answers(load_study(folder))[CPT], 'tiny') and brief(load_study(folder), ONE_MINUTE[3], 'tiny').startswith('**No verdict')
+
+def test_a_benefit_too_small_to_matter_is_no_help(folder):
+    def slight(r):
+        if r['config']['arm']['schedule']=='cyclic':
+            for n,s in r['scores'].items(): s['nll_answer'] = list(copied[r['seed']][n])
+    copied = {}
+    for f in (folder/'tiny'/'cpt').glob('static_low-s*.json'):
+        r = json.loads(f.read_text()); copied[r['seed']] = {n:[x-.001 for x in s['nll_answer']] for n,s in r['scores'].items()}
+    if not copied: pytest.skip('no record of cyclic precision')
+    change(folder, 'tiny', 'cpt', slight, 'cyclic-s*')
+    study = load_study(folder); f = cpt_findings(study.of('tiny', 'cpt'), ranges=study.of('tiny', 'range_test'))['cyclic at bw4 better than static_low']
+    assert f.effect.low<=f.effect.value<0 and f.effect.high<0 and f.verdict=='refuted' and 'It helps' not in line(answers(study)[CPT], 'tiny')
 
 # --- robustness: planted, so that what it should say is known ----------------------------------------------------------
 
-def attacked(seed, own=.6, foreign=.2, guess=.3, n=50):
-    "A record of two profiles: harm of the own attack, of one from the other precision, and of one that has to guess."
+def attacked(seed, own=.6, foreign=.2, guess=.3, n=50, kept=(.4, .6), steps=20, draws=2):
+    "A record of two profiles: harm of the own attack, of one from the other precision, and of one that has to guess; answers that fixed and random keep."
     rng = np.random.default_rng(seed); base,ps = 2+rng.normal(size=n),['bw4','bw8']
-    def scores(harm): return {s:dict(nll=list(base+2*harm(s)+.02*rng.normal(size=n)), right=[0.]*n) for s in (*(f'fixed_{p}' for p in ps), 'random_profile')}
+    right = {s:(np.arange(n)<kept[s=='random_profile']*n).astype(float).tolist() for s in (*(f'fixed_{p}' for p in ps), 'random_profile')}
+    def scores(harm): return {s:dict(nll=list(base+2*harm(s)+.02*rng.normal(size=n)), right=right[s]) for s in right}
     white = lambda p: lambda s: own if s==f'fixed_{p}' else guess if s=='random_profile' else foreign
     made = [(f'white_{p}', white(p)) for p in ps]+[('adaptive_random_profile', lambda s: guess)]
     typos = [dict(rate=r, distortion=r, scores={s:dict(nll_answer=v['nll'], f1=[.5]*n) for s,v in scores(lambda s: 3*r).items()}) for r in (0., .1)]
-    return dict(preset='tiny', experiment='robustness', name='joint', seed=seed, config=dict(plan=dict(questions=n, profiles=ps, strategies=['random_profile'], attacks=['pgd'], radii=[.1], unbounded=None)), highest='bw8',
+    plan = dict(questions=n, profiles=ps, strategies=['random_profile'], adaptive=['random_profile'], attacks=['pgd'], radii=[.1], unbounded=None, steps=steps, draws=draws)
+    return dict(preset='tiny', experiment='robustness', name='joint', seed=seed, config=dict(plan=plan), highest='bw8',
                 ids=list(range(n)), n_answer=[2]*n, clean=scores(lambda s: 0), typos=typos, attacks=[dict(attack='pgd', radius=.1, attacker=a, scores=scores(h)) for a,h in made], flips=[])
 
 def attacks(**kw): return Study(dict(tiny=dict(robustness=[attacked(s, **kw) for s in range(4)])))
 
-@pytest.mark.parametrize('kw,says', [(dict(), 'It helps here as Double-Win Quant says'), (dict(guess=.9), 'It does not help here')])
-def test_a_defence_is_judged_by_who_knows_it(kw, says):
+@pytest.mark.parametrize('kw,says', [
+    (dict(), '**It helps here, as Double-Win Quant says.**'), (dict(kept=(.6, .4)), '**It does not help here.**'), (dict(kept=(.5, .5)), '**It does not help here.**'),
+    (dict(kept=(.01, .02)), '**No verdict'), (dict(steps=3), '**No verdict'), (dict(draws=1), '**No verdict')])
+def test_a_defence_is_judged_in_right_answers_against_the_best_after_its_attackers(kw, says):
     study = attacks(**kw)
-    assert says in line(answers(study)[ATTACKS], 'tiny') and says[0].lower()+says[1:] in abstract(study)['Random precision at inference']
+    assert says in line(answers(study)[ATTACKS], 'tiny') and says in abstract(study)['Random precision at inference']
+
+def test_an_attacker_who_knows_and_does_less_harm_is_too_weak():
+    study = attacks()
+    for r in study.records['tiny']['robustness']:
+        for a in r['attacks']:
+            if a['attacker']=='white_bw8': a['scores']['random_profile']['nll'] = [x+2 for x in a['scores']['random_profile']['nll']]
+    assert 'did less harm than one who does not know it' in line(answers(study)[ATTACKS], 'tiny') and '**No verdict' in line(answers(study)[ATTACKS], 'tiny')
 
 def test_transfer_and_parts_are_those_that_were_planted():
     joint = attacks().of('tiny', 'robustness')
@@ -123,7 +252,7 @@ def test_typos_are_drawn_beside_the_earlier_ones():
 def test_a_missing_record_is_missed_where_it_is_needed(folder, experiment, question):
     for p in PRESET_NAMES: shutil.rmtree(folder/p/experiment, ignore_errors=True)
     study = load_study(folder); said = answers(study)
-    for p in PRESET_NAMES: assert 'Not decided: there is no record; `switchable-llm' in line(said[question], p).split('\n')[0]
+    for p in PRESET_NAMES: assert 'Open: there is no record; `switchable-llm' in line(said[question], p).split('\n')[0]
     assert len([c for c in missing_records(study) if c.split(' --preset')[0].endswith(dict(joint='run').get(experiment, experiment))])==len(PRESET_NAMES)
     abstract(study); open_table(study); statements_table(study)
 
@@ -131,7 +260,7 @@ def test_an_empty_folder_says_so_everywhere(tmp_path):
     study = load_study(tmp_path)
     for text in answers(study).values(): assert text.count('there is no record')==len(PRESET_NAMES)
     said = abstract(study)
-    assert said['What it rests on']=='There is no record yet.' and all(v.count('no record yet')==len(PRESET_NAMES) for k,v in said.items() if k not in ('What it rests on','Open'))
+    assert said['What it rests on']=='There is no record yet.' and all(said[t].count('No record yet')==len(PRESET_NAMES) for t in ONE_MINUTE)
     assert open_questions(study)==[] and records_table(study)==speed_table(load_benchmarks(tmp_path))==open_table(study)==result_table([])=='*No record yet.*'
     for draw in (plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos): assert not any('Embedded' in t.get_text() for t in draw(study).axes[0].get_yticklabels())
 
@@ -147,21 +276,23 @@ def test_seeds_on_other_questions_are_not_averaged(folder):
     assert change(folder, 'tiny', 'joint', other, '*-s0')
     study = load_study(folder)
     assert 'scored on other examples' in line(answers(study)[ACCURACY], 'tiny') and 'F1 after joint training' in line(answers(study)[ACCURACY], 'smollm2')
-    assert 'scored on other examples' in abstract(study)['One checkpoint, many precisions']
+    assert 'scored on other examples' in brief(study, ONE_MINUTE[0], 'tiny')
     assert not [q for q in open_questions(study) if (q.preset, q.topic)==('tiny','accuracy')]
 
-def test_a_record_without_its_scores_is_told_from_a_missing_one(folder):
-    change(folder, 'smollm2', 'joint', lambda r: r.pop('after'))
-    assert "a record lacks 'after'" in line(answers(load_study(folder))[ACCURACY], 'smollm2')
+@pytest.mark.parametrize('key', ['after','training'])
+def test_a_record_without_a_part_is_told_from_a_missing_one(folder, key):
+    change(folder, 'smollm2', 'joint', lambda r: r.pop(key))
+    assert f"a record lacks '{key}'" in line(answers(load_study(folder))[ACCURACY], 'smollm2')
 
 # --- undecided claims ---------------------------------------------------------------------------------------------------
 
 def test_more_of_the_same_questions_decides_what_was_undecided(real):
     "What the report promises: so many times as many seeds and questions, and the nearest undecided claim is decided."
-    qs = [q for q in open_questions(real) if q.topic=='accuracy' and q.finding.seeds==1 and q.times<20]
+    fair = copy.deepcopy(real.joint('smollm2')[0]); equal_steps(fair); trained_float(fair)
+    study = Study(dict(smollm2=dict(joint=[fair])))
+    qs = [q for q in open_questions(study) if q.topic=='accuracy' and q.finding.seeds==1 and q.times<20]
     if not qs: pytest.skip('nothing of this kind is undecided')
-    q = qs[0]; k = int(np.ceil(q.times))+1
-    r = copy.deepcopy(real.joint(q.preset)[0])
+    q = qs[0]; k = int(np.ceil(q.times))+1; r = copy.deepcopy(fair)
     for when in ('before','after'):
         r[when]['ids'] = [f'{i}-{j}' for j in range(k) for i in r[when]['ids']]
         for s in r[when]['scores']:
