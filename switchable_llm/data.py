@@ -108,12 +108,13 @@ def _question(q, where):
     name = f"{where}: question {q.get('id')!r}"
     if missing := [k for k in _needed if q.get(k) is None]: raise ValueError(f"{name} has no {missing[0]}")
     texts,starts = _answers(q['answers'], name)
-    for t in (str(q['id']), q['context'], q['question'], *texts):
+    ident = str(q['id']) if type(q['id']) is int else q['id']
+    for t in (ident, q['context'], q['question'], *texts):
         if not _is_text(t): raise ValueError(f"{name}: {t!r:.60} is not a text")
     impossible = q.get('is_impossible')
     if impossible is not None and bool(impossible)==bool(texts):
         raise ValueError(f"{name}: is_impossible is {impossible}, and it has {len(texts)} answers")
-    return dict(id=str(q['id']), title=q.get('title') or '', context=q['context'], question=q['question'],
+    return dict(id=ident, title=q.get('title') or '', context=q['context'], question=q['question'],
                 answers=dict(text=texts, answer_start=starts))
 
 def _answers(found, name):   # texts and starts, from the hub's schema or from the official one
