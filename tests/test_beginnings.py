@@ -1,8 +1,9 @@
 "A prompt begins as its tokenizer begins a text: for tokenizers of every kind, in training, scoring, answers and spans."
 import pytest, torch
 from tokenizers import Tokenizer, models, processors
-from transformers import (AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-                          LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast)
+from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import BatchEncoding
 from switchable_llm.data import collate, encode, prompt_texts, span_model, start_ids, tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import TrainConfig, fixed_profile, token_weights, train
 from switchable_llm.lora_routing import add_adapters_
@@ -60,11 +61,12 @@ def test_first_ids(kind):
         e,itself = encode(q, tokenizer),tokenizer(''.join(prompt_texts(q))).input_ids
         assert list(e.ids[:len(ids)+1])==itself[:len(ids)+1]                        # and one of the text
         bare = {k:v for k,v in q.items() if k!='answers'}
-        assert encode(bare, tokenizer).ids==e.ids[:e.prompt]                         # a prompt ends with what asks, and with no end of text
+        assert encode(bare, tokenizer).ids==e.ids[:e.prompt]                         # no end of text behind what asks
         assert tokenizer.decode(e.ids[:e.prompt], skip_special_tokens=True).endswith('answer:')
         assert sum(t in ids for t in e.ids)==len(ids) or tokenizer.eos_token_id in ids
         for room in (0, 1, 5): assert len(encode(q, tokenizer, len(e.ids)-room).ids)==len(e.ids)-room
-    with pytest.raises(ValueError, match=f'needs {len(e.ids)-len(tokenizer(prompt_texts(q)[1], add_special_tokens=False).input_ids)+1} or more'): encode(q, tokenizer, 8)
+    context = tokenizer(prompt_texts(q)[1], add_special_tokens=False).input_ids
+    with pytest.raises(ValueError, match=f'needs {len(e.ids)-len(context)+1} or more'): encode(q, tokenizer, 8)
 
 def test_the_rest_is_as_without(kind):
     "What a tokenizer puts first changes the beginning and nothing else: prompt, answer, labels, windows."
@@ -76,7 +78,8 @@ def test_the_rest_is_as_without(kind):
         assert list(e.ids[n:])==sum(parts, []) and e.prompt==n+sum(map(len, parts[:3]))
         batch = collate([e, encode(QUESTIONS[0], tokenizer)], tokenizer.pad_token_id)
         assert batch['labels'][0][batch['labels'][0]>=0].tolist()==parts[3]
-        for text in (0., 1.): assert token_weights(batch, 1., text)[0].sum()==(len(parts[3]) if not text else len(e.ids)-1)   # nothing predicts the first
+        assert token_weights(batch, 1., 0.)[0].sum()==len(parts[3])
+        assert token_weights(batch, 1., 1.)[0].sum()==len(e.ids)-1                   # nothing predicts the first
         for w in encode_windows([q], tokenizer, 10**6, 0):
             assert list(w.ids)==list(e.ids[:e.prompt]) and w.first==n+len(parts[0])
             a,b = (w.offsets[t-w.first] for t in w.target)
@@ -85,21 +88,25 @@ def test_the_rest_is_as_without(kind):
 def test_what_cannot_be_told():
     "A tokenizer whose special tokens change the text, or that knows nothing of it."
     class Odd:
-        def __call__(self, text, add_special_tokens=True): return type('E', (), dict(input_ids=[9, 5, 6] if add_special_tokens else [1, 2]))
+        def __call__(self, text, add_special_tokens=True):
+            return BatchEncoding(dict(input_ids=[9, 5, 6] if add_special_tokens else [1, 2]))
     with pytest.raises(ValueError, match='tokenizer Odd: makes .* cannot be told'): start_ids(Odd())
-    blind = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={'<bos>':0, 'a':1}, merges=[])), bos_token='<bos>')
-    assert start_ids(blind)==[]                                                     # it puts nothing first, which can be told
+    letters = Tokenizer(models.BPE(vocab={'<bos>':0, 'a':1}, merges=[]))
+    blind = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token='<bos>')
+    assert start_ids(blind)==[]                                                     # nothing, which can be told
     around(blind, '<bos> $A')
     with pytest.raises(ValueError, match='cannot be told'): start_ids(blind)
     assert start_ids(blind, 'a')==[0]
 
 def model_of(family, tokenizer):
     torch.manual_seed(0)
-    small = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
-    if family=='gpt2': return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4)).eval()
-    if family=='gemma': return GemmaForCausalLM(GemmaConfig(**small, num_key_value_heads=1, head_dim=8)).eval()
-    if family=='opt': return OPTForCausalLM(OPTConfig(**{k:v for k,v in small.items() if k!='intermediate_size'}, ffn_dim=48, word_embed_proj_dim=32)).eval()
-    return LlamaForCausalLM(LlamaConfig(**small)).eval()
+    n = dict(vocab_size=len(tokenizer))
+    small = n | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+    if family=='gpt2': m = GPT2LMHeadModel(GPT2Config(**n, n_positions=512, n_embd=32, n_layer=2, n_head=4))
+    if family=='gemma': m = GemmaForCausalLM(GemmaConfig(**small, intermediate_size=48, num_key_value_heads=1, head_dim=8))
+    if family=='opt': m = OPTForCausalLM(OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32))
+    if family=='llama': m = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=48))
+    return m.eval()
 
 @pytest.mark.parametrize('name, family', [('gemma','gemma'), ('llama','llama'), ('both','gpt2'), ('same_ends','opt')])
 def test_the_model_sees_it(name, family):
@@ -113,10 +120,12 @@ def test_the_model_sees_it(name, family):
         ids,mask = (kwargs.get(k) for k in ('input_ids','attention_mask'))
         if ids.shape[1]>1: rows.extend(r[a.bool()].tolist() for r,a in zip(ids, mask))
     hook = model.register_forward_pre_hook(look, with_kwargs=True)
-    train(model, [encode(q, tokenizer) for q in QUESTIONS], fixed_profile('bw8'), TrainConfig(steps=2, batch_size=4, accumulate=1), tokenizer.pad_token_id, progress=False, cpu=True)
+    data,cfg = [encode(q, tokenizer) for q in QUESTIONS],TrainConfig(steps=2, batch_size=4, accumulate=1)
+    train(model, data, fixed_profile('bw8'), cfg, tokenizer.pad_token_id, progress=False, cpu=True)
     perplexity(model, tokenizer, QUESTIONS); answer(model, tokenizer, QUESTIONS, max_new_tokens=2)
     hook.remove()
     if span is not None:
         span.base_model.register_forward_pre_hook(look, with_kwargs=True)
         extract(span, tokenizer, QUESTIONS, 512, 0)
-    assert len(rows)>=3*len(QUESTIONS) and all(r[:len(first)]==first and r[len(first)]!=first[0] for r in rows)
+    assert len(rows)>=3*len(QUESTIONS)
+    assert all(r[:len(first)]==first and r[len(first)]!=first[0] for r in rows)

@@ -7,8 +7,8 @@ from switchable_llm.data import environment, known_record, load_records, save_re
 
 PACKAGE = Path(switchable_llm.__file__).parent
 RECORD = dict(preset='p', experiment='e', name='n', seed=0, config={})
-NAMES = ['../x', '..', '.', '/x', '/', 'a/b', 'a\\b', 'C:x', '', ' ', 'x ', 'x.', '.x', 'a\0b', 'a\nb', 'x*', 'x?', 'a<b', '"x"', 'a|b',
-         'x'*201, None, 3, ['x'], Path('x')]
+NAMES = ['../x', '..', '.', '/x', '/', 'a/b', 'a\\b', 'C:x', '', ' ', 'x ', 'x.', '.x', 'a\0b', 'a\nb', 'x*', 'x?', 'a<b',
+         '"x"', 'a|b', 'x'*201, None, 3, ['x'], Path('x')]
 
 @pytest.mark.parametrize('name', NAMES, ids=repr)
 @pytest.mark.parametrize('key', ['preset','experiment','name'])
@@ -27,7 +27,8 @@ def test_seeds(tmp_path, seed):
 
 def test_names_that_are_fine(tmp_path):
     "All names of the study, and those of other languages; a seed may be negative."
-    fine = 'random_profile-per_tensor-learned-nested', 'static_high=cyclic', 'with_highest+js_highest', 'w4a8', 'größe 2', 'a.b', '[x]'
+    fine = ('random_profile-per_tensor-learned-nested', 'static_high=cyclic', 'with_highest+js_highest', 'w4a8', 'größe 2',
+            'a.b', '[x]')
     for i,name in enumerate(fine):
         r = RECORD | dict(preset=name, experiment=name, name=name, seed=-i)
         assert save_record(r, tmp_path)==tmp_path/name/name/f'{name}-s{-i}.json'
@@ -58,7 +59,8 @@ def test_whose_commit(tmp_path, monkeypatch):
     "The package's own: not that of the folder where somebody stands, of a hook, or of a project that holds the package."
     other = tmp_path/'other'; other.mkdir(); git('init', '-q', at=other)
     (other/'.gitignore').write_text('env\n'); git('add', '.', at=other); git('commit', '-qm', 'x', at=other)
-    tracked = subprocess.run(['git','ls-files','--error-unmatch','__init__.py'], cwd=PACKAGE, capture_output=True).returncode==0
+    ls = subprocess.run(['git','ls-files','--error-unmatch','__init__.py'], cwd=PACKAGE, capture_output=True)
+    tracked = ls.returncode==0
     own = git('rev-parse', 'HEAD', at=PACKAGE) if tracked else None
     monkeypatch.chdir(other); monkeypatch.setenv('GIT_DIR', str(other/'.git'))
     assert environment()['commit']==own!=git('rev-parse', 'HEAD', at=other)

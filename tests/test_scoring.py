@@ -1,6 +1,6 @@
-"Scores and answers of families of three kinds of positions, against transformers' own loss and against one question at a time."
+"Scores and answers of three families, against transformers' own loss and against one question at a time."
 import pytest, torch
-from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from switchable_llm.data import Encoded, encode, tiny_squad, tiny_tokenizer
 from switchable_llm.profiles_eval import answer, perplexity, stop_ids
 
@@ -27,7 +27,7 @@ def model(request): return model_of(request.param)
 
 @torch.no_grad()
 def test_perplexity_is_transformers_loss(model):
-    "Of the text, of the answer, and of a text without a prompt, in batches of different lengths; OPT and GPT-2 learn positions, Llama turns by them."
+    "Of the text, of the answer, and of a text without a prompt, in batches of rows of different lengths."
     free = [Encoded(i.ids, 0) for i in ITEMS]
     scores,alone = perplexity(model, TOK, ITEMS),perplexity(model, TOK, free)
     assert (alone.nll_answer, alone.n_answer)==(alone.nll_text, alone.n_text)==(scores.nll_text, scores.n_text)
@@ -46,18 +46,20 @@ def test_the_shortest_texts(prompt):
         s = perplexity(m, TOK, [Encoded(ITEMS[0].ids[:n], prompt)])
         assert (s.n_text, s.n_answer)==((n-1,), (n-max(prompt, 1),)) and (s.nll_answer[0]>0)==(s.n_answer[0]>0)
 
-@pytest.mark.parametrize('items, score, why', [
-    ([Encoded((), 0)], perplexity, 'example 0: has no tokens to score'), ([ITEMS[0], Encoded((5, 6), 0)], answer, 'example 1: has no tokens to continue'),
-    ([Encoded((5, 6), 3)], perplexity, 'example 0: prompt=3, of 2 tokens'), ([Encoded((5, 6), -1)], perplexity, 'example 0: prompt=-1, of 2 tokens'),
-    ([Encoded((5,)*257, 3)], perplexity, 'example 0: 257 tokens, and the model has 256 positions'), ([Encoded((5,)*250, 250)], answer, 'example 0: 274 tokens, and the model has 256')])
-def test_what_cannot_be_scored(items, score, why):
-    with pytest.raises(ValueError, match=why): score(model_of('gpt2'), TOK, items)
+@pytest.mark.parametrize('score, item, why', [
+    (perplexity, Encoded((), 0), 'has no tokens to score'), (answer, Encoded((5, 6), 0), 'has no tokens to continue'),
+    (perplexity, Encoded((5, 6), 3), 'prompt=3, of 2 tokens'), (perplexity, Encoded((5, 6), -1), 'prompt=-1, of 2 tokens'),
+    (perplexity, Encoded((5,)*257, 3), '257 tokens, and the model has 256 positions'),
+    (answer, Encoded((5,)*250, 250), '274 tokens, and the model has 256 positions')])
+def test_what_cannot_be_scored(score, item, why):
+    with pytest.raises(ValueError, match=f'example 1: {why}'): score(model_of('gpt2'), TOK, [ITEMS[0], item])
 
 def test_answers_do_not_depend_on_company(model):
     "Rows padded on the left, in batches of any size and in any order, say what each says alone."
     alone = [answer(model, TOK, [q], max_new_tokens=8)[0] for q in QUESTIONS]
     assert len(set(alone))>len(alone)//2
-    for budget in (200, 700, 10**6): assert answer(model, TOK, QUESTIONS, max_new_tokens=8, tokens_per_batch=budget)==alone
+    for budget in (200, 700, 10**6):
+        assert answer(model, TOK, QUESTIONS, max_new_tokens=8, tokens_per_batch=budget)==alone
     assert answer(model, TOK, QUESTIONS[::-1], max_new_tokens=8)==alone[::-1]
 
 @torch.no_grad()
@@ -66,5 +68,6 @@ def test_answers_are_the_likeliest_tokens(model):
     said,stops = answer(model, TOK, QUESTIONS, max_new_tokens=6),stop_ids(model, TOK)
     for i,text in zip(ITEMS, said):
         ids = list(i.ids[:i.prompt])
-        while len(ids)<i.prompt+6 and (len(ids)==i.prompt or ids[-1] not in stops): ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        while len(ids)<i.prompt+6 and (len(ids)==i.prompt or ids[-1] not in stops):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert TOK.decode(ids[i.prompt:], skip_special_tokens=True).partition('\n')[0].strip()==text
