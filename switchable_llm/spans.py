@@ -21,17 +21,17 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from .switching import calibrate_, check_unique, switch_of, use_profile
 from .lora_routing import base_hash, save_switchable
-from .data import Encoded, Preset, collate, load_squad, prompt_texts, save_record
+from .data import Encoded, Preset, collate, load_squad, prompt_texts, save_record, start_ids
 from .plots import _figure, _ink, _mark, _need, _rows, profile_style
 from .joint_training import Outputs, Task
 from .comparisons import Interval, crossed_mean
-from .profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, verdict
+from .profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, scoring_rules, verdict
 from .study import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model
 
 # %% ../nbs/03d_spans.ipynb #60ac23c3
 class Window(NamedTuple):
     "A question and a stretch of its context, as tokens."
-    ids:tuple[int,...]                  # Question, stretch, and what asks for the answer; its last token stands for 'not here'
+    ids:tuple[int,...]                  # Question, stretch, and what asks for the answer; the last token means 'not here'
     question:int                        # Number of the question
     first:int                           # Where in `ids` the stretch begins
     offsets:tuple[tuple[int,int],...]   # For each token of the stretch, its characters in the context
@@ -42,7 +42,7 @@ class Window(NamedTuple):
     def holds(self)->bool: return self.target[0]<len(self.ids)-1   # the answer, whole
 
 def encode_windows(
-    questions:Iterable[dict], # In the schema of `load_squad`; `answers` may be missing, and is then nowhere
+    questions:Iterable[dict], # In the schema of `load_squad`; an answer that is missing is nowhere
     tokenizer,                # A fast tokenizer of transformers
     max_length:int=512,       # Most tokens of a window
     stride:int=128,           # Tokens of context that neighbouring windows share
@@ -56,6 +56,7 @@ def _windows(number, q, tokenizer, max_length, stride):
     if empty := [k for k in ('question','context') if not q[k].strip()]: raise ValueError(f"question {name!r}: its {empty[0]} is empty")
     head,context,tail = prompt_texts(q)
     head,tail = (tokenizer(t, add_special_tokens=False).input_ids for t in (head, tail))
+    head = start_ids(tokenizer)+head
     context = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
     offsets = [(max(0, a-1), b-1) for a,b in context.offset_mapping]   # the prompt has a space before the context
     room,gold = max_length-len(head)-len(tail),_answer_tokens(q, name, offsets)
@@ -129,27 +130,33 @@ def best_spans(
 # %% ../nbs/03d_spans.ipynb #9886928f
 class Extraction(NamedTuple):
     "Answer to one question."
-    text:str        # From the context, without spaces around it
+    text:str        # From the context, without spaces around it; empty where it says that there is none
     start:int       # Its first character in the context
     score:float     # Log-probability of its start and end, nats
-    nll:float       # Negative log-likelihood of the first reference answer; infinite where there is none
+    nll:float       # Negative log-likelihood of the first reference answer; infinite where nobody knows one
+    none:float      # Log-probability that there is no answer: of 'not here', in the window that believes it least
 
 def pick_answers(
     questions:list[dict],     # The questions
     windows:list[Window],     # All their windows
     log_probs:Iterable,       # For each window: log-probabilities of its positions as start and as end, (2, length or more)
     max_answer_tokens:int=30, # Tokens of an answer, at most
+    may_be_none:bool=False,   # Whether 'there is no answer' is an answer, as in SQuAD v2
 )->list[Extraction]: # In the order of the questions
     "The best span of each question over its windows."
-    best = [Extraction('', 0, -float('inf'), float('inf'))]*len(questions)
+    best = [Extraction('', 0, -float('inf'), float('inf'), float('inf'))]*len(questions)
     for w,lp in zip(windows, log_probs):
         (score,i,j),= best_spans(*lp[:, w.first:w.first+len(w.offsets)], max_tokens=max_answer_tokens)
         old,(a,b) = best[w.question],(w.offsets[i][0],w.offsets[j][1])
         text = questions[w.question]['context'][a:b]
         nll = min(old.nll, -(lp[0, w.target[0]]+lp[1, w.target[1]]).item()) if w.holds else old.nll
-        new = Extraction(text.strip(), a+len(text)-len(text.lstrip()), score, nll) if score>old.score else old
-        best[w.question] = new._replace(nll=nll)
-    return best
+        new = (text.strip(), a+len(text)-len(text.lstrip()), score) if score>old.score else old[:3]
+        best[w.question] = Extraction(*new, nll, min(old.none, lp[:, len(w.ids)-1].sum().item()))
+    return [_or_none(e, q, may_be_none) for e,q in zip(best, questions)]
+
+def _or_none(e, q, may_be_none):   # 'there is no answer' where that is likelier, and where it is the reference
+    if (q.get('answers') or {}).get('text')==[]: e = e._replace(nll=-e.none)
+    return e._replace(text='', start=0, score=e.none) if may_be_none and e.none>e.score else e
 
 @torch.no_grad()
 def extract(
@@ -161,6 +168,7 @@ def extract(
     max_answer_tokens:int=30,  # Tokens of an answer, at most
     tokens_per_batch:int=2048, # Budget for rows x longest row
     progress:bool=False,       # Show a bar
+    may_be_none:bool=False,    # Whether 'there is no answer' is an answer, as in SQuAD v2
 )->list[Extraction]: # In the order of the questions
     "Answer each question with a span of its context."
     questions = list(questions)
@@ -172,13 +180,13 @@ def extract(
             for i,lp in zip(group, F.log_softmax(span_outputs(model, batch, batch['weight']).logits, -1).cpu().unflatten(0, (-1, 2))): log_probs[i] = lp
     bad = next((w.question for w,lp in zip(windows, log_probs) if lp.isnan().any()), None)
     if bad is not None: raise ValueError(f"question {bad}: its scores are NaN: the model's weights or activation ranges hold NaN or infinite numbers")
-    return pick_answers(questions, windows, log_probs, max_answer_tokens)
+    return pick_answers(questions, windows, log_probs, max_answer_tokens, may_be_none)
 
 # %% ../nbs/03d_spans.ipynb #78b6b78a
 def evaluate_spans(
     model:nn.Module,            # A model with a span head after `make_switchable_`, calibrated where its activation ranges are static
     tokenizer,                  # Its tokenizer
-    examples:Iterable[dict],    # Questions with reference answers; never those of the calibration
+    examples:Iterable[dict],    # Questions in SQuAD's format; never those of the calibration
     profiles:Iterable|None=None,# Profiles, or names of the model's (also just one); by default all that the model has
     max_length:int=512,         # Most tokens of a window
     stride:int=128,             # Tokens that neighbouring windows share
@@ -188,18 +196,19 @@ def evaluate_spans(
     seed:int=0,                 # Of the bootstrap
     float_bits:int=16,          # What an unquantized number counts as in the cost
     progress:bool=False,        # Show bars
+    rules:str|None=None,        # 'squad' or 'squad_v2'; by default the latter where some questions have no answer
 )->Evaluation: # Everything about each profile
     "Exact match, F1, likelihood and cost of span extraction at each profile."
     run = dict(max_length=max_length, stride=stride, max_answer_tokens=max_answer_tokens, tokens_per_batch=tokens_per_batch)
     settings = run | dict(n_resamples=n_resamples, seed=seed, float_bits=float_bits)
     chosen,examples = check_unique(_resolve(model, profiles)),list(examples)
     if not chosen or not examples: raise ValueError(f"{'examples' if chosen else 'profiles'} is empty: give at least one")
-    bare = [e['id'] for e in examples if not e['answers']['text']]
-    if bare: raise ValueError(f"example {bare[0]!r}: has no reference answer to compare with")
-    scores = []
+    settings['rules'] = scoring_rules(examples, rules)
+    none,scores = settings['rules']=='squad_v2',[]
     for p in tqdm(chosen, 'profiles', disable=not progress):
-        with use_profile(model, p): found = extract(model, tokenizer, examples, **run, progress=progress)
-        scores.append(score_answers(model, p, examples, [f.text for f in found], dict(nll_answer=tuple(f.nll for f in found), n_answer=(2,)*len(found)), settings))
+        with use_profile(model, p): found = extract(model, tokenizer, examples, **run, progress=progress, may_be_none=none)
+        likelihood = dict(nll_answer=tuple(f.nll for f in found), n_answer=(2,)*len(found))
+        scores.append(score_answers(model, p, examples, [f.text for f in found], likelihood, settings))
     return Evaluation(tuple(scores), settings)
 
 # %% ../nbs/03d_spans.ipynb #43caef05

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 from switchable_llm.data import PRESETS, encode, load_model, load_records, load_squad, tiny_squad
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable
 from switchable_llm.profiles_eval import answer, perplexity
-from switchable_llm.quantizers import QuantConfig
+from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.study import evaluations, run_joint
-from switchable_llm.switching import PROFILES, calibrate_, make_switchable_, use_profile
+from switchable_llm.switching import PROFILES, Profile, calibrate_, make_switchable_, use_profile
 
 SQUAD = Path(__file__).resolve().parents[2]/'shared/data/squad'
 
@@ -114,19 +114,33 @@ def test_float_is_the_original(kind, dtype, attention):
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 @torch.no_grad()
 def test_quantized_generation_uses_its_cache_rightly(kind):
-    "With one range per token nothing of other tokens enters: a cache, a batch or padding change only the rounding of sums."
-    model = small(kind)
-    make_switchable_(model, ['bw8'], QuantConfig(act='per_token'))
+    "Weights of 8 bits are weights like others: a cache, a batch or padding change only the rounding of sums."
+    model,w8 = small(kind),Profile('w8', Bits(8))
+    make_switchable_(model, [w8], QuantConfig(act='per_token'))
     ids = torch.randint(2, 200, (2, 12), generator=torch.Generator().manual_seed(2))
-    with use_profile(model, 'bw8'):
-        full = model(ids).logits
-        out = model(ids[:, :8], use_cache=True)
-        steps = [out.logits]
-        for t in range(8, 12):
-            out = model(ids[:, t:t+1], past_key_values=out.past_key_values, use_cache=True)
-            steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=.05, atol=.02)   # a sum's last bit may move a code by one
-        torch.testing.assert_close(model(ids[:1]).logits, full[:1], rtol=.05, atol=.02)
+    with use_profile(model, 'w8'):
+        full,out = model(ids).logits,model(ids[:, :8], use_cache=True)
+        cache,steps = out.past_key_values,[out.logits]
+        steps += [model(ids[:, t:t+1], past_key_values=cache, use_cache=True).logits for t in range(8, 12)]
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids[:1]).logits, full[:1], rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('kind', ['gpt2','llama'])
+@torch.no_grad()
+def test_a_token_is_quantized_by_itself(kind):
+    "With a range per token nothing of other tokens enters a layer's output: alone, or in a part of the batch, it is the same."
+    model,seen = small(kind),[]
+    make_switchable_(model, ['bw8','bw4'], QuantConfig(act='per_token'))
+    for l in model.switch.layers: l.register_forward_hook(lambda l, args, y: seen.append((l, args[0], y)))
+    ids = torch.randint(2, 200, (2, 12), generator=torch.Generator().manual_seed(2))
+    for p in ('bw8','bw4'):
+        seen.clear()
+        with use_profile(model, p): model(ids)
+        assert len(seen)==len(model.switch.layers)
+        for l,x,y in [*seen]:   # the same input, so the same codes: only the order of sums may differ
+            setting = model.switch.bound[p][l.index]
+            torch.testing.assert_close(torch.cat([l.at(x[:, t:t+1], setting) for t in range(12)], 1), y, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(l.at(x[1:, 3:9], setting), y[1:, 3:9], rtol=1e-5, atol=1e-6)
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from switchable_llm.joint_training import Objective, TrainConfig, fixed_profile,
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
 from switchable_llm.objectives import Distillation, Stability
 from switchable_llm.packed import freeze, load_packed
-from switchable_llm.quantizers import QuantConfig
+from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.spans import collate_windows, encode_windows, evaluate_spans, extract, run_spans, span_extraction, span_outputs, train_head_
-from switchable_llm.switching import find_sites, make_switchable_, use_profile
+from switchable_llm.switching import Profile, find_sites, make_switchable_, use_profile
 from test_real_models import byte_bpe, write_gguf
 
 TOK = tiny_tokenizer()
@@ -150,13 +150,14 @@ def test_broken_weights_have_a_name():
     with pytest.raises(ValueError, match='question 0: its scores are NaN'): extract(m, TOK, QUESTIONS, 48, 8)
 
 def test_packed(tmp_path):
-    "One file for serving keeps the head, and answers alike."
-    m = span_gpt2()
+    "One file for serving keeps the head, and answers alike: with float activations, of which rounding moves no code."
+    m = span_gpt2(profiles=[Profile(f'w{b}', Bits(b)) for b in (4, 8)])
     freeze(m, tmp_path/'m.safetensors')
     packed = load_packed(tmp_path/'m.safetensors')
-    for p in ('bw4','bw8'):
+    assert torch.equal(packed.qa_outputs.weight, m.qa_outputs.weight) and torch.equal(packed.qa_outputs.bias, m.qa_outputs.bias)
+    for p in ('w4','w8'):
         a,b = (evaluate_spans(x, TOK, QUESTIONS, [p], 48, 8)[p] for x in (m, packed))
-        assert a.nll_answer==pytest.approx(b.nll_answer, rel=1e-3) and sum(x==y for x,y in zip(a.prediction, b.prediction))>=len(QUESTIONS)-1
+        assert a.prediction==b.prediction and a.nll_answer==pytest.approx(b.nll_answer, rel=1e-3)
 
 # --- the loop's other parts -----------------------------------------------------------------------------------------
 
