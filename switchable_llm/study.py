@@ -11,6 +11,7 @@ __all__ = ['COUNT', 'SEED', 'NUMBERS', 'WORDS', 'POLICIES', 'OBJECTIVES', 'Numbe
 import copy, json, math, os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 import torch
@@ -79,9 +80,6 @@ def check_preset(
         v = getattr(preset, f.name)
         if f.name in WORDS: chosen(WORDS[f.name], v, f.name)
         if f.name in NUMBERS and not (v is None and f.type==int|None): NUMBERS[f.name].check(f.name, v)
-    for k in ('batch_size','calibration_size'):
-        if preset.train_n is not None and getattr(preset, k)>preset.train_n:
-            raise ValueError(f"{k}={getattr(preset, k)}: needs at most as many as train_n={preset.train_n}")
     return preset
 
 def check_name(
@@ -146,10 +144,11 @@ def calibration_batches(
     pad_id:int,    # Token that fills the rows
     task:Task=answering, # What is learnt
 )->list[dict]: # `preset.calibration` batches of `preset.calibration_size`
-    "Training batches for `calibrate_`."
-    lengths,size = tuple(map(task.length, data)),preset.calibration_size
-    if size>len(data): raise ValueError(f"calibration_size={size}: there are {len(data)} training questions that fit")
-    return [task.collate([data[j] for j in batch_rows(lengths, size, i, preset.seed)], pad_id) for i in range(preset.calibration)]
+    "Training batches for `calibrate_`; a `ValueError` where the preset's batches are larger than the data."
+    for k in ('batch_size','calibration_size'):
+        if getattr(preset, k)>len(data): raise ValueError(f"{k}={getattr(preset, k)}: there are {len(data)} training examples of at most {preset.max_length} tokens")
+    rows = partial(batch_rows, tuple(map(task.length, data)), preset.calibration_size, seed=preset.seed)
+    return [task.collate([data[j] for j in rows(i)], pad_id) for i in range(preset.calibration)]
 
 # %% ../nbs/03a_study.ipynb #bfb602fa
 def _layer_bits(model, names): return dict.fromkeys(str(b) for n in names for b in switch_of(model).profiles[n].bits(switch_of(model).sites).values())
