@@ -16,6 +16,7 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import Callable
 from fastcore.docments import docments
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as hf_logging
 from .quantizers import Bits
@@ -160,7 +161,10 @@ def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
 def _given(**settings): return {k:v for k,v in settings.items() if v is not None}
 def _plan(preset): return CPT_PLANS.get(preset.name, CPTPlan())
-def _cycle(preset, args): return replace(_plan(preset).cycle, **_given(cycles=args.cycles, b_min=args.b_min, b_max=args.b_max))
+def _cycle(preset, args):
+    cycle = replace(_plan(preset).cycle, **_given(cycles=args.cycles, b_min=args.b_min, b_max=args.b_max))
+    if cycle.b_min<=cycle.b_max: return cycle
+    raise ValueError(f"--b-min {cycle.b_min}: needs to be at most --b-max, which is {cycle.b_max}")
 def _cpt(preset, args, say):
     run_cpt(preset, args.out, replace(_plan(preset), cycle=_cycle(preset, args), **_given(steps=getattr(args, 'steps', None), questions=args.questions, arms=args.arms)), not args.quiet, say)
 def _robustness(preset, args, say):
@@ -222,13 +226,13 @@ def _train(args):
     preset,say = chosen_preset(args),_say(args)
     out = Path(args.out)
     check_checkpoint(out)
-    with claim(f'{out}.training') as work:
-        model,tokenizer = study_model(preset)
-        data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
-        say(f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)')
-        calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
-        fit(preset, model, tokenizer, data, args.policy, OBJECTIVES[args.objective], checkpoint=work, progress=not args.quiet)
-        print(f'model  {save_switchable(model, out, base=preset.model)}')
+    with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
+    model,tokenizer = study_model(preset)
+    data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
+    say(f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)')
+    calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
+    fit(preset, model, tokenizer, data, args.policy, OBJECTIVES[args.objective], checkpoint=f'{out}.training', progress=not args.quiet)
+    print(f'model  {save_switchable(model, out, base=preset.model)}')
 
 # %% ../nbs/08_cli.ipynb #271b0b90
 def _check_there(path):
@@ -273,7 +277,7 @@ def _answer(args):
 # %% ../nbs/08_cli.ipynb #7f830bd0
 def _is_packed(path):
     try: return bool(packed_size(path))
-    except (ValueError, OSError): return False
+    except (ValueError, OSError, SafetensorError): return False
 
 def _checkpoint_folder(args):   # of what needs float weights
     _check_there(args.checkpoint)

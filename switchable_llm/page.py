@@ -6,7 +6,7 @@
 __all__ = ['HOSTS', 'quiet', 'write_page', 'Sessions', 'Refusal', 'AddressOnly', 'needs_token', 'PageServer', 'serve_page']
 
 # %% ../nbs/07b_page.ipynb #a0a39b2c
-import asyncio, errno, json, secrets, sys, threading, webbrowser
+import asyncio, errno, json, secrets, signal, sys, threading, webbrowser
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable
@@ -142,6 +142,8 @@ def serve_page(
         Sessions=dict(max_sessions=max_sessions, cull_idle_timeout=max(1, int(60*idle)), cull_connected=True, cull_interval=5) | sessions,
         IdentityProvider=dict(cookie_options=dict(samesite='Strict')))
     app = PageServer(config=config)
-    app.tell = tell
-    app.initialize([str(page)])
-    app.start()
+    app.tell,before = tell,signal.getsignal(signal.SIGTERM)
+    try:
+        app.initialize([str(page)])
+        app.start()
+    finally: signal.signal(signal.SIGTERM, before)
