@@ -176,6 +176,7 @@ def _allocation(preset, args, say): run_allocation(preset, args.out, args.checkp
 def _spans(preset, args, say): run_spans(preset, args.out, progress=not args.quiet, say=say)
 def _objectives_said(preset, out):
     records = load_records(out, preset, 'objectives')
+    if {r['name'] for r in records}=={'random_profile'}: return 'Not decided: there is no record of an arm to compare the baseline with.'
     return _told(objective_verdicts(records) | gate_verdict(records))
 def _spans_said(preset, out):
     reports = span_reports(load_records(out, preset))

@@ -249,12 +249,12 @@ def test_the_seed_of_an_experiment(cli, tmp_path, toy_folder):
 def test_seeds_at_once(cli, tmp_path, toy_folder, child_env, monkeypatch):
     "Two processes write what one does, and an error in one is told."
     for k,v in child_env.items(): monkeypatch.setenv(k, v)
-    common = ['experiment', 'cpt', '--model', toy_folder, *SHORT[2:-3], '--profiles', 'bw4', 'bw8', '--steps', 2, '--cycles', 1, '--eval-n', 3, '--questions', 3, '--max-new-tokens', 3, '--arms', 'cyclic', '--quiet', '--seeds', 0, 1]
+    common = ['experiment', 'calibration', '--model', toy_folder, *SHORT, '--eval-n', 3, '--calibration', 8, '--mix', 'w4a4', 'w6a8', '--unseen', 1, '--quiet', '--seeds', 0, 1]
     one,two = (cli(*common, '--jobs', n, '--out', f'jobs{n}') for n in (1, 2))
     assert one[0]==two[0]==0 and one[1]==two[1], (one, two)
-    scores = [[json.loads((tmp_path/f'jobs{n}/tiny/cpt/cyclic-s{s}.json').read_text())['scores'] for s in (0, 1)] for n in (1, 2)]
-    assert scores[0]==scores[1] and scores[0][0]!=scores[0][1]
-    (tmp_path/'jobs2/tiny/cpt/cyclic-s1.json').write_text('{')
+    ways = [[json.loads((tmp_path/f'jobs{n}/tiny/calibration/static-s{s}.json').read_text())['ways'] for s in (0, 1)] for n in (1, 2)]
+    assert ways[0]==ways[1] and ways[0][0]!=ways[0][1]
+    for f in (tmp_path/'jobs2/progress/tiny/calibration-s1').glob('*.json'): f.write_text('{')
     status,_,err = cli(*common, '--jobs', 2, '--out', 'jobs2')
     assert status==1 and 'error: seed 1: stopped by an error' in err
 
