@@ -8,6 +8,7 @@ __all__ = ['EXAMPLES', 'svg_picture', 'html_table', 'examples_for', 'Explorer', 
 # %% ../nbs/09_widgets.ipynb #70ac5686
 import base64, html, io
 from contextlib import contextmanager
+from typing import Iterable
 from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, Layout, Text, Textarea, ToggleButton, VBox
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from .quantizers import Bits
 from .switching import Profile, switch_of
 from .data import PRESETS, tiny_squad, tiny_tokenizer
 from .plots import figure_style
+from .cli import one_line
 from .exploration import Grid, Prompt, Source, bits_on_offer, has_float, open_model, plot_errors, plot_tokens, range_text, reference_profile, side_by_side, train_adapters
 
 # %% ../nbs/09_widgets.ipynb #01a34e26
@@ -67,25 +69,21 @@ def examples_for(
 
 # %% ../nbs/09_widgets.ipynb #7ce7283d
 def _field(kind, description, **kw): return kind(description=description, style=dict(description_width='7rem'), layout=Layout(width=kw.pop('width', '33rem'), max_width='100%'), **kw)
-_OTHER = 'a checkpoint or packed file'
 
 class Explorer(VBox):
     "The page: a model, a question, profiles side by side, and a grid of bits."
     def __init__(self,
-        source:str='tiny',      # A preset, a switchable checkpoint, or a packed file
+        source:str='tiny',      # What it opens with: a preset, a switchable checkpoint, or a packed file
         model:str|None=None,    # Another base model than it names
+        more:Iterable[str]=(),  # Other checkpoints and packed files that it offers, beside the presets
     ):
         super().__init__(); self.add_class('sl-app')
         self.source = self.prompt = self.exploration = None
-        self._make_controls(); self._lay_out()
-        known = str(source) in PRESETS
-        self.preset.value,self.path.value,self.base.value = str(source) if known else _OTHER,'' if known else str(source),model or ''
-        self._wire(); self._load()
+        self.offered = dict.fromkeys(map(str, (source, *more, *PRESETS))) | {str(source):model}   # -> its base model, where that is elsewhere
+        self._make_controls(); self._lay_out(); self._wire(); self._load()
 
     def _make_controls(self):
-        self.preset = _field(Dropdown, 'Model', options=[*PRESETS, _OTHER])
-        self.path = _field(Text, 'Folder or file', placeholder='what `switchable-llm train`, `run` or `freeze` wrote')
-        self.base = _field(Text, 'Base model', placeholder='only if it is not where the preset or checkpoint says')
+        self.choice = _field(Dropdown, 'Model', options=list(self.offered))
         self.load = Button(description='Load', layout=Layout(width='7rem', flex='0 0 auto'), tooltip='Load the model that is chosen')
         self.train,self.steps = Button(description='Train adapters', layout=Layout(width='auto', flex='0 0 auto'), tooltip='Train all profiles of the preset together'),_field(BoundedIntText, 'Steps', value=100, min=1, max=2000, width='11.5rem')
         self.example,self.question = _field(Dropdown, 'Example'),_field(Text, 'Question', continuous_update=False)
@@ -101,7 +99,7 @@ class Explorer(VBox):
         part = lambda title, *inside, **kw: VBox([HTML(f'<h2>{title}</h2>'), *inside], layout=Layout(max_width='100%', **kw))
         beside = lambda *parts: HBox(parts, layout=Layout(flex_flow='row wrap', grid_gap='0 2rem'))
         self.children = [HTML(_STYLE+'<h1>One model, many precisions</h1><p>Ask a question at several precision profiles, side by side. Float, or the most bits that a packed file has, is what the others are compared with.</p>'),
-            beside(part('Model', self.preset, self.path, self.base, HBox([self.load, self.train, self.steps]), self.about), part('Question', self.example, self.question, self.context, self.ask)),
+            beside(part('Model', self.choice, HBox([self.load, self.train, self.steps]), self.about), part('Question', self.example, self.question, self.context, self.ask)),
             part('Profiles', self.switches, self.message, self.table),
             beside(part('Bits for each site and layer range', HTML('<p class="sl-note">A profile like the others: a change here switches <code>custom</code> on.</p>'), self.start, self.ranges, self.fill, self.cellbox), part('Error of the layers', self.what, self.errors, flex='1 1 33rem')),
             part('Probabilities of the first token of the answer', self.tokens)]
@@ -110,8 +108,6 @@ class Explorer(VBox):
         for button,do in ((self.load, self._load), (self.train, self._train), (self.ask, self._show)): button.on_click(lambda _, do=do: do())
         for control,do in ((self.example, self._take_example), (self.question, self._show), (self.context, self._show), (self.what, self._draw_errors), (self.ranges, self._make_grid), (self.start, self._start_from), (self.fill, self._fill)):
             control.observe(lambda change, do=do: self._quiet or self.source is None or do(), 'value')
-        self.preset.observe(lambda change: self._paths_on(), 'value'); self._paths_on()
-    def _paths_on(self): self.path.disabled = self.preset.value!=_OTHER
 
     _quiet = False   # Whether code, and not a person, changes a control
     @contextmanager
@@ -123,14 +119,17 @@ class Explorer(VBox):
     @contextmanager
     def _explaining(self):   # what a person can cause is a message
         try: yield
-        except (ValueError, RuntimeError, OSError, ImportError, ArithmeticError) as e: self._say(str(e).strip().partition('\n')[0] or type(e).__name__, 'error')
+        except Exception as e: self._say(one_line(e), 'error')
     def _say(self, text, kind='done'): self.message.value = f'<p class="sl-{kind}" role="{"alert" if kind=="error" else "status"}">{html.escape(text)}</p>'
 
 # %% ../nbs/09_widgets.ipynb #28f7b9d9
 @patch
 def _load(self:Explorer):
     self._say('loading …')
-    with self._explaining(): self._put(open_model(self.path.value.strip() if self.preset.value==_OTHER else self.preset.value, self.base.value.strip() or None))
+    with self._explaining():
+        name = self.choice.value
+        if name not in self.offered: raise ValueError('no model is chosen: choose one')
+        self._put(open_model(name, self.offered[name]))
 
 @patch
 def _train(self:Explorer):
@@ -251,8 +250,9 @@ def _draw_errors(self:Explorer):
 def _no_errors(self:Explorer, why): self.errors.value = f'<p class="sl-note">{why}</p>'
 
 def explorer(
-    source:str='tiny',   # A preset, a switchable checkpoint, or a packed file
-    model:str|None=None, # Another base model than it names
+    source:str='tiny',     # What it opens with: a preset, a switchable checkpoint, or a packed file
+    model:str|None=None,   # Another base model than it names
+    more:Iterable[str]=(), # Other checkpoints and packed files that it offers, beside the presets
 )->Explorer: # The page, which a notebook shows
     "Open the explorer in a notebook."
-    return Explorer(source, model)
+    return Explorer(source, model, more)

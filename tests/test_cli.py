@@ -1,145 +1,337 @@
-"The installed command, as a shell sees it."
-import json, os, re, signal, subprocess, sys, time
+"""The command: most of it by its function, in this process; as a shell sees it where a process is what is tested.
+
+One training, one run and one packed file are shared: the tests read them, and write elsewhere."""
+import argparse, io, json, os, re, signal, subprocess, sys, time
+from dataclasses import fields
 from pathlib import Path
 import pytest
+from safetensors import SafetensorError
 from conftest import heed_ctrl_c
+from switchable_llm import cli as module
+from switchable_llm.cli import main, make_parser, one_line
+from switchable_llm.data import Preset
+from switchable_llm.files import claim
+from switchable_llm.study import NUMBERS, WORDS
 
 COMMAND = Path(sys.executable).with_name('switchable-llm')
-pytestmark = pytest.mark.skipif(not COMMAND.exists(), reason='the package is not installed')
-SHORT = '--steps 4 --batch-size 4 --train-n 40 --calibration 2 --profiles bw4 mixed8648'.split()
+installed = pytest.mark.skipif(not COMMAND.exists(), reason='the package is not installed')
+SHORT = '--steps 4 --batch-size 4 --train-n 40 --calibration 2 --calibration-size 4 --profiles bw4 mixed8648'.split()
+ASK = ['--question', 'Who?', '--context', 'Bemola was born in 1834.']
 
 @pytest.fixture
-def cli(child_env, tmp_path):
+def cli(monkeypatch, tmp_path, capsys):
     "Run the command in an empty folder; status, stdout, stderr."
+    monkeypatch.chdir(tmp_path)
     def run(*argv, stdin=''):
-        p = subprocess.run([COMMAND, *map(str, argv)], cwd=tmp_path, env=child_env, input=stdin, capture_output=True, text=True, timeout=240)
-        return p.returncode, p.stdout, p.stderr
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
+        capsys.readouterr()
+        status = main([str(a) for a in argv])
+        return status, *capsys.readouterr()
     return run
 
-def test_presets(cli):
-    status,out,err = cli('presets')
-    assert (status, err)==(0, '')
-    table = dict(re.split(r'\s{2,}', l, maxsplit=1) for l in out.splitlines())
+@pytest.fixture
+def refused(cli, tmp_path):
+    "A command that ends with one line, and leaves everything as it was."
+    def run(*argv, says, status=1):
+        def state(): return {p:(p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob('*')}
+        before = state()
+        got,out,err = cli(*argv)
+        assert (got, out)==(status, '') and 'Traceback' not in err, (got, out, err)
+        if status==1: assert err.startswith('error: ') and err.count('\n')==1, err
+        for s in [says] if isinstance(says, str) else says: assert s in err, err
+        assert state()==before
+    return run
+
+@pytest.fixture(scope='module')
+def mine(tmp_path_factory, toy_folder):
+    "A checkpoint, and the packed file of it."
+    folder = tmp_path_factory.mktemp('trained')
+    train = ['train', '--model', toy_folder, *SHORT, '--act', 'per_token', '--quiet', '--out', folder/'mine']
+    assert main([*train])==0
+    assert main(['freeze', str(folder/'mine'), '--out', str(folder/'mine.safetensors'), '--embedding', '8', '--lm-head', '8'])==0
+    return folder
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, toy_folder):
+    "What `run` writes, and what it said."
+    folder = tmp_path_factory.mktemp('run')
+    out,err = folder/'out',folder/'err'
+    with open(out, 'w') as o, open(err, 'w') as e, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'stdout', o); patch.setattr(sys, 'stderr', e)
+        status = main(['run', '--model', str(toy_folder), *SHORT, '--eval-n', '12', '--no-ablation', '--out', str(folder/'runs')])
+    assert status==0, err.read_text()
+    return folder, out.read_text(), err.read_text()
+
+# --- what it says of itself ---------------------------------------------------------------------------------------
+
+@installed
+def test_the_installed_command(child_env, tmp_path):
+    p = subprocess.run([COMMAND, 'presets'], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=600)
+    assert (p.returncode, p.stderr)==(0, '')
+    table = dict(re.split(r'\s{2,}', l, maxsplit=1) for l in p.stdout.splitlines())
     assert table['setting'].split()==['tiny','smollm2','gpt2'] and table['dtype'].split()==['float32','bfloat16','float32']
+
+@pytest.mark.skipif(os.name!='posix', reason='needs a shell')
+def test_a_closed_pipe_is_no_traceback(child_env):
+    code = 'import sys; from switchable_llm.cli import main; sys.exit(main(sys.argv[1:]))'
+    p = subprocess.run(f"{sys.executable} -c '{code}' presets | true", shell=True, env=child_env, capture_output=True, text=True, timeout=600)
+    assert 'Traceback' not in p.stderr and 'Error' not in p.stderr
+
+def commands(parser, path=()):
+    "Every command with its parser."
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name,p in action.choices.items():
+                yield ' '.join((*path, name)),p
+                yield from commands(p, (*path, name))
+
+COMMANDS = dict(commands(make_parser()))
+
+def test_the_commands(cli):
+    assert set(COMMANDS)>=set('run train experiment evaluate answer profiles presets freeze export kernels explore'.split()) | {f'profiles {c}' for c in ('list','show','check')}
+    status,out,err = cli('--help')
+    assert (status, err)==(0, '') and all(c in out for c in COMMANDS if ' ' not in c)
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_help_has_an_example_and_says_what_each_option_is(command, cli):
+    status,out,err = cli(*command.split(), '--help')
+    assert (status, err)==(0, '') and out.startswith(f'usage: switchable-llm {command}') and f'examples:\n  switchable-llm {command}' in out
+    for a in COMMANDS[command]._actions: assert a.help or isinstance(a, argparse._SubParsersAction), f'{command}: {a.dest} has no help'
+    for l in out.partition('examples:')[2].strip().splitlines():      # they are read by the parser that shows them
+        if '"' not in l: make_parser().parse_args(l.split()[1:] if ' < ' not in l else l.partition(' < ')[0].split()[1:])
+
+def test_usage(cli):
+    assert cli()[0]==cli('fly')[0]==cli('experiment', 'luck')[0]==cli('train')[0]==2
+
+def test_an_interrupt_before_the_work(cli, monkeypatch):
+    def interrupt(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(module, 'study_model', interrupt)
+    status,out,err = cli('train', '--out', 'x')
+    assert (status, out)==(130, '') and err=='interrupted; the same command goes on from the last checkpoint\n'
+    monkeypatch.setattr(module, 'load_checkpoint', interrupt)
+    assert cli('answer', '.', *ASK)==(130, '', 'interrupted\n')
+
+# --- wrong numbers and words ----------------------------------------------------------------------------------------
+
+WRONG = {'int':['0', '-1', '1.5', 'nan', 'many', ''], 'float':['-1', 'nan', 'inf', 'fast', '1e999']}
+
+@pytest.mark.parametrize('name', [f.name for f in fields(Preset) if f.name in NUMBERS or f.name in WORDS])
+def test_every_setting_is_refused_by_its_own_name(name, cli):
+    option = '--'+name.replace('_','-')
+    low = NUMBERS[name].low if name in NUMBERS else None
+    values = ['int8', ''] if name in WORDS else [v for v in WRONG['int' if NUMBERS[name].whole else 'float'] if v!='0' or low==1]
+    for v in values:
+        status,out,err = cli('train', '--out', 'x', f'{option}={v}')
+        assert (status, out)==(2, '') and f'argument {option}:' in err and repr(v) in err, err
+    assert not Path('x').exists()
+
+@pytest.mark.parametrize('line', ['run --ablation-n 0', 'experiment cpt --seeds -1', 'experiment cpt --seeds 0 x', 'experiment cpt --jobs 0', 'experiment cpt --questions 0', 'experiment cpt --unseen 0',
+                                  'experiment cpt --cycles 0', 'experiment cpt --b-min 1', 'experiment cpt --b-max 17', 'experiment allocation --search-questions 0', 'experiment allocation --evaluations 0',
+                                  'experiment allocation --w-bits 4 1', 'experiment allocation --a-bits 0', 'evaluate m --n 0', 'evaluate m --n -3', 'evaluate m --seed -1', 'evaluate m --max-length 0',
+                                  'answer m --question Q --context C --max-length -1', 'freeze m --out x --embedding 1', 'freeze m --out x --lm-head 9', 'explore --port 0', 'explore --max-sessions 0', 'explore --idle 0'])
+def test_every_other_number_too(line, cli):
+    *_,option,value = [w for w in line.split()]
+    option = next(w for w in reversed(line.split()) if w.startswith('--'))
+    status,out,err = cli(*line.split())
+    assert (status, out)==(2, '') and f'argument {option}:' in err and repr(value) in err and 'needs a' in err, err
+
+def test_what_only_the_data_can_tell(cli, monkeypatch, toy_folder):
+    monkeypatch.setattr(module, 'calibrate_', lambda *a: pytest.fail('work was begun'))
+    small = ['--model', toy_folder, '--train-n', 10, '--profiles', 'bw4', '--out', 'x', '--quiet']
+    for options,says in ((['--batch-size', 11, '--calibration-size', 2], 'batch_size=11: there are 10'), (['--batch-size', 2, '--calibration-size', 11], 'calibration_size=11: there are 10')):
+        status,out,err = cli('train', *small, *options)
+        assert (status, out)==(1, '') and says in err and err.count('\n')==1
+
+def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, 'study_model', lambda *a, **kw: pytest.fail('a model was loaded'))
+    (tmp_path/'bad.yaml').write_text('name: mine\ndefault: w1\n')
+    for command in (['train', '--out', 'x'], ['run'], ['experiment', 'objectives']):
+        refused(*command, '--profiles', 'bw5', says="'bw5'")
+        refused(*command, '--profiles', 'bw4', 'bad.yaml', says=['bad.yaml', 'w=1'])
+    refused('experiment', 'objectives', '--mix', 'w4a4', 'w99', says='w=99')
+    refused('experiment', 'cpt', '--b-min', 8, '--b-max', 4, says=['--b-min 8', '--b-max'])
+    refused('experiment', 'robustness', '--checkpoint', 'nowhere', says='nowhere: missing')
+    refused('profiles', 'show', 'bw5', says="'bw5'")
+
+# --- where to ---------------------------------------------------------------------------------------------------------
+
+def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypatch, tmp_path, mine):
+    def never(*a, **kw): pytest.fail('work was begun')
+    for name in ('study_model','load_checkpoint'): monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr('switchable_llm.study.study_model', never)
+    (tmp_path/'file').write_text('mine'); (tmp_path/'notes').mkdir(); (tmp_path/'notes/diary.txt').write_text('dear'); (tmp_path/'w.safetensors').write_text('weights')
+    for command in (['train', '--out'], ['export', mine/'mine', '--profile', 'bw4', '--format', 'float', '--overwrite', '--out']):
+        refused(*command, 'file', says=['file', 'is a folder'])
+        refused(*command, 'file/below', says='is a file, not a folder')
+    refused('train', '--out', 'notes', says=['diary.txt', 'is not a switchable checkpoint'])
+    refused('train', '--out', '.', says='is not a switchable checkpoint')
+    refused('train', '--out', 'x'*250, says='longer than 200 bytes')
+    refused('freeze', mine/'mine', '--out', 'notes', says='is a file')
+    for name in ('w.safetensors','file'): refused('freeze', mine/'mine', '--out', name, says=[name, 'is not a packed file'])
+    refused('export', mine/'mine', '--profile', 'bw4', '--format', 'gguf', '--out', 'file', says='--overwrite')
+    refused('export', mine/'mine', '--profile', 'bw4', '--format', 'gguf', '--overwrite', '--out', 'notes', says='is a file')
+    for command in (['run'], ['experiment', 'cpt'], ['evaluate', mine/'mine']): refused(*command, '--out', 'file', says='is a file, not a folder')
+    assert (tmp_path/'notes/diary.txt').read_text()=='dear'
+
+@pytest.mark.skipif(os.name!='posix' or not hasattr(os, 'geteuid') or os.geteuid()==0, reason='needs a user whom permissions bind')
+def test_no_permission_is_told_before_the_work(refused, tmp_path, mine):
+    (tmp_path/'shut').mkdir(mode=0o555)
+    for command in (['train', '--out', 'shut/x'], ['run', '--out', 'shut/x'], ['experiment', 'cpt', '--out', 'shut/x'], ['evaluate', mine/'mine', '--out', 'shut/x'], ['freeze', mine/'mine', '--out', 'shut/x']):
+        refused(*command, says='permission')
+
+@pytest.mark.parametrize('name', ['../x', '..', '', 'a/b', 'C:\\x', 'a\nb', 'x'*200])
+def test_a_name_stays_in_its_folder(name, refused, mine):
+    refused('evaluate', mine/'mine', '--into', name, says='--into=')
+    if name: refused('evaluate', mine/'mine', '--name', name, says='--name=')
+    refused('run', '--name', name, says='name=')
+
+def test_the_second_of_two_is_told(cli, tmp_path, toy_folder):
+    "Work folders of `run`, `train` and each experiment and seed."
+    common = ['--quiet', '--model', toy_folder, *SHORT, '--eval-n', 3]
+    work = tmp_path/'runs/progress/tiny'
+    for folder,command in ((work/'random_profile-per_tensor-learned-nested-s0', ['run', '--no-ablation']), (work/'objectives-s1', ['experiment', 'objectives', '--seeds', 1]), (tmp_path/'x.training', ['train', '--out', 'x'])):
+        with claim(folder):
+            status,out,err = cli(*command, *common)
+            assert (status, out)==(1, '') and f'process {os.getpid()} on ' in err and 'choose another folder' in err and err.count('\n')==1, err
+    assert not (tmp_path/'x').exists()
+
+# --- profiles -----------------------------------------------------------------------------------------------------
 
 def test_check_of_profiles(cli, tmp_path, toy_folder):
     (tmp_path/'good.yaml').write_text('name: mine\ndefault: w8a8\nrules: [{site: mlp_in, bits: w4}]\n')
     (tmp_path/'deep.json').write_text('{"name": "deep", "default": "w8a8", "rules": [{"layers": 7, "bits": "w4"}]}')
+    (tmp_path/'long.json').write_text('{"name": "long", "default": "w8a8", "rules": [{"layers": "0-9", "bits": "w4"}]}')
     (tmp_path/'bad.yaml').write_text('name: mine\ndefault: w1\n')
     assert cli('profiles', 'check', 'good.yaml')==(0, 'good.yaml: mine is sound\n', '')
-    status,out,err = cli('profiles', 'check', 'good.yaml', 'deep.json', 'bad.yaml', 'none.json', '--fit', '--model', toy_folder)
+    status,out,err = cli('profiles', 'check', 'good.yaml', 'deep.json', 'long.json', 'bad.yaml', 'none.json', '--fit', '--model', toy_folder)
     assert status==1 and out=='good.yaml: mine is sound and fits the model\n'
-    lines = [l for l in err.splitlines() if l]
-    assert len(lines)==3 and all(l.startswith('error: ') for l in lines)
-    for l,words in zip(lines, (('deep.json','layers 0-1'), ('bad.yaml','w=1'), ('none.json','No such file'))): assert all(w in l for w in words), l
+    lines = err.splitlines()
+    assert len(lines)==4 and all(l.startswith('error: ') for l in lines)
+    for l,words in zip(lines, (('deep.json','layer 7'), ('long.json',"'0-9'",'layer 2'), ('bad.yaml','w=1'), ('none.json','No such file'))): assert all(w in l for w in words), l
 
-def test_a_mistake_is_one_line(cli):
-    status,out,err = cli('evaluate', 'nowhere')
-    assert (status, out)==(1, '') and err.startswith('error: ') and err.count('\n')==1 and 'nowhere' in err
-    status,out,err = cli('evaluate', 'nowhere', '--debug')
-    assert status==1 and 'Traceback' in err
+# --- the study ------------------------------------------------------------------------------------------------------
 
-def test_usage(cli):
-    assert cli()[0]==cli('fly')[0]==2
-    status,out,err = cli('run', '--steps', 'many')
-    assert (status, out)==(2, '') and '--steps' in err and 'usage:' in err
-
-def test_every_help_has_an_example(child_env):
-    "One process for all: the same parser, without eight starts."
-    code = "import sys\nfrom switchable_llm.cli import main\nfor c in sys.argv[1:]:\n    assert main([*c.split(), '--help'])==0"
-    commands = ['run','train','experiment','evaluate','answer','profiles','profiles list','profiles show','profiles check','presets','freeze','export','kernels','explore']
-    p = subprocess.run([sys.executable, '-c', code, *commands], env=child_env, capture_output=True, text=True, timeout=120)
-    assert (p.returncode, p.stderr)==(0, '')
-    pages = p.stdout.split('usage: ')[1:]
-    for c,page in zip(commands, pages, strict=True): assert page.startswith(f'switchable-llm {c}') and f'examples:\n  switchable-llm {c}' in page
-
-def test_help_of_the_command(cli):
-    status,out,_ = cli('--help')
-    assert status==0 and all(c in out for c in ('run','train','experiment','evaluate','answer','freeze','export','kernels','explore','profiles','presets'))
-
-def test_run_evaluate_answer(cli, tmp_path, toy_folder):
-    status,out,err = cli('run', '--model', toy_folder, *SHORT, '--eval-n', 4, '--no-ablation')
-    assert status==0, err
+def test_run_evaluate_answer(cli, runs):
+    folder,out,err = runs
     assert 'before training\nprofile' in out and 'after training\nprofile' in out and 'train' in err
     paths = dict(re.findall(r'^(record|figures|model) +(\S+)$', out, flags=re.M))
-    record = json.loads((tmp_path/paths['record']).read_text())
+    record = json.loads(Path(paths['record']).read_text())
     assert [s['profile']['name'] for s in record['after']['scores']]==['bw4','mixed8648'] and record['config']['preset']['steps']==4
-    figures = list(tmp_path.glob(paths['figures']))
+    *parent,pattern = Path(paths['figures']).parts
+    figures = list(Path(*parent).glob(pattern))
     assert len(figures)==3 and all('<svg' in f.read_text() for f in figures)
     status,out,err = cli('evaluate', paths['model'], '--n', 4, '--profiles', 'bw4')
-    assert status==0 and 'bw4' in out and (tmp_path/re.search(r'record +(\S+)', out)[1]).exists(), err
+    assert status==0 and 'bw4' in out and Path(re.search(r'record +(\S+)', out)[1]).exists(), err
     status,out,err = cli('answer', paths['model'], '--question', 'Where?', '--context', '-', stdin='Bemola lives in Tarito.')
     assert status==0 and [l.split(':')[0] for l in out.splitlines()]==['float','bw4','mixed8648'], err
 
-@pytest.mark.skipif(os.name!='posix', reason='needs signals')
-def test_experiments(cli, tmp_path, toy_folder):
-    common = ['--quiet', '--model', toy_folder, *SHORT, '--eval-n', 12]
-    assert cli('run', *common, '--no-ablation')[0]==0
-    for name,options,word in (('objectives', ['--seeds', 0, 1, '--arms', 'random_profile', 'ranges', '--mix', 'w4a4', 'w6a8', '--unseen', 1], 'By default: '), ('calibration', ['--mix', 'w4a4', 'w6a8', '--unseen', 1], 'ranges'),
-                              ('spans', [], 'extractive F1 %'), ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ')):
-        status,out,err = cli('experiment', name, *common, *options)
-        assert (status, err)==(0, '') and word in out, (name, out, err)
-        assert len(list((tmp_path/'runs/tiny'/name).glob('*.json')))==(4 if name=='objectives' else 1)
-        assert cli('experiment', name, *common, *options)==(0, out, '')         # all is there: nothing is run again
-    status,out,err = cli('experiment', 'allocation', *common, '--search-questions', 41)
+@pytest.mark.parametrize('name,options,word,records', [
+    ('objectives', ['--seeds', 0, 1, 0, '--arms', 'random_profile', 'ranges', '--mix', 'w4a4', 'w6a8', '--unseen', 1], 'By default: ', 4), ('calibration', ['--mix', 'w4a4', 'w6a8', '--unseen', 1], 'ranges', 1),
+    ('spans', [], 'extractive F1 %', 1), ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ', 1)])
+def test_experiments(name, options, word, records, cli, runs, toy_folder):
+    folder = runs[0]/'runs'
+    command = ['experiment', name, '--quiet', '--model', toy_folder, *SHORT, '--eval-n', 12, '--out', folder, *options]
+    status,out,err = cli(*command)
+    assert (status, err)==(0, '') and word in out, (name, out, err)
+    assert len(list((folder/'tiny'/name).glob('*.json')))==records
+    assert cli(*command)==(0, out, '')         # all is there: nothing is run again
+    if name!='allocation': return
+    status,_,err = cli(*command, '--search-questions', 41)
     assert status==1 and err.startswith('error: ') and 'other settings' in err
-    assert cli('experiment', 'luck')[0]==2
-    assert 'mix=w6a6: no profile' in cli('experiment', 'objectives', *common, '--arms', 'random_profile', '--out', 'other')[2]   # the default mix, without six activation bits
 
-def test_seeds_at_once(cli, tmp_path, toy_folder):
+def test_the_seed_of_an_experiment(cli, tmp_path, toy_folder):
+    common = ['experiment', 'objectives', '--quiet', '--model', toy_folder, *SHORT, '--eval-n', 3, '--arms', 'random_profile']
+    assert 'mix=w6a6: no profile' in cli(*common)[2]         # the default mix, without six activation bits
+    status,_,err = cli(*common, '--mix', 'w4a4', 'w6a8', '--unseen', 1, '--seed', 3)
+    assert status==0, err
+    assert [p.name for p in (tmp_path/'runs/tiny/objectives').iterdir()]==['random_profile-s3.json']
+
+def test_seeds_at_once(cli, tmp_path, toy_folder, child_env, monkeypatch):
     "Two processes write what one does, and an error in one is told."
-    common = ['experiment', 'cpt', '--model', toy_folder, *SHORT[2:-3], '--profiles', 'bw4', 'bw8', '--steps', 2, '--cycles', 1, '--eval-n', 3, '--questions', 3, '--max-new-tokens', 3, '--arms', 'cyclic', '--quiet', '--seeds', 0, 1]
+    for k,v in child_env.items(): monkeypatch.setenv(k, v)
+    common = ['experiment', 'calibration', '--model', toy_folder, *SHORT, '--eval-n', 3, '--calibration', 8, '--mix', 'w4a4', 'w6a8', '--unseen', 1, '--quiet', '--seeds', 0, 1]
     one,two = (cli(*common, '--jobs', n, '--out', f'jobs{n}') for n in (1, 2))
     assert one[0]==two[0]==0 and one[1]==two[1], (one, two)
-    scores = [[json.loads((tmp_path/f'jobs{n}/tiny/cpt/cyclic-s{s}.json').read_text())['scores'] for s in (0, 1)] for n in (1, 2)]
-    assert scores[0]==scores[1] and scores[0][0]!=scores[0][1]
-    (tmp_path/'jobs2/tiny/cpt/cyclic-s1.json').write_text('{')
+    ways = [[json.loads((tmp_path/f'jobs{n}/tiny/calibration/static-s{s}.json').read_text())['ways'] for s in (0, 1)] for n in (1, 2)]
+    assert ways[0]==ways[1] and ways[0][0]!=ways[0][1]
+    for f in (tmp_path/'jobs2/progress/tiny/calibration-s1').glob('*.json'): f.write_text('{')
     status,_,err = cli(*common, '--jobs', 2, '--out', 'jobs2')
     assert status==1 and 'error: seed 1: stopped by an error' in err
 
+@pytest.mark.skipif(os.name!='posix', reason='needs signals')
 def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
-    argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 400, '--out']
+    argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 300, '--quiet', '--out']
     log = tmp_path/'log'
-    with open(log, 'w') as f: p = subprocess.Popen([COMMAND, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
+    code = 'import sys; from switchable_llm.cli import main; sys.exit(main(sys.argv[1:]))'
+    with open(log, 'w') as f: p = subprocess.Popen([sys.executable, '-c', code, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
     try:
-        deadline = time.time()+120
-        while not list(tmp_path.glob('model.training/step-*')) and p.poll() is None and time.time()<deadline: time.sleep(.02)
+        deadline = time.time()+900
+        while not list(tmp_path.glob('model.training/step-*')) and p.poll() is None and time.time()<deadline: time.sleep(.01)
         p.send_signal(signal.SIGINT)
-        status = p.wait(60)
+        status = p.wait(600)
     finally: p.kill(); p.wait()
-    assert status==130 and 'the same command goes on' in log.read_text() and not (tmp_path/'model').exists()
+    assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint\n' and not (tmp_path/'model').exists()
     assert cli(*argv, 'model')[0]==cli(*argv, 'other')[0]==0
     assert (tmp_path/'model/adapters.safetensors').read_bytes()==(tmp_path/'other/adapters.safetensors').read_bytes()
 
-def test_a_closed_pipe_is_no_traceback(child_env):
-    p = subprocess.run(f'"{COMMAND}" presets | true', shell=True, env=child_env, capture_output=True, text=True, timeout=60)
-    assert 'Traceback' not in p.stderr
+# --- checkpoints and packed files -------------------------------------------------------------------------------------
 
-def test_freeze_serve_export(cli, child_env, tmp_path, toy_folder):
-    "A checkpoint becomes one file, which answers and is scored without its base model; and is exported."
-    status,_,err = cli('train', '--model', toy_folder, *SHORT, '--act', 'per_token', '--out', 'mine', '--quiet')
-    assert status==0, err
-    status,out,err = cli('freeze', 'mine', '--out', 'mine.safetensors', '--embedding', 8, '--lm-head', 8)
-    assert status==0 and 'codes' in out and f"{(tmp_path/'mine.safetensors').stat().st_size:,}" in out, err
-    ask = ['--question', 'Who?', '--context', 'Bemola was born in 1834.']
+def test_a_packed_file_answers_and_is_scored(cli, mine):
     for path in ('mine','mine.safetensors'):
-        status,out,err = cli('answer', path, '--profiles', 'bw4', 'mixed8648', *ask)
+        status,out,err = cli('answer', mine/path, '--profiles', 'bw4', 'mixed8648', *ASK)
         assert status==0 and [l.split(':')[0] for l in out.splitlines()]==['bw4','mixed8648'], err
-    status,out,err = cli('evaluate', 'mine.safetensors', '--n', 2, '--quiet')
+    status,out,err = cli('evaluate', mine/'mine.safetensors', '--n', 2, '--quiet')
     assert status==0 and 'mixed8648' in out, err
-    status,_,err = cli('answer', 'mine.safetensors', '--model', toy_folder, *ask)
-    assert status==1 and 'leave out --model' in err
-    assert cli('export', 'mine', '--profile', 'bw4', '--format', 'float', '--out', 'merged')[0]==0 and (tmp_path/'merged'/'config.json').exists()
-    assert cli('export', 'mine', '--profile', 'bw4', '--format', 'gguf', '--dtype', 'F16', '--no-tokenizer', '--out', 'mine.gguf')[0]==0
-    status,_,err = cli('export', 'mine', '--profile', 'bw4', '--format', 'float', '--out', 'merged')
-    assert status==1 and 'merged' in err
-    code = "import sys; sys.modules['gguf'] = None\nfrom switchable_llm.cli import main\nsys.exit(main('export mine --profile bw4 --format gguf --out other.gguf'.split()))"      # as where it is not installed
-    p = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=child_env, capture_output=True, text=True)
-    assert p.returncode==1 and "pip install 'switchable-llm[gguf]'" in p.stderr and 'Traceback' not in p.stderr
-    status,_,err = cli('freeze', 'mine', '--out', 'x.safetensors', '--profiles', 'bw5')
-    assert status==1 and "'bw5'" in err and not (tmp_path/'x.safetensors').exists()
+
+def test_freeze(cli, refused, tmp_path, mine):
+    status,out,err = cli('freeze', mine/'mine', '--out', 'small.safetensors', '--profiles', 'bw4')
+    assert status==0 and 'codes' in out and f"{(tmp_path/'small.safetensors').stat().st_size:,}" in out, err
+    assert cli('freeze', mine/'mine', '--out', 'small.safetensors')[0]==0                      # an older packed file is replaced
+    refused('freeze', mine/'mine', '--out', 'x.safetensors', '--profiles', 'bw5', says="'bw5'")
+
+def test_export(cli, monkeypatch, tmp_path, mine):
+    common = ['export', mine/'mine', '--profile', 'bw4', '--format']
+    assert cli(*common, 'float', '--out', 'merged')[0]==0 and (tmp_path/'merged'/'config.json').exists()
+    assert cli(*common, 'gguf', '--dtype', 'F16', '--no-tokenizer', '--out', 'mine.gguf')[0]==0
+    assert cli(*common, 'torchao', '--out', 'state.pt')[0]==0 and (tmp_path/'state.pt').exists()
+    for f,name in (('float','merged'), ('gguf','mine.gguf'), ('torchao','state.pt')):
+        status,_,err = cli(*common, f, '--out', name)
+        assert status==1 and name in err and '--overwrite' in err
+        assert cli(*common, f, *['--no-tokenizer']*(f=='gguf'), '--overwrite', '--out', name)[0]==0
+    monkeypatch.setitem(sys.modules, 'gguf', None)       # as where it is not installed
+    status,_,err = cli(*common, 'gguf', '--out', 'other.gguf')
+    assert status==1 and "pip install 'switchable-llm[gguf]'" in err and err.count('\n')==1
+
+def test_a_packed_file_has_no_float_weights(refused, mine, toy_folder):
+    for command in (['export', '--profile', 'bw4', '--format', 'float'], ['freeze']):
+        refused(command[0], mine/'mine.safetensors', *command[1:], '--out', 'x', says=['mine.safetensors: is a file', f'no float weights to {command[0]} from', 'from which it was frozen'])
+    refused('answer', mine/'mine.safetensors', '--model', toy_folder, *ASK, says='leave out --model')
 
 def test_kernels(cli):
     status,out,err = cli('kernels')
     assert (status, err)==(0, '') and 'quantize' in out and 'onednn' in out
+
+# --- one way out ------------------------------------------------------------------------------------------------------
+
+def test_a_mistake_is_one_line(refused, cli, mine, tmp_path):
+    for command in (['evaluate','nowhere'], ['answer','nowhere',*ASK], ['freeze','nowhere','--out','x'], ['export','nowhere','--profile','bw4','--format','float','--out','x'], ['explore','nowhere'], ['explore', str(mine/'mine'), 'nowhere']):
+        refused(*command, says='nowhere: missing')
+    refused('evaluate', mine/'mine', '--data', 'nowhere.json', says='nowhere.json')
+    refused('evaluate', mine/'mine', '--profiles', 'bw5', says="'bw5'")
+    for asked in (['--question', ' ', '--context', 'C'], ['--question', 'Q', '--context', '']): refused('answer', mine/'mine', *asked, says='is empty')
+    refused('answer', mine/'mine', '--question', 'Q', '--context', 'C', '--max-length', 5, says='max_length=5')
+    (tmp_path/'no.safetensors').write_bytes(b'\x00'*9)
+    refused('answer', 'no.safetensors', *ASK, says='no.safetensors')
+    status,out,err = cli('evaluate', 'nowhere', '--debug')
+    assert status==1 and 'Traceback' in err and err.splitlines()[-1].startswith('error: ')
+
+@pytest.mark.parametrize('e,says', [(KeyError('rotary'), "KeyError: 'rotary'"), (MemoryError(), 'not enough memory'), (SafetensorError('header'), 'SafetensorError: header'), (AttributeError('x'), 'AttributeError: x'),
+                                    (RuntimeError('Error(s) in loading:\n\n\tsize mismatch'), 'Error(s) in loading: size mismatch'), (ValueError(''), 'ValueError'), (ValueError('a\nb'), 'a b'), (RecursionError('deep'), 'deep'), (AssertionError(), 'AssertionError')])
+def test_whatever_happens_is_a_line(e, says, cli, monkeypatch):
+    def fail(*a): raise e
+    monkeypatch.setattr(module, 'native_report', fail)
+    status,out,err = cli('kernels')
+    assert (status, out)==(1, '') and err.startswith('error: ') and says in err and err.count('\n')==1
+    assert 'Traceback' in cli('kernels', '--debug')[2]
+    assert len(one_line(ValueError('x'*10_000)))<=600
