@@ -428,12 +428,15 @@ class Switch:
             m.register_forward_hook(self._end, always_call=True)
         if hasattr(model, '_set_gradient_checkpointing'): model._set_gradient_checkpointing = partial(self._checkpointing, model)
 
+    def verify(self):
+        "Let all layers compare their weights with what was made of them."
+        for l in self.layers: l.verify()
+
     def _begin(self, module, args, kwargs):
         if 'profile' in module.__dict__: raise AttributeError("model.profile does nothing: assign to model.switch.profile, and delete this attribute")
         frame = self.frame
         if frame is not None and frame.passes: return self._put(frame._replace(passes=frame.passes+1))
-        if checked := not _goes_on(kwargs):
-            for l in self.layers: l.verify()
+        if checked := not _goes_on(kwargs): self.verify()
         self._put(_Frame(self.live, 1, frame, checked))
 
     def _end(self, module, args, output):
