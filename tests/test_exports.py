@@ -18,7 +18,9 @@ common = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_l
 def base(kind, dtype=torch.float32, tied=True, **kw):
     "A random model of a family, with biases and norms that are not those of a new one."
     torch.manual_seed(1)
-    if kind=='gpt2': m = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, tie_word_embeddings=tied, **kw))
+    if kind=='gpt2':
+        sizes = dict(vocab_size=200, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+        m = GPT2LMHeadModel(GPT2Config(**sizes | dict(tie_word_embeddings=tied) | kw))
     else:
         config,cls = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM), qwen2=(Qwen2Config, Qwen2ForCausalLM))[kind]
         m = cls(config(**common | dict(tie_word_embeddings=tied) | (dict(sliding_window=None) if kind=='mistral' else {}) | kw))

@@ -1,0 +1,40 @@
+"GGUF files where they are to run: in llama.cpp itself, where `xllamacpp` is installed."
+import json, urllib.request
+import pytest, torch
+from switchable_llm.exports import export_gguf, merge
+from test_exports import TEXTS, around, bpe, switchable
+
+llama_cpp = pytest.importorskip('xllamacpp', reason='the package `xllamacpp` (llama.cpp) is not installed')
+pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+
+def served(path):
+    "A running server with the file, and a function that asks it for tokens."
+    p = llama_cpp.CommonParams()
+    p.model.path,p.n_ctx,p.n_parallel,p.warmup,p.cpuparams.n_threads = str(path),64,1,False,1
+    server = llama_cpp.Server(p)
+    def ask(what, **fields):
+        data,head = json.dumps(fields).encode(),{'Content-Type':'application/json'}
+        request = urllib.request.Request(f'{server.listening_address}/{what}', data, head)
+        return json.load(urllib.request.urlopen(request))['tokens']
+    return server, ask
+
+def same_words(plain, ask, ids, end):
+    "The four most likely tokens that follow, one after the other; llama.cpp never takes the one that ends a text."
+    kw = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[end])
+    want = plain.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **kw)[0, len(ids):].tolist()
+    assert ask('completion', prompt=ids, n_predict=4, temperature=0, top_k=1, return_tokens=True, ignore_eos=True)==want
+
+@pytest.mark.parametrize('template', ['$A','<|im_start|> $A','<|im_start|> $A <|endoftext|>'])
+@pytest.mark.parametrize('split', ['gpt2','smollm','qwen2'])
+@pytest.mark.parametrize('kind', ['llama','gpt2','mistral','qwen2'])
+def test_llama_cpp_reads_and_says_the_same(kind, split, template, tmp_path):
+    tok = around(bpe(split), template); tok.bos_token = '<|im_start|>'
+    m = switchable(kind, ('bw8',), vocab_size=len(tok))
+    server,ask = served(export_gguf(m, 'bw8', tmp_path/'m.gguf', tokenizer=tok))
+    plain = merge(m, 'bw8')
+    for text in [*TEXTS, '', ' lead', 'x\n\n\ny ', "I'll 3.14 AB", '<|im_start|>user\nHi<|endoftext|> x <tool>']:
+        for special in (True, False):
+            said = ask('tokenize', content=text, add_special=special, parse_special=True)
+            assert said==tok(text, add_special_tokens=special).input_ids, text
+        if ids := tok(text).input_ids: same_words(plain, ask, ids, tok.eos_token_id)
+    del server
