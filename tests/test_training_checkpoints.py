@@ -8,6 +8,7 @@ from switchable_llm.files import LOCK
 from switchable_llm.joint_training import Objective, all_profiles, random_profile, train
 from switchable_llm.lora_routing import adapter_params
 from switchable_llm.objectives import Distillation
+from switchable_llm.quantizers import Bits
 from switchable_llm.resuming import STATE, TENSORS, checkpoints, read_checkpoint, write_checkpoint
 from switchable_llm.switching import Profile
 
@@ -333,12 +334,11 @@ def other_alpha(m):
 def other_dropout(m):
     for l in m.switch.layers:
         for a in l.adapters.values(): a.dropout.p = .5
-def other_profile(m): del m.switch.profiles['bw4']; m.switch.add(Profile('bw4', m.switch.profiles['bw6'].default))
 def other_kernel(m): m.switch.kernel = 'reference'
 def frozen_part(m): m.switch.layers[0].adapters.requires_grad_(False)
 def slower_part(m): m.switch.layers[0].adapters['4'].lr_factor = .1
 
-@pytest.mark.parametrize('change,named', [(other_weights, 'model.frozen_weights'), (other_alpha, 'model.added'), (other_dropout, 'model.added'), (other_profile, 'model.profiles.bw4'),
+@pytest.mark.parametrize('change,named', [(other_weights, 'model.frozen_weights'), (other_alpha, 'model.added'), (other_dropout, 'model.added'),
                                           (other_kernel, 'model.kernel'), (frozen_part, 'model.trained'), (slower_part, 'groups')])
 def test_another_model_does_not_go_on(change, named, toy_folder, run):
     model,tok,data = worker.toy(toy_folder, .1); change(model)
@@ -353,6 +353,11 @@ def test_other_data_does_not_go_on(change, named, toy_folder, run):
     model,tok,data = worker.toy(toy_folder, .1)
     with pytest.raises(ValueError, match=named):
         train(model, change(data), worker.POLICIES['random_profile'](model), worker.settings(6), tok.pad_token_id, checkpoint=run, every=2, progress=False, cpu=True)
+
+def test_another_profile_of_the_same_name_does_not_go_on(toy_folder, run):
+    model,tok,data = worker.toy(toy_folder, .1, (Profile('bw4', Bits(4, 5)), 'bw6', 'bw8'))
+    with pytest.raises(ValueError, match='model.profiles.bw4.default'):
+        train(model, data, worker.POLICIES['random_profile'](model), worker.settings(6), tok.pad_token_id, checkpoint=run, every=2, progress=False, cpu=True)
 
 def test_the_same_run_saved_more_often_goes_on(toy_folder, run, whole):
     again = worker.run(toy_folder, 'random_profile', 6, dropout=.1, checkpoint=run, every=5)
