@@ -286,6 +286,10 @@ class _Frame(NamedTuple):   # what is live in this thread or task
     below:'_Frame|None'=None     # what is live again when the pass has ended
     checked:bool=False           # whether kept weights were compared with their originals in this pass
 
+class _Bound(dict):   # name -> settings; a profile that still lacks an adapter says which
+    def __init__(self, switch, bound): super().__init__(bound); self.switch = switch
+    def __missing__(self, name): return self.switch.find(name)['settings']
+
 _FRAMES:ContextVar[dict] = ContextVar('switchable_llm_frames', default={})   # switch -> its frame; never changed in place
 
 class Switch:
@@ -320,15 +324,15 @@ class Switch:
     @property
     def profiles(self)->dict: return self._profiles | {n:p for n,p,_ in self.live.own}
     @property
-    def bound(self)->dict: return self._bound | {n:s for n,_,s in self.live.own}
+    def bound(self)->dict: return _Bound(self, self._bound | {n:s for n,_,s in self.live.own})
 
     def rebind(self):
         "Bind all profiles again, after adapters were added; one that does not find all of its adapters yet says so when it is asked for."
-        live,bound = self.bind(self.live.profile),{}
+        live,default,bound = self.bind(self.live.profile),self.bind(self._default.profile),{}
         for n,p in self._profiles.items():
             try: bound[n] = self.bind(p)
             except ValueError: pass
-        self._bound = bound
+        self._bound,self._default = bound,self._default._replace(settings=default)
         self._set(settings=live)
 
     @property
