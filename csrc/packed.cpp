@@ -593,17 +593,18 @@ static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int
     return 0;
 }
 
-// y (m,n) = x (m,k) times the weight; strides in elements between tokens; type of x and y: 0 float32, 1 bfloat16, 2 float16.
-SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 xstride, int type, void *y, i64 ystride) {
+// y (m,n) = x (m,k) times the weight; n and k as the caller's x and y have them; type of both: 0 float32, 1 bfloat16, 2 float16.
+// xstride: numbers from one token to the next.
+SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 k, i64 xstride, int type, void *y, i64 n) {
     const int f = features();
     if (!(f & 1)) return CANNOT;
     if (int fault = check_linear(d)) return fault;
+    if (d->n != n || d->k != k) return SHAPES;
     if (d->dense || !within(m, 0, MOST) || !within(type, 0, 2) || xstride < 0) return RANGE;
-    if (m > 0 && (!x || !y)) return BUFFER;
-    if (m > 1 && ystride < d->n) return SHAPES;
     if (m == 0) return FINE;
-    if ((f & 2) && m*digits_of(d) > 6) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, ystride);
-    return linear_few(d, (const char*)x, m, xstride, type, (char*)y, ystride);
+    if (!x || !y) return BUFFER;
+    if ((f & 2) && m*digits_of(d) > 6) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, n);
+    return linear_few(d, (const char*)x, m, xstride, type, (char*)y, n);
 }
 
 // ---- one token through a whole model (nbs/06b_lean.ipynb) ----
@@ -952,7 +953,7 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
 
 #else
 SL_API int sl_packed_features() { return 0; }
-SL_API int sl_linear(const SlLinear*, const void*, i64, i64, int, void*, i64) { return 1; }
+SL_API int sl_linear(const SlLinear*, const void*, i64, i64, i64, int, void*, i64) { return 1; }
 SL_API int sl_check_model(SlModel*, i64*) { return 1; }
 SL_API int sl_decode_step(const SlModel*, const SlCache*, i64, i64, float*) { return 1; }
 SL_API int sl_prompt(const SlModel*, const SlCache*, const i64*, i64, i64, float*) { return 1; }

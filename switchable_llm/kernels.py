@@ -162,7 +162,7 @@ def check_fault(
 def _native():   # the native product, or None
     if 'decode' not in native_features(): return None
     f,(p,i) = library().sl_linear,(ctypes.c_void_p, ctypes.c_int64)
-    f.argtypes = [p, p, i, i, ctypes.c_int, p, i]
+    f.argtypes = [p, p, i, i, i, ctypes.c_int, p, i]
     return f
 
 # %% ../nbs/06a_kernels.ipynb #7b3ceefd
@@ -172,8 +172,10 @@ def _once(t, name, make, *key):   # what is derived from a frozen tensor: made o
     if t.requires_grad: return make()
     stamp = key, None if t.is_inference() else t._version, t.data_ptr(), t.dtype
     kept = _made.setdefault(t, {})
-    if kept.get(name, (None,))[0]!=stamp: kept[name] = stamp,make()
-    return kept[name][1]
+    found = kept.get(name)
+    if found is None or found[0]!=stamp:
+        with torch.inference_mode(False), torch.no_grad(): found = kept[name] = stamp,make()   # for callers of every mode
+    return found[1]   # and not what another thread has put there meanwhile
 
 def _floats(t):   # float32 without gaps: the tensor itself if it is so
     if t.dtype==torch.float32 and t.is_contiguous(): return t.detach()
@@ -235,12 +237,14 @@ def plane_linear(
     "Product of quantized (or float) activations and a packed weight, with bias and adapter."
     f,kind,n,k,shape = _native(),_TYPES.get(x.dtype),p.planes.n,p.planes.k,x.shape
     if shape[-1]!=k: raise ValueError(f"input of shape {tuple(shape)}: needs {k} numbers at the end")
-    if f is None or p.ref is None or kind is None or not x.is_cpu: return _torch_linear(x, p)
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    if wanted and p.act is not None: raise RuntimeError(f"{p}: no gradient goes through its quantized activations; take it from the switchable model, or use torch.no_grad()")
+    if wanted or f is None or p.ref is None or kind is None or not x.is_cpu: return _torch_linear(x, p)
     y = x.new_empty(shape[:-1]+(n,))
     if not x.is_contiguous():
         x = x.reshape(-1, k)
         if k>1 and x.stride(1)!=1: x = x.contiguous()
-    fault = f(p.ref, x.data_ptr(), x.numel()//k, x.stride(0) if x.dim()==2 else k, kind, y.data_ptr(), n)
+    fault = f(p.ref, x.data_ptr(), x.numel()//k, k, x.stride(0) if x.dim()==2 else k, kind, y.data_ptr(), n)
     if fault: check_fault(fault, f"a product of {tuple(shape)} with {p}")
     return y
 
