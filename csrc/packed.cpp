@@ -17,36 +17,57 @@
 #define SL_API extern "C" __attribute__((visibility("default")))
 typedef int64_t i64;
 
+// Every struct begins with its own size, as the caller knows it, and every buffer comes with the count of numbers that it holds:
+// the calls compare both with what they are going to read, and return a fault instead of reading past an end.
+enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, BUFFERS };
 struct SlLinear {               // mirrored by kernels._Linear
+    i64 size;
     const uint8_t *high, *middle, *low;
-    const float *dense;         // float weight (n,k) instead of planes, or null
+    const void *dense;          // float weight instead of planes, or null
     const float *scale;         // (n) step of a row
-    const int32_t *sums;        // (n) sum of a row's codes
+    const int32_t *sums;        // (n) sum of a row's codes; null for float activations, which need none
     const float *bias;          // (n) or null
     const float *lora_a;        // (r,k) or null
     const float *lora_bt;       // (r,n)
+    i64 len[BUFFERS];           // of the buffers above, in their order
     i64 n, k, kp, r, bits;
+    i64 dense_type;             // 0 float32, 1 bfloat16, 2 float16
+    i64 dense_columns;          // 0: the float weight is (n,k); 1: (k,n)
     i64 act_mode;               // 0 float, 1 static range, 2 range per token
     i64 act_bits, act_symmetric, act_zero;
     double act_scale, zero, lora_scale;
 };
 
 struct SlLayer {                // mirrored by lean._Layer
-    const float *norm1_w, *norm1_b, *norm2_w, *norm2_b;   // biases null for RMS norms
+    i64 size;
+    const float *norm[4];       // weight and bias of the norm before attention and of that before the MLP; biases null for RMS norms
+    i64 norm_len[4];
     const SlLinear *qkv[3];     // one fused (then 1 and 2 are null) or three
     const SlLinear *out, *gate, *up, *down;               // gate null for a plain MLP
 };
-struct SlModel {                // mirrored by lean._Model
+struct SlModel {                // mirrored by lean._Model: a model at one profile; shared by all threads, and only read
+    i64 size;
     const SlLayer *layers;
     const SlLinear *embedding, *head;
-    const float *positions;     // (context,dim) learned positions, or null
-    const float *cos, *sin;     // (context,head_dim) rotary angles, or null
+    const void *positions;      // (context,dim) learned positions, or null
     const float *norm_w, *norm_b;
-    float *keys, *values;       // (layers,kv_heads,context,head_dim)
+    i64 positions_len, norm_w_len, norm_b_len;
+    i64 positions_type;         // as dense_type
     i64 n_layers, dim, heads, kv_heads, head_dim, hidden, context;
-    i64 rms, silu;              // RMS norm or layer norm; SiLU or tanh GELU
+    i64 rms, silu, rotary;      // RMS norm or layer norm; SiLU or tanh GELU; rotated queries and keys or not
     double eps, attention_scale;
+    i64 checked, packed, max_kp, max_r;   // written by sl_check_model
 };
+struct SlCache {                // mirrored by lean._Cache: one sequence
+    i64 size;
+    float *keys, *values;       // (layers,kv_heads,capacity,head_dim)
+    const float *cos, *sin;     // (capacity or more,head_dim) rotary angles, or null
+    i64 keys_len, values_len, cos_len, sin_len;
+    i64 capacity;               // tokens that fit
+};
+
+// What the calls return; mirrored by kernels.FAULTS.
+enum { FINE, CANNOT, NO_MEMORY, POSITION, TOKEN, STRUCT, RANGE, BUFFER, SHAPES, UNCHECKED };
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #include <immintrin.h>
@@ -90,6 +111,115 @@ struct Arena {                  // scratch memory of the calling thread; grows, 
 };
 static thread_local Arena arena;
 static inline size_t round64(size_t n) { return (n + 63) & ~(size_t)63; }
+
+// ---- what comes in is checked before anything is read through it ----
+static const i64 CHECKED = 0x736c5f636865636b;
+static const i64 MOST = (i64)1 << 31;
+static inline bool within(i64 v, i64 lo, i64 hi) { return v >= lo && v <= hi; }
+static i64 times(i64 a, i64 b) { i64 c; return __builtin_mul_overflow(a, b, &c) ? -1 : c; }
+static inline bool holds(const void *p, i64 len, i64 need) { return p && need > 0 && len == need; }
+static inline bool holds_or_none(const void *p, i64 len, i64 need) { return !p || holds(p, len, need); }
+
+static int check_planes(const SlLinear *d) {
+    if (!within(d->bits, 2, 8)) return RANGE;
+    const i64 unit = times((d->n + 15) >> 4, d->kp >> 4)*64;
+    if (!holds(d->high, d->len[HIGH], 2*unit)) return BUFFER;
+    if (d->bits > 4 && !holds(d->middle, d->len[MIDDLE], unit)) return BUFFER;
+    if (d->bits > 6 && !holds(d->low, d->len[LOW], unit)) return BUFFER;
+    if (!holds(d->scale, d->len[SCALE], d->n)) return BUFFER;
+    return d->act_mode && !holds(d->sums, d->len[SUMS], d->n) ? BUFFER : FINE;
+}
+static int check_dense(const SlLinear *d) {
+    if (!within(d->dense_type, 0, 2) || !within(d->dense_columns, 0, 1)) return RANGE;
+    return holds(d->dense, d->len[DENSE], times(d->n, d->k)) ? FINE : BUFFER;
+}
+static int check_activations(const SlLinear *d) {
+    if (!within(d->act_mode, 0, 2)) return RANGE;
+    if (!d->act_mode) return FINE;
+    if (!within(d->act_bits, 2, 16) || !within(d->act_symmetric, 0, 1)) return RANGE;
+    const i64 top = (i64)1 << (d->act_symmetric ? d->act_bits - 1 : d->act_bits);
+    if (!within(d->act_zero, d->act_symmetric ? 1 - top : 0, top - 1)) return RANGE;
+    return d->act_mode == 1 && !(d->act_scale > 0 && d->act_scale <= 3.4e38) ? RANGE : FINE;
+}
+static int check_linear(const SlLinear *d) {
+    if (!d || d->size != (i64)sizeof *d) return STRUCT;
+    if (!within(d->n, 1, MOST) || !within(d->k, 1, 65536) || !within(d->r, 0, 65536)) return RANGE;
+    if (d->kp != ((d->k + 63) & ~(i64)63)) return RANGE;
+    if (int fault = check_activations(d)) return fault;
+    if (int fault = d->dense ? check_dense(d) : check_planes(d)) return fault;
+    if (!holds_or_none(d->bias, d->len[BIAS], d->n)) return BUFFER;
+    if (!d->r) return FINE;
+    if (!holds(d->lora_a, d->len[LORA_A], times(d->r, d->k))) return BUFFER;
+    return holds(d->lora_bt, d->len[LORA_BT], times(d->r, d->n)) ? FINE : BUFFER;
+}
+static int check_shape(const SlLinear *d, i64 n, i64 k) {
+    if (int fault = check_linear(d)) return fault;
+    return d->n == n && d->k == k ? FINE : SHAPES;
+}
+static int check_layer(const SlModel *M, const SlLayer *L, i64 *part) {
+    const i64 q = M->heads*M->head_dim, kv = M->kv_heads*M->head_dim, dim = M->dim;
+    if (L->size != (i64)sizeof *L) return STRUCT;
+    for (int i = 0; i < 4; i++) if (!holds_or_none(L->norm[i], L->norm_len[i], dim)) return BUFFER;
+    const bool three = L->qkv[1] || L->qkv[2];
+    int fault = check_shape(L->qkv[*part = 0], three ? q : q + 2*kv, dim);
+    for (i64 i = 1; three && i < 3 && !fault; i++) fault = check_shape(L->qkv[*part = i], kv, dim);
+    if (!fault) *part = 3, fault = check_shape(L->out, dim, q);
+    if (!fault && L->gate) *part = 4, fault = check_shape(L->gate, M->hidden, dim);
+    if (!fault) *part = 5, fault = check_shape(L->up, M->hidden, dim);
+    if (!fault) *part = 6, fault = check_shape(L->down, dim, M->hidden);
+    return fault;
+}
+static int check_ends(const SlModel *M, i64 *part) {
+    *part = 7;
+    if (int fault = check_linear(M->embedding)) return fault;
+    if (M->embedding->k != M->dim || M->embedding->dense_columns) return SHAPES;
+    *part = 8;
+    if (int fault = check_linear(M->head)) return fault;
+    if (M->head->k != M->dim) return SHAPES;
+    *part = 9;
+    if (!holds_or_none(M->norm_w, M->norm_w_len, M->dim) || !holds_or_none(M->norm_b, M->norm_b_len, M->dim)) return BUFFER;
+    return holds_or_none(M->positions, M->positions_len, times(M->context, M->dim)) ? FINE : BUFFER;
+}
+static void note_size(SlModel *M, const SlLinear *d, bool inside) {   // the largest of all layers, and whether all inside are planes
+    if (!d) return;
+    if (d->kp > M->max_kp) M->max_kp = d->kp;
+    if (d->r > M->max_r) M->max_r = d->r;
+    if (inside && d->dense) M->packed = 0;
+}
+// Checks a table once, before its first use; layer and part of the first fault go to `where` (2), -1 where there is none.
+SL_API int sl_check_model(SlModel *M, i64 *where) {
+    where[0] = where[1] = -1;
+    if (!M || M->size != (i64)sizeof *M) return STRUCT;
+    M->checked = 0;
+    if (!within(M->n_layers, 1, 65536) || !within(M->dim, 1, 65536) || !within(M->hidden, 1, 65536)) return RANGE;
+    if (!within(M->heads, 1, 65536) || !within(M->kv_heads, 1, M->heads) || M->heads % M->kv_heads) return RANGE;
+    if (!within(M->head_dim, 1, 65536) || (M->rotary && M->head_dim % 2)) return RANGE;
+    if (!within(M->context, 1, MOST) || !within(M->positions_type, 0, 2) || !M->layers) return RANGE;
+    if (int fault = check_ends(M, where + 1)) return fault;
+    M->packed = 1; M->max_kp = M->max_r = 0;
+    for (i64 i = 0; i < M->n_layers; i++) {
+        const SlLayer *L = M->layers + i;
+        where[0] = i; where[1] = -1;
+        if (int fault = check_layer(M, L, where + 1)) return fault;
+        const SlLinear *all[7] = {L->qkv[0], L->qkv[1], L->qkv[2], L->out, L->gate, L->up, L->down};
+        for (const SlLinear *d : all) note_size(M, d, true);
+    }
+    note_size(M, M->head, false);
+    M->checked = CHECKED;
+    return FINE;
+}
+// Before each pass: tokens ids (m) at position pos.
+static int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos) {
+    if (!M || !C || M->size != (i64)sizeof *M || C->size != (i64)sizeof *C) return STRUCT;
+    if (M->checked != CHECKED) return UNCHECKED;
+    if (!within(C->capacity, 1, MOST)) return RANGE;
+    const i64 one = times(C->capacity, M->head_dim), need = times(times(M->n_layers, M->kv_heads), one);
+    if (!holds(C->keys, C->keys_len, need) || !holds(C->values, C->values_len, need)) return BUFFER;
+    if (M->rotary && (!C->cos || !C->sin || C->cos_len < one || C->sin_len < one)) return BUFFER;
+    if (m < 1 || pos < 0 || m > C->capacity - pos || m > M->context - pos) return POSITION;
+    for (i64 t = 0; t < m; t++) if (ids[t] < 0 || ids[t] >= M->embedding->n) return TOKEN;
+    return FINE;
+}
 
 struct Row { double sx, zx, sum; };   // activation = sx*(code - zx); sum of its codes
 
@@ -274,7 +404,8 @@ static inline Channels channels(const SlLinear *d, i64 nb) {
     c.m = head(d->n - n0);
     wide(_mm512_maskz_loadu_ps(c.m, d->scale + n0), c.scale);
     wide(d->bias ? _mm512_maskz_loadu_ps(c.m, d->bias + n0) : _mm512_setzero_ps(), c.bias);
-    const __m512i s = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(c.m, d->sums + n0), shift);
+    const __m512i sums = d->act_mode ? _mm512_maskz_loadu_epi32(c.m, d->sums + n0) : _mm512_setzero_si512();
+    const __m512i s = _mm512_slli_epi32(sums, shift);
     c.sums[0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(s)); c.sums[1] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(s, 1));
     for (int p = 0; p < 2; p++) c.scale[p] = _mm512_mul_pd(c.scale[p], _mm512_set1_pd(1./(1 << shift)));   // codes are used with their top bit at bit 7
     return c;
@@ -397,7 +528,7 @@ static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int 
     const i64 blocks = (d->n + 15) >> 4;
     size_t rows_at = round64((size_t)m*D*d->kp), h_at = rows_at + round64(m*sizeof(Row));
     char *p = arena.get(h_at + round64((size_t)m*d->r*4) + 64);
-    if (!p) return 2;
+    if (!p) return NO_MEMORY;
     int8_t *xs = (int8_t*)p; Row *rows = (Row*)(p + rows_at); float *h = (float*)(p + h_at);
     const i64 w = (i64)width(type);
     int threads = max_threads();
@@ -436,7 +567,7 @@ static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int
     const size_t own = round64(2*tile) + 6*2048;
     size_t rows_at = round64((size_t)tiles*D*tile), h_at = rows_at + round64(m*sizeof(Row)), own_at = h_at + round64((size_t)m*d->r*4);
     char *p = arena.get(own_at + own*threads + 64);
-    if (!p) return 2;
+    if (!p) return NO_MEMORY;
     int8_t *a = (int8_t*)p; Row *rows = (Row*)(p + rows_at); float *h = (float*)(p + h_at);
     i64 step = (1 << 20)/(D*tile); step = step < 2 ? 2 : step & ~(i64)1;   // row tiles whose bytes stay in the second-level cache
     #pragma omp parallel num_threads(threads)
@@ -462,17 +593,21 @@ static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int
     return 0;
 }
 
-// y (m,n) = x (m,k) times the weight; strides in elements between tokens; type of x and y: 0 float32, 1 bfloat16, 2 float16.
-// Returns 0, 1 if this processor cannot, 2 if there is no memory.
-SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 xstride, int type, void *y, i64 ystride) {
+// y (m,n) = x (m,k) times the weight; n and k as the caller's x and y have them; type of both: 0 float32, 1 bfloat16, 2 float16.
+// xstride: numbers from one token to the next.
+SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 k, i64 xstride, int type, void *y, i64 n) {
     const int f = features();
-    if (!(f & 1)) return 1;
-    if (m <= 0 || d->n <= 0) return 0;
-    if ((f & 2) && m*digits_of(d) > 6) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, ystride);
-    return linear_few(d, (const char*)x, m, xstride, type, (char*)y, ystride);
+    if (!(f & 1)) return CANNOT;
+    if (int fault = check_linear(d)) return fault;
+    if (d->n != n || d->k != k) return SHAPES;
+    if (d->dense || !within(m, 0, MOST) || !within(type, 0, 2) || xstride < 0) return RANGE;
+    if (m == 0) return FINE;
+    if (!x || !y) return BUFFER;
+    if ((f & 2) && m*digits_of(d) > 6) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, n);
+    return linear_few(d, (const char*)x, m, xstride, type, (char*)y, n);
 }
 
-// ---- one token through a whole model (nbs/07b_lean.ipynb) ----
+// ---- one token through a whole model (nbs/06b_lean.ipynb) ----
 static inline __m512 exp16(__m512 x) {   // within 2 units in the last place
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.7f));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
@@ -524,16 +659,34 @@ static void normalize(const float *x, const float *w, const float *b, i64 n, boo
 
 struct Own { int8_t *bytes; float *h, *norm, *scores, *q, *k; };   // scratch of one thread
 
+// 16 channels of a float weight, read in the type and the order in which it lies.
+static __m512 dense_block(const SlLinear *d, const float *x, i64 nb) {
+    const int type = (int)d->dense_type;
+    const i64 n0 = nb*16, left = d->n - n0 < 16 ? d->n - n0 : 16;
+    const __mmask16 m = head(left);
+    __m512 v = d->bias ? _mm512_maskz_loadu_ps(m, d->bias + n0) : _mm512_setzero_ps();
+    if (!d->dense_columns) {
+        float s[16] = {0};
+        for (i64 i = 0; i < left; i++) s[i] = dot(x, (const char*)d->dense + (n0 + i)*d->k*(i64)width(type), type, d->k);
+        return _mm512_add_ps(v, _mm512_loadu_ps(s));
+    }
+    __m512 a[4];
+    for (int j = 0; j < 4; j++) a[j] = _mm512_setzero_ps();
+    for (i64 i = 0; i < d->k; i++) a[i & 3] = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), load16(d->dense, type, i*d->n + n0, m), a[i & 3]);
+    return _mm512_add_ps(v, _mm512_add_ps(_mm512_add_ps(a[0], a[1]), _mm512_add_ps(a[2], a[3])));
+}
+static void put_block(const SlLinear *d, __m512 v, const float *h, i64 nb, float *y, bool add) {   // with the adapter
+    const __mmask16 m = head(d->n - nb*16);
+    for (i64 j = 0; j < d->r; j++) v = _mm512_fmadd_ps(_mm512_set1_ps(h[j]), _mm512_maskz_loadu_ps(m, d->lora_bt + j*d->n + nb*16), v);
+    if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y + nb*16));
+    _mm512_mask_storeu_ps(y + nb*16, m, v);
+}
 // This thread's share of y = d(x), or y += d(x); every thread quantizes the whole input for itself, which is cheaper than waiting.
 static void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, int me, int all) {
     const i64 blocks = (d->n + 15) >> 4, b0 = blocks*me/all, b1 = blocks*(me + 1)/all;
     if (d->r) adapter_row(d, x, 0, o->h);
     if (d->dense) {
-        for (i64 n = b0*16; n < b1*16 && n < d->n; n++) {
-            float s = dot(d->dense + n*d->k, x, 0, d->k) + (d->bias ? d->bias[n] : 0.f);
-            for (i64 j = 0; j < d->r; j++) s += o->h[j]*d->lora_bt[j*d->n + n];
-            y[n] = add ? y[n] + s : s;
-        }
+        for (i64 nb = b0; nb < b1; nb++) put_block(d, dense_block(d, x, nb), o->h, nb, y, add);
         return;
     }
     Row row;
@@ -545,14 +698,18 @@ static void share(const SlLinear *d, const float *x, float *y, bool add, const O
     for (i64 nb = b0; nb < b1; nb++) {
         const Channels c = channels(d, nb);
         f(d, nb, o->bytes, s);
-        __m512 v = D == 3 ? finish16<3>(&c, s, 16, &row, flat) : finish16<1>(&c, s, 16, &row, flat);
-        for (i64 j = 0; j < d->r; j++) v = _mm512_fmadd_ps(_mm512_set1_ps(o->h[j]), _mm512_maskz_loadu_ps(c.m, d->lora_bt + j*d->n + nb*16), v);
-        if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(c.m, y + nb*16));
-        _mm512_mask_storeu_ps(y + nb*16, c.m, v);
+        put_block(d, D == 3 ? finish16<3>(&c, s, 16, &row, flat) : finish16<1>(&c, s, 16, &row, flat), o->h, nb, y, add);
+    }
+}
+static void add_row(const void *rows, int type, i64 row, i64 n, bool fresh, float *y) {   // y = rows[row], or y += rows[row]
+    for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = head(n - i);
+        const __m512 v = load16(rows, type, row*n + i, m);
+        _mm512_mask_storeu_ps(y + i, m, fresh ? v : _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y + i)));
     }
 }
 static void embed(const SlLinear *d, i64 id, float *y) {   // row `id` of the weight
-    if (d->dense) { memcpy(y, d->dense + id*d->k, (size_t)d->k*4); return; }
+    if (d->dense) { add_row(d->dense, (int)d->dense_type, id, d->k, true, y); return; }
     const i64 units = d->kp >> 4, base = (id >> 4)*units, lane = (id & 15)*4;
     const float s = d->scale[id];
     for (i64 i = 0; i < d->k; i++) {
@@ -591,28 +748,28 @@ static void attend(const float *q, const float *keys, const float *values, const
         for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y + i + 16*j, m[j], _mm512_mul_ps(a[j], _mm512_set1_ps(inv)));
     }
 }
-static void attention(const SlModel *M, i64 layer, i64 pos, const float *qkv, float *out, const Own *o, int me, int all) {
-    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, row = M->context*hd;
-    const float *c = M->cos ? M->cos + pos*hd : nullptr, *s = M->sin ? M->sin + pos*hd : nullptr;
+static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out, const Own *o, int me, int all) {
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, row = C->capacity*hd;
+    const float *c = M->rotary ? C->cos + pos*hd : nullptr, *s = M->rotary ? C->sin + pos*hd : nullptr;
     const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
     for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
-        float *keys = M->keys + (layer*G + i/each)*row, *values = M->values + (layer*G + i/each)*row;
+        float *keys = C->keys + (layer*G + i/each)*row, *values = C->values + (layer*G + i/each)*row;
         if (g != i/each) { g = i/each; rotate(k_new + g*hd, c, s, hd, o->k); }
         rotate(qkv + i*hd, c, s, hd, o->q);
         attend(o->q, keys, values, o->k, v_new + g*hd, pos, hd, (float)M->attention_scale, o->scores, out + i*hd);
         if (i % each == 0) { memcpy(keys + pos*hd, o->k, (size_t)hd*4); memcpy(values + pos*hd, v_new + g*hd, (size_t)hd*4); }
     }
 }
-static void run_layer(const SlModel *M, i64 i, i64 pos, float *x, float *qkv, float *att, float *mid, const Own *o, int me, int all) {
+static void run_layer(const SlModel *M, const SlCache *C, i64 i, i64 pos, float *x, float *qkv, float *att, float *mid, const Own *o, int me, int all) {
     const SlLayer *L = M->layers + i;
-    normalize(x, L->norm1_w, L->norm1_b, M->dim, M->rms, M->eps, o->norm);
+    normalize(x, L->norm[0], L->norm[1], M->dim, M->rms, M->eps, o->norm);
     for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n) share(L->qkv[j], o->norm, qkv + at, false, o, me, all);
     #pragma omp barrier
-    attention(M, i, pos, qkv, att, o, me, all);
+    attention(M, C, i, pos, qkv, att, o, me, all);
     #pragma omp barrier
     share(L->out, att, x, true, o, me, all);
     #pragma omp barrier
-    normalize(x, L->norm2_w, L->norm2_b, M->dim, M->rms, M->eps, o->norm);
+    normalize(x, L->norm[2], L->norm[3], M->dim, M->rms, M->eps, o->norm);
     const i64 blocks = (M->hidden + 15) >> 4, a = blocks*me/all*16, b = blocks*(me + 1)/all*16;
     float *gate = L->gate ? mid + round64(M->hidden) : nullptr;
     if (gate) share(L->gate, o->norm, gate, false, o, me, all);
@@ -622,30 +779,20 @@ static void run_layer(const SlModel *M, i64 i, i64 pos, float *x, float *qkv, fl
     share(L->down, mid, x, true, o, me, all);
     #pragma omp barrier
 }
-static i64 largest(const SlModel *M, i64 SlLinear::*field) {   // over all linear layers
-    i64 best = M->head->*field;
-    for (i64 i = 0; i < M->n_layers; i++) {
-        const SlLayer *L = M->layers + i;
-        const SlLinear *all[7] = {L->qkv[0], L->qkv[1], L->qkv[2], L->out, L->gate, L->up, L->down};
-        for (int j = 0; j < 7; j++) if (all[j] && all[j]->*field > best) best = all[j]->*field;
-    }
-    return best;
-}
-
 // Token `id` at position `pos`: its keys and values go into the cache, the logits of the next token to `logits` (if not null).
-SL_API int sl_decode_step(const SlModel *M, i64 id, i64 pos, float *logits) {
-    if (!(features() & 1)) return 1;
-    if (pos < 0 || pos >= M->context) return 3;
-    const i64 kp = largest(M, &SlLinear::kp), r = largest(M, &SlLinear::r), wide = (M->heads + 2*M->kv_heads)*M->head_dim;
-    const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden), score = round64(M->context + 16);
+SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits) {
+    if (!(features() & 1)) return CANNOT;
+    if (int fault = check_pass(M, C, &id, 1, pos)) return fault;
+    const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
+    const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden), score = round64(pos + 17);
     const size_t own = round64(3*kp) + 4*(round64(r) + dim + score + 2*head_dim);
     const size_t common = 4*(dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
     char *p = arena.get(common + own*threads + 64);
-    if (!p) return 2;
+    if (!p) return NO_MEMORY;
     float *x = (float*)p, *qkv = x + dim, *att = qkv + round64(wide), *mid = att + round64(M->heads*M->head_dim);
     embed(M->embedding, id, x);
-    if (M->positions) for (i64 i = 0; i < M->dim; i++) x[i] += M->positions[pos*M->dim + i];
+    if (M->positions) add_row(M->positions, (int)M->positions_type, pos, M->dim, false, x);
     #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -657,7 +804,7 @@ SL_API int sl_decode_step(const SlModel *M, i64 id, i64 pos, float *logits) {
         Own o;
         o.bytes = (int8_t*)q; o.h = (float*)(q + round64(3*kp)); o.norm = o.h + round64(r); o.scores = o.norm + dim;
         o.q = o.scores + score; o.k = o.q + head_dim;
-        for (i64 i = 0; i < M->n_layers; i++) run_layer(M, i, pos, x, qkv, att, mid, &o, me, all);
+        for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, x, qkv, att, mid, &o, me, all);
         if (logits) {
             normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, o.norm);
             share(M->head, o.norm, logits, false, &o, me, all);
@@ -711,41 +858,63 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
         for (int i = 0; i < 4 && i0 + i < g; i++) for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
     }
 }
-static void cache_tokens(const SlModel *M, i64 layer, i64 pos, i64 m, float *qkv, i64 wide, float *spare) {   // rotate, and put keys and values into the cache
-    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, row = M->context*hd;
+static void cache_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide, float *spare) {   // rotate, and put keys and values into the cache
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, row = C->capacity*hd;
     for (i64 t = 0; t < m; t++) {
-        const float *c = M->cos ? M->cos + (pos + t)*hd : nullptr, *s = M->sin ? M->sin + (pos + t)*hd : nullptr;
+        const float *c = M->rotary ? C->cos + (pos + t)*hd : nullptr, *s = M->rotary ? C->sin + (pos + t)*hd : nullptr;
         float *q = qkv + t*wide;
         if (c) for (i64 i = 0; i < H; i++) { memcpy(spare, q + i*hd, (size_t)hd*4); rotate(spare, c, s, hd, q + i*hd); }
         for (i64 g = 0; g < G; g++) {
-            rotate(q + (H + g)*hd, c, s, hd, M->keys + (layer*G + g)*row + (pos + t)*hd);
-            memcpy(M->values + (layer*G + g)*row + (pos + t)*hd, q + (H + G + g)*hd, (size_t)hd*4);
+            rotate(q + (H + g)*hd, c, s, hd, C->keys + (layer*G + g)*row + (pos + t)*hd);
+            memcpy(C->values + (layer*G + g)*row + (pos + t)*hd, q + (H + G + g)*hd, (size_t)hd*4);
         }
     }
 }
 static thread_local Arena prompt_arena;
 
-// Tokens ids (m) at positions pos, pos+1, ...: like m decoding steps, of which only the last makes logits. Layers must be packed.
-SL_API int sl_prompt(const SlModel *M, const i64 *ids, i64 m, i64 pos, float *logits) {
-    if (!(features() & 1)) return 1;
-    if (m <= 0 || pos < 0 || pos + m > M->context) return 3;
+// Logits of one token, by all threads.
+static int finish_token(const SlModel *M, const float *x, float *norm, float *logits, int threads) {
+    normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, norm);
+    const size_t bytes = round64(3*M->head->kp), own = bytes + 4*round64(M->head->r);
+    char *p = arena.get(own*threads + 64);
+    if (!p) return NO_MEMORY;
+    #pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        const int all = omp_get_num_threads();
+#else
+        const int all = 1;
+#endif
+        Own o = {};
+        o.bytes = (int8_t*)p + own*thread_id(); o.h = (float*)(o.bytes + bytes);
+        share(M->head, norm, logits, false, &o, thread_id(), all);
+    }
+    return FINE;
+}
+
+// Tokens ids (m) at positions pos, pos+1, ...: like m decoding steps, of which only the last makes logits (if not null). Layers must be packed.
+SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
+    if (!(features() & 1)) return CANNOT;
+    if (!ids) return BUFFER;
+    if (int fault = check_pass(M, C, ids, m, pos)) return fault;
+    if (!M->packed) return SHAPES;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim, hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16;
     const int threads = max_threads();
     const size_t own = round64(hd*keys + 8*keys + hd + 64);
     char *mem = prompt_arena.get(4*(round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden) + own*threads) + 64);
-    if (!mem) return 2;
+    if (!mem) return NO_MEMORY;
     float *x = (float*)mem, *norm = x + m*dim, *y = norm + m*dim, *qkv = x + round64(3*m*dim), *att = qkv + round64(m*wide), *up = att + round64(m*H*hd), *gate = up + m*hidden;
     float *scratch = up + round64(2*m*hidden);
     for (i64 t = 0; t < m; t++) {
         embed(M->embedding, ids[t], x + t*dim);
-        if (M->positions) for (i64 i = 0; i < dim; i++) x[t*dim + i] += M->positions[(pos + t)*dim + i];
+        if (M->positions) add_row(M->positions, (int)M->positions_type, pos + t, dim, false, x + t*dim);
     }
     for (i64 l = 0; l < M->n_layers; l++) {
         const SlLayer *L = M->layers + l;
         #pragma omp parallel for schedule(static) num_threads(threads)
-        for (i64 t = 0; t < m; t++) normalize(x + t*dim, L->norm1_w, L->norm1_b, dim, M->rms, M->eps, norm + t*dim);
+        for (i64 t = 0; t < m; t++) normalize(x + t*dim, L->norm[0], L->norm[1], dim, M->rms, M->eps, norm + t*dim);
         for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n) tokens_linear(L->qkv[j], norm, m, qkv + at, wide);
-        cache_tokens(M, l, pos, m, qkv, wide, scratch);
+        cache_tokens(M, C, l, pos, m, qkv, wide, scratch);
         #pragma omp parallel num_threads(threads)
         {
             float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
@@ -753,7 +922,7 @@ SL_API int sl_prompt(const SlModel *M, const i64 *ids, i64 m, i64 pos, float *lo
             #pragma omp for schedule(static)
             for (i64 h = 0; h < H; h++) {
                 const i64 g = h/(H/G);
-                const float *K = M->keys + (l*G + g)*M->context*hd, *V = M->values + (l*G + g)*M->context*hd;
+                const float *K = C->keys + (l*G + g)*C->capacity*hd, *V = C->values + (l*G + g)*C->capacity*hd;
                 if (have != g) { for (i64 k = 0; k < keys; k++) for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f; have = g; }
                 for (i64 t = 0; t < m; t += 8)
                     attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, (int)(m - t < 8 ? m - t : 8), hd, keys, (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
@@ -763,7 +932,7 @@ SL_API int sl_prompt(const SlModel *M, const i64 *ids, i64 m, i64 pos, float *lo
         #pragma omp parallel for schedule(static) num_threads(threads)
         for (i64 t = 0; t < m; t++) {
             for (i64 i = t*dim; i < (t + 1)*dim; i++) x[i] += y[i];
-            normalize(x + t*dim, L->norm2_w, L->norm2_b, dim, M->rms, M->eps, norm + t*dim);
+            normalize(x + t*dim, L->norm[2], L->norm[3], dim, M->rms, M->eps, norm + t*dim);
         }
         if (L->gate) tokens_linear(L->gate, norm, m, gate, hidden);
         tokens_linear(L->up, norm, m, up, hidden);
@@ -773,20 +942,7 @@ SL_API int sl_prompt(const SlModel *M, const i64 *ids, i64 m, i64 pos, float *lo
         #pragma omp parallel for schedule(static) num_threads(threads)
         for (i64 i = 0; i < m*dim; i++) x[i] += y[i];
     }
-    normalize(x + (m - 1)*dim, M->norm_w, M->norm_b, dim, M->rms, M->eps, norm);
-    char *p = arena.get((round64(3*M->head->kp) + 4*round64(M->head->r))*threads + 64);
-    if (!p) return 2;
-    #pragma omp parallel num_threads(threads)
-    {
-        Own o = {};
-        o.bytes = (int8_t*)p + (round64(3*M->head->kp) + 4*round64(M->head->r))*thread_id(); o.h = (float*)(o.bytes + round64(3*M->head->kp));
-#ifdef _OPENMP
-        share(M->head, norm, logits, false, &o, thread_id(), omp_get_num_threads());
-#else
-        share(M->head, norm, logits, false, &o, 0, 1);
-#endif
-    }
-    return 0;
+    return logits ? finish_token(M, x + (m - 1)*dim, norm, logits, threads) : FINE;
 }
 
 #if defined(__clang__)
@@ -797,7 +953,8 @@ SL_API int sl_prompt(const SlModel *M, const i64 *ids, i64 m, i64 pos, float *lo
 
 #else
 SL_API int sl_packed_features() { return 0; }
-SL_API int sl_linear(const SlLinear*, const void*, i64, i64, int, void*, i64) { return 1; }
-SL_API int sl_decode_step(const SlModel*, i64, i64, float*) { return 1; }
-SL_API int sl_prompt(const SlModel*, const i64*, i64, i64, float*) { return 1; }
+SL_API int sl_linear(const SlLinear*, const void*, i64, i64, i64, int, void*, i64) { return 1; }
+SL_API int sl_check_model(SlModel*, i64*) { return 1; }
+SL_API int sl_decode_step(const SlModel*, const SlCache*, i64, i64, float*) { return 1; }
+SL_API int sl_prompt(const SlModel*, const SlCache*, const i64*, i64, i64, float*) { return 1; }
 #endif

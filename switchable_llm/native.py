@@ -13,7 +13,7 @@ from pathlib import Path
 import torch   # loads the OpenMP runtime that the kernels share
 
 # %% ../nbs/00_native.ipynb #b6241ef8
-ABI = 2   # of csrc/abi.cpp
+ABI = 3   # of csrc/abi.cpp
 
 def _open(folder):   # (library or None, reason)
     if os.environ.get('SWITCHABLE_LLM_NATIVE')=='0': return None, 'switched off by SWITCHABLE_LLM_NATIVE=0'

@@ -3,7 +3,7 @@ import gc
 import pytest, torch
 from transformers import DynamicCache
 from switchable_llm import lean
-from switchable_llm.lean import LeanCache, LiveStep, lean_tokens
+from switchable_llm.lean import LeanCache, LiveStep, Step, lean_tokens
 from switchable_llm.native import native_features
 from switchable_llm.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits
@@ -24,10 +24,8 @@ def packed(request, tmp_path_factory):
 @pytest.fixture
 def steps(monkeypatch):
     "Counts the tokens that native steps took."
-    taken = []
-    call,prompt = LiveStep.__call__,LiveStep.prompt
-    monkeypatch.setattr(LiveStep, '__call__', lambda self, t: (taken.append(1), call(self, t))[1])
-    monkeypatch.setattr(LiveStep, 'prompt', lambda self, ids: (taken.append(len(ids)), prompt(self, ids))[1])
+    taken,prompt = [],Step.prompt
+    monkeypatch.setattr(Step, 'prompt', lambda self, ids: (taken.append(len(ids)), prompt(self, ids))[1])
     return taken
 
 def by_modules(packed, ids=IDS, **kw): return packed.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(config=packed.config), **KW|kw)
@@ -81,12 +79,12 @@ def test_a_cache_in_use_is_not_taken(packed):
 
 def test_the_buffer_is_used_again(packed):
     natively(packed); gc.collect()
-    before = lean._live[packed][0]
+    before = lean._live_of(packed).free[-1]
     natively(packed); gc.collect()
-    assert lean._live[packed][0] is before
+    assert lean._live_of(packed).free[-1] is before
 
 def test_modules_and_steps_take_turns_on_one_cache(packed):
-    cache = lean._lean_cache(packed)
+    cache = LeanCache(packed)
     with torch.no_grad():
         packed(IDS[:, :4], past_key_values=cache)                     # all logits are asked for: the modules
         native = packed(IDS[:, 4:5], past_key_values=cache).logits    # one token: a step
