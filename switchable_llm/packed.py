@@ -46,7 +46,8 @@ class PackedLayer(nn.Module):
         index:int,                 # This layer's number in it
     ):
         super().__init__()
-        self.switch,self.index,self.n,self.k,self.adapters,self._plans = switch,index,planes.n,planes.k,nn.ModuleDict(),{}
+        self.switch,self.index,self.n,self.k = switch,index,planes.n,planes.k
+        self.adapters,self._plans = nn.ModuleDict(),{}
         tensors = dict(high=planes.high, middle=planes.middle, low=planes.low, step=step, bias=bias)
         tensors |= {f'sums{b}':s for b,s in sums.items()} | {f'range{b}':r for b,r in ranges.items()}
         for k,t in tensors.items(): self.register_buffer(k, t)
@@ -91,8 +92,9 @@ class PackedLayer(nn.Module):
         if key not in self._plans:
             lora = self.adapters[adapter] if adapter is not None else None
             args = self.act_quant(bits.a), None if lora is None else (lora.a, lora.b, lora.scaling)
+            step,sums = self.step[:, 0]*2**(8-bits.w),getattr(self, f'sums{bits.w}', None)
             self._plans[key] = (_DensePlan(self, bits.w, *args) if self.step.shape[1]>1 else
-                                LinearPlan(self.planes, bits.w, self.step[:, 0]*2**(8-bits.w), getattr(self, f'sums{bits.w}', None), self.bias, *args))
+                                LinearPlan(self.planes, bits.w, step, sums, self.bias, *args))
         return self._plans[key]
 
     def forward(self, x): return self.plan(*self.switch.settings[self.index])(x)
@@ -104,7 +106,6 @@ class PackedLayer(nn.Module):
         self._plans = {}
         return self
 
-    def verify(self): "Frozen: nothing that was derived from its tensors can be stale."
     def __getstate__(self): return self.__dict__ | dict(_plans={})   # plans hold addresses: a copy makes its own
     def extra_repr(self): return f'{self.k} -> {self.n}, {self.switch.settings[self.index].bits}'
 
@@ -127,25 +128,27 @@ class PackedEmbedding(PackedLayer):
 # %% ../nbs/07_packed.ipynb #7dcd17a7
 class PackedSwitch(Switch):
     "The switch of a packed model."
-    fixed,floats,stored = {},(),{}   # name of an end -> its bits, whatever the profile; float layers; name -> most bits it has
+    fixed,floats,stored = {},(),{}   # name of an end -> its bits; float layers; name of a layer -> most bits it has
     def bind(self, profile):
         bits = profile.bits([*(s for s in self.sites if s.name not in self.fixed), *self.floats])|self.fixed
         where = f"profile {profile.name!r}: layer"
         for n in (s.name for s in self.floats):
             if not (b := bits.pop(n)).is_float:
-                raise ValueError(f"{where} {n} at {b}: it was float in all profiles that were frozen, and is float in this file")
+                raise ValueError(f"{where} {n} at {b}: it was float in all profiles that were frozen, "
+                                 "and is float in this file")
         for n,b in bits.items():
             if b.w is None or b.w>8:
-                raise ValueError(f"{where} {n} at {b}: a packed file holds weights of 2 to 8 bits; take such a profile from the "
-                                 "switchable model")
+                raise ValueError(f"{where} {n} at {b}: a packed file holds weights of 2 to 8 bits; "
+                                 "take such a profile from the switchable model")
             if b.w>self.stored.get(n, 8):
-                raise ValueError(f"{where} {n} at {b}: this file holds its first {self.stored[n]} bits, which was enough for the profiles "
-                                 "that were frozen")
+                raise ValueError(f"{where} {n} at {b}: this file holds its first {self.stored[n]} bits, "
+                                 "which was enough for the profiles that were frozen")
         return tuple(Setting(bits[s.name], self._adapter(i, s, profile, bits[s.name])) for i,s in enumerate(self.sites))
 
     def _adapter(self, i, s, profile, bits):
         return self.route(self, i, profile, bits) or None if self.route and s.name not in self.fixed else None
 
+    def verify(self): "Frozen: nothing that was made of its tensors can be stale."
     def __getstate__(self): return super().__getstate__() | dict(route=None)   # a function, which its name brings back
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -159,10 +162,11 @@ class PackedModel:
     def push_to_hub(self, *args, **kw): return self.save_pretrained()   # before anything is made there
     def save_pretrained(self, *args, **kw):
         "Refused: a folder of transformers would not bring the codes back."
-        raise ValueError(f"a packed model is saved as its file: copy {self.packed_file}; a folder for transformers comes from the "
-                         "switchable model, with export_float or save_switchable, and another packed file with freeze")
+        raise ValueError(f"a packed model is saved as its file: copy {self.packed_file}; from the switchable model, export_float or "
+                         "save_switchable writes a folder, and freeze another packed file")
 
-    def __reduce_ex__(self, protocol): return _unfilled,(type(self).__name__,),self.__dict__   # the class is made anew where it is read
+    def __reduce_ex__(self, protocol):   # the class is made anew where it is read
+        return _unfilled,(type(self).__name__,),self.__dict__
 
 def _unfilled(name):
     cls = packed_class(_model_class(name))
@@ -173,14 +177,15 @@ def packed_class(
     cls:type, # A class of causal language models of transformers
 )->type: # A subclass of the same name
     "A model class for packed layers."
-    return type(cls.__name__, (PackedModel, lean_class(cls)), dict(__module__=cls.__module__, __qualname__=cls.__qualname__))
+    named = dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
+    return type(cls.__name__, (PackedModel, lean_class(cls)), named)
 
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()}
 
 def _model_class(name):
     cls = getattr(transformers, name, None) if name in _CLASSES else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ValueError(f"model class {name!r} is no causal language model of this transformers {transformers.__version__}")
+        raise ValueError(f"model class {name!r} is no causal language model of transformers {transformers.__version__}")
     return cls
 
 # %% ../nbs/07_packed.ipynb #a4f150a8
@@ -214,8 +219,8 @@ def _unpacked_switch(model):
     switch = switch_of(model)
     if isinstance(switch, PackedSwitch): raise ValueError("the model is packed already: copy its file")
     if switch.gate is not None:
-        raise ValueError("gates decide the bits here, and a packed file holds profiles: leave use_gates, and freeze gate_profile(model), "
-                         "for gates per layer, or other profiles")
+        raise ValueError("gates decide the bits here, and a packed file holds profiles: leave use_gates, and freeze "
+                         "gate_profile(model), for gates per layer, or other profiles")
     return switch
 
 def _served(switch, profiles):
@@ -237,10 +242,11 @@ def _holder(name, packed): return name.rpartition('.')[0] in packed
 def _describe(model, switch, names, layers):   # what the file says of itself, but for checksums
     packed,generation = {d['name'] for d in layers},getattr(model, 'generation_config', None)
     return dict(
-        format_version=PACKED_VERSION, model_class=type(model).__name__, config=json.loads(model.config.to_json_string(use_diff=False)),
-        dtype=str(model.dtype).removeprefix('torch.'), generation=_generation(generation) if generation else None,
-        quantizer=asdict(switch.cfg), route=switch.route_name, profiles=[switch.profiles[n].to_dict() for n in names], layers=layers,
-        float_layers=[s for s in switch.sites if s.name not in packed], tokenizer=None)
+        format_version=PACKED_VERSION, model_class=type(model).__name__,
+        config=json.loads(model.config.to_json_string(use_diff=False)), dtype=str(model.dtype).removeprefix('torch.'),
+        generation=_generation(generation) if generation else None,
+        quantizer=asdict(switch.cfg), route=switch.route_name, profiles=[switch.profiles[n].to_dict() for n in names],
+        layers=layers, float_layers=[s for s in switch.sites if s.name not in packed], tokenizer=None)
 
 def _generation(g):   # JSON has no tuples for keys
     g = copy.deepcopy(g)
@@ -248,7 +254,7 @@ def _generation(g):   # JSON has no tuples for keys
     try: d = json.loads(g.to_json_string(use_diff=False))
     except TypeError as e: raise ValueError(f"the generation configuration holds what no file can: {e}") from e
     if lost := d.keys()-GenerationConfig.from_dict(d).to_dict().keys():
-        raise ValueError(f"the generation configuration holds {min(lost)!r}, which transformers would not read back: delete it")
+        raise ValueError(f"the generation configuration holds {min(lost)!r}, which transformers does not read back: delete it")
     return d
 
 def _tokenizer_tensor(tokenizer):
@@ -260,33 +266,37 @@ def _used_bits(switch, names):   # name of a layer -> widths it is packed at; no
     if lost := [n for n in names if n not in switch.profiles]:
         raise ValueError(f"profile {lost[0]!r}: not on this model, which has {', '.join(switch.profiles)}")
     if switch.cfg.codes!='nested':
-        raise ValueError(f"codes={switch.cfg.codes!r}: one file for every width needs nested codes; make the model switchable with "
-                         "QuantConfig(codes='nested'), and train it so")
+        raise ValueError(f"codes={switch.cfg.codes!r}: one file for every width needs nested codes; make the model switchable "
+                         "with QuantConfig(codes='nested'), and train it so")
     used = {}
     for i,s in enumerate(switch.sites):
         ws = {n:switch.bound[n][i].bits for n in names}
         if all(b.is_float for b in ws.values()): continue
         if bad := [n for n,b in ws.items() if b.w is None or b.w>8]:
-            raise ValueError(f"layer {s.name} is at {ws[bad[0]]} in profile {bad[0]!r}: a packed layer has 2 to 8 bits in every profile; "
-                             "leave that one out with profiles=[...]")
+            raise ValueError(f"layer {s.name} is at {ws[bad[0]]} in profile {bad[0]!r}: a packed layer has 2 to 8 bits in every "
+                             "profile; leave that one out with profiles=[...]")
         used[s.name] = sorted({b.w for b in ws.values()})
-    if not used: raise ValueError(f"profiles={names}: every layer is float in all of them; name one with quantized weights")
+    if not used:
+        raise ValueError(f"profiles={names}: every layer is float in all of them; name one with quantized weights")
     return used
 
 def _ends(model, switch, widths):   # [((module, bits), Site)] of ends that are packed at a width of their own
     found,sites = [],{id(l):s.site for l,s in zip(switch.layers, switch.sites)}
     for site,module in (('embedding', model.get_input_embeddings()), ('lm_head', model.get_output_embeddings())):
         if widths[site] is None: continue
-        if id(module) in sites: raise ValueError(f"{site}={widths[site]}: the {site} is part of the profiles, which say its width")
-        if check_bits(widths[site], site)>8: raise ValueError(f"{site}={widths[site]}: needs 2 to 8 bits, or None to leave it float")
-        found.append(((module, widths[site]), Site(next(n for n,m in model.named_modules() if m is module), site, None)))
+        if id(module) in sites:
+            raise ValueError(f"{site}={widths[site]}: the {site} is part of the profiles, which say its width")
+        if check_bits(widths[site], site)>8:
+            raise ValueError(f"{site}={widths[site]}: needs 2 to 8 bits, or None to leave it float")
+        name = next(n for n,m in model.named_modules() if m is module)
+        found.append(((module, widths[site]), Site(name, site, None)))
     return found
 
-def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # what the file says of a layer; its tensors go into `tensors`
+def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # what is said of a layer; adds to `tensors`
     kind = type(getattr(layer, 'base', layer))
     if s.site=='embedding' and kind is not nn.Embedding:
-        raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float in the profiles, with "
-                         "make_switchable_(embedding=False), and embedding=None")
+        raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float in the "
+                         "profiles, with make_switchable_(embedding=False), and embedding=None")
     w,axis = layer.weight,getattr(layer, 'axis', 0)
     d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed, codes=owner.setdefault(id(w), s.name),
              shape=list(w.shape[::-1] if axis else w.shape), adapters=[], ranges=[])
@@ -295,20 +305,24 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # wha
         planes = Planes(*(tensors[f"{d['codes']}.{k}"] for k in ('high','middle','low')), *d['shape'])
         tensors |= {f"{d['codes']}.sums{b}":code_sums(planes, b) for b in widths}
     if getattr(layer, 'bias', None) is not None: tensors[f'{s.name}.bias'] = layer.bias.detach()
-    return d if fixed is not None else d | _learned(layer, s, [switch.bound[n][switch.layers.index(layer)].adapter for n in names], tensors)
+    if fixed is not None: return d
+    i = switch.layers.index(layer)
+    return d | _learned(layer, s, [switch.bound[n][i].adapter for n in names], tensors)
 
 def _codes(w, cfg, axis, d):   # the planes of a weight, and their step
     codes,step = nested_codes(blocks(w.detach(), cfg, axis))
     n,k = d['shape']
     planes = pack_planes(codes.reshape(n, -1)[:, :k].contiguous())
-    return {f"{d['name']}.{p}":t for p,t in zip(('high','middle','low'), planes)} | {f"{d['name']}.step":step[..., 0].expand(n, -1)}
+    parts = dict(zip(('high','middle','low'), planes)) | dict(step=step[..., 0].expand(n, -1))
+    return {f"{d['name']}.{p}":t for p,t in parts.items()}
 
 def _learned(layer, s, keys, tensors):   # adapters that the profiles use, and activation ranges
     keys = dict.fromkeys(k for k in keys if k is not None)
     seen = {int(b):o for b,o in layer.observers.items() if o.seen}
     for k in keys: tensors |= {f'{s.name}.adapters.{k}.{ab}':getattr(layer.adapters[k], ab).detach() for ab in 'ab'}
     tensors |= {f'{s.name}.range{b}':torch.stack([o.lo, o.hi]).detach() for b,o in seen.items()}
-    return dict(adapters=[dict(key=k, r=layer.adapters[k].r, alpha=layer.adapters[k].alpha) for k in keys], ranges=sorted(seen))
+    adapters = [dict(key=k, r=layer.adapters[k].r, alpha=layer.adapters[k].alpha) for k in keys]
+    return dict(adapters=adapters, ranges=sorted(seen))
 
 def _drop_planes(layers, tensors):   # that no profile reads; `stored` says up to which width a layer can go
     for d in layers:
@@ -338,7 +352,7 @@ def is_packed(
 def load_packed(
     path:str|Path,      # A file that `freeze` wrote
     device:str='cpu',   # Where to put the model
-    verify:bool=True,   # Compare all data with its checksums, which reads the file once; False opens a file of any size at once
+    verify:bool=True,   # Compare all data with its checksums, reading the file once; False opens a file of any size at once
 )->PreTrainedModel: # The transformers model, at the first of its profiles
     "Map a packed file as a model; a `ValueError` names the file and what is wrong with it."
     head = read_head(path)
@@ -365,7 +379,8 @@ def _identity(path): return (s := path.stat()).st_ino,s.st_size,s.st_mtime_ns
 
 def _finish(model, d, switch):
     model.requires_grad_(False)
-    if d['generation'] and hasattr(model, 'generation_config'): model.generation_config = GenerationConfig.from_dict(d['generation'])
+    if d['generation'] and hasattr(model, 'generation_config'):
+        model.generation_config = GenerationConfig.from_dict(d['generation'])
     for n,m in list(model.named_modules()):   # the same formula in one operator for seven
         if type(m).__name__=='NewGELUActivation': model.set_submodule(n, nn.GELU(approximate='tanh'))
     switch.attach(model)
@@ -382,15 +397,17 @@ def check_packed(
     return packed_size(path)
 
 # %% ../nbs/07_packed.ipynb #a7c1d006
-def _skeleton(d, tensors):   # the model, shapes without numbers, and names of its float tensors; compared with what is there
+def _skeleton(d, tensors):   # the model, shapes without numbers, and its float tensors' names; compared with what is there
     cls,names = _model_class(d['model_class']),set(tensors)
     config = AutoConfig.for_model(**check_config(d, names))
-    if not isinstance(config, cls.config_class): raise ValueError(f"config: model_type={config.model_type!r}: not that of a {cls.__name__}")
+    if not isinstance(config, cls.config_class):
+        raise ValueError(f"config: model_type={config.model_type!r}: not that of a {cls.__name__}")
     _check_heads(config)
     with torch.device('meta'): model = packed_class(cls)(config).eval()
     _compare_layers(model, d, names)
     rest = _compare_rest(model, {l['name'] for l in d['layers']}, tensors)
-    known = {n for group in rest for n in group} | set(layer_tensors(d, names)) | ({'tokenizer'} if d['tokenizer'] else set())
+    known = {n for group in rest for n in group} | set(layer_tensors(d, names))
+    if d['tokenizer']: known.add('tokenizer')
     if more := sorted(names-known):
         raise ValueError(f"damaged, or of another transformers version: {more[0]} belongs to nothing in the model")
     _compute_buffers(model)
@@ -402,18 +419,23 @@ def _check_heads(config):
         raise ValueError(f"config: {heads} attention heads with {kv} of keys and values: needs a multiple")
 
 def _compare_layers(model, d, names):
-    modules,ends = dict(model.named_modules()),dict(embedding=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
+    modules = dict(model.named_modules())
+    ends = dict(embedding=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
     for l in d['layers']:
         m,where = modules.get(l['name']),f"layer {l['name']}"
         kinds = (nn.Embedding,) if l['site']=='embedding' else (nn.Linear, Conv1D)
         if not isinstance(m, kinds): raise ValueError(f"{where}: the model has no such layer")
-        if {k for k,e in ends.items() if e is m}!={l['site']} & set(ends): raise ValueError(f"{where}: is no {l['site']} of the model")
+        if {k for k,e in ends.items() if e is m}!={l['site']} & set(ends):
+            raise ValueError(f"{where}: is no {l['site']} of the model")
         shape = list(m.weight.shape[::-1] if isinstance(m, Conv1D) else m.weight.shape)
-        if shape!=l['shape']: raise ValueError(f"{where}: {l['shape']} outputs and inputs, and the configuration asks for {shape}")
+        if shape!=l['shape']:
+            raise ValueError(f"{where}: {l['shape']} outputs and inputs, and the configuration asks for {shape}")
         bias,wanted = f"{l['name']}.bias",getattr(m, 'bias', None) is not None
-        if wanted!=(bias in names): raise ValueError(f"damaged: it has no {bias}" if wanted else f"{bias} belongs to nothing in the model")
+        if wanted!=(bias in names):
+            raise ValueError(f"damaged: it has no {bias}" if wanted else f"{bias} belongs to nothing in the model")
     for n,*_ in d['float_layers']:
-        if not isinstance(modules.get(n), tuple(LAYERS)): raise ValueError(f"float layer {n}: the model has no such layer")
+        if not isinstance(modules.get(n), tuple(LAYERS)):
+            raise ValueError(f"float layer {n}: the model has no such layer")
 
 # %% ../nbs/07_packed.ipynb #a7c1d007
 def _compare_rest(model, packed, tensors):   # [names that share a tensor], each compared with the one that is there
@@ -437,14 +459,15 @@ def _compare_float(name, t, wanted):   # any floating type does where one is wan
 _MOST_COMPUTED = 2**28   # bytes
 
 def _compute_buffers(model):   # what a model makes for itself and no file has, like the angles of rotary positions
-    lost = [(m, n, b) for m in model.modules() for n,b in m._buffers.items() if n in m._non_persistent_buffers_set and b is not None]
+    lost = [(m, n, m._buffers[n]) for m in model.modules() for n in m._non_persistent_buffers_set if m._buffers[n] is not None]
     size = sum(b.numel()*b.element_size() for *_,b in lost)
-    if size>_MOST_COMPUTED: raise ValueError(f"config: asks for {size:,} bytes beside the weights, for {lost[0][1]} and the like")
+    if size>_MOST_COMPUTED:
+        raise ValueError(f"config: asks for {size:,} bytes beside the weights, for {lost[0][1]} and the like")
     for m,n,b in lost: m._buffers[n] = torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype)
-    for m in dict.fromkeys(m for m,*_ in lost): model._init_weights(m)     # as transformers fills them when it loads a model
+    for m in dict.fromkeys(m for m,*_ in lost): model._init_weights(m)   # as transformers fills them in loading
     for m,n,_ in lost:
         if m._buffers[n].isnan().any():
-            raise ValueError(f"transformers {transformers.__version__} leaves {type(m).__name__}.{n} empty: use another version")
+            raise ValueError(f"transformers {transformers.__version__} leaves {type(m).__name__}.{n} empty: use another")
 
 # %% ../nbs/07_packed.ipynb #a7c1d009
 def _put_float(model, names, tensors):   # one tensor, under all names that share it
@@ -514,7 +537,8 @@ def load_packed_tokenizer(
             names = set(f.keys())
             t = f.get_tensor('tokenizer') if 'tokenizer' in names else None
         d = check_description(head.d, names)
-        if d['tokenizer'] is None: raise ValueError("has no tokenizer; freeze with tokenizer=..., or load the model's own")
+        if d['tokenizer'] is None:
+            raise ValueError("has no tokenizer; freeze with tokenizer=..., or load the model's own")
         if t is None or t.dtype!=torch.uint8 or t.dim()!=1: raise ValueError("damaged: it has no bytes of a tokenizer")
         if d.get('checksums') and checksum(t)!=d['checksums']['tokenizer']:
             raise ValueError("damaged: its tokenizer is not as it was written: copy the file again")
@@ -525,6 +549,7 @@ def load_packed_tokenizer(
 def _first_tokenizer(part, text):   # of a file of version 1
     known = {'bos_token','eos_token','unk_token','pad_token','model_max_length','chat_template'}
     if bad := part.keys()-known: raise ValueError(f"tokenizer: {min(bad)!r} is unknown here")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text.decode()), **part | dict(chat_template=None))
+    backend = Tokenizer.from_str(text.decode())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **part | dict(chat_template=None))
     if part.get('chat_template'): tokenizer.chat_template = part['chat_template']
     return tokenizer

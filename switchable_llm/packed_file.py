@@ -60,7 +60,8 @@ def read_head(
     with naming(path):
         head = _head_bytes(path)
         try: entries = json.loads(head)
-        except (ValueError, RecursionError) as e: raise ValueError(f"damaged, cut off, or no safetensors file: {_short(e)}") from e
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"damaged, cut off, or no safetensors file: {_short(e)}") from e
         meta = entries.pop('__metadata__', None) if isinstance(entries, dict) else None
         if not isinstance(meta, dict) or 'switchable_llm' not in meta:
             raise ValueError("a safetensors file, but not one that `freeze` wrote")
@@ -75,18 +76,21 @@ def _head_bytes(path):
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         if not 2<=n<=size-8: raise ValueError("damaged, cut off, or no safetensors file")
-        if n>LARGEST_HEAD: raise ValueError(f"damaged: a head of {n:,} bytes, and {LARGEST_HEAD:,} are more than enough")
+        if n>LARGEST_HEAD:
+            raise ValueError(f"damaged: a head of {n:,} bytes, and {LARGEST_HEAD:,} are more than enough")
         return f.read(n)
 
 def _check_version(d):
     version = d.get('format_version') if isinstance(d, dict) else None
-    if type(version) is not int or version<1: raise ValueError(f"damaged: format_version={_short(version)}: needs 1 to {PACKED_VERSION}")
+    if type(version) is not int or version<1:
+        raise ValueError(f"damaged: format_version={_short(version)}: needs 1 to {PACKED_VERSION}")
     if version>PACKED_VERSION:
         raise ValueError(f"format version {version}, this library reads up to {PACKED_VERSION}: install a newer switchable_llm")
 
 def _check_seal(head, meta):
     seal = meta.get('head_checksum')
-    if type(seal) is not str or not re.fullmatch('[0-9a-f]{16}', seal): raise ValueError("damaged: its head has no checksum")
+    if type(seal) is not str or not re.fullmatch('[0-9a-f]{16}', seal):
+        raise ValueError("damaged: its head has no checksum")
     if xxh3_64_hexdigest(head.replace(seal.encode(), BLANK.encode()))!=seal:
         raise ValueError("damaged: its head is not as it was written: copy the file again")
 
@@ -133,7 +137,8 @@ def check_data(
     "A `ValueError` names the tensors that are not as they were written."
     bad = damaged(head)
     more = f' and {len(bad)-3} more tensors' if len(bad)>3 else ''
-    if bad: raise ValueError(f"damaged: the bytes of {', '.join(bad[:3])}{more} are not as they were written: copy the file again")
+    if bad:
+        raise ValueError(f"damaged: the bytes of {', '.join(bad[:3])}{more} are not as they were written: copy the file again")
 
 # %% ../nbs/06c_packed_file.ipynb #1ffb2f64
 def _whole(low, high=2**31): return lambda v: type(v) is int and low<=v<=high   # a bool is no number here
@@ -150,18 +155,19 @@ FLOATS_BY_NAME = dict(float64=torch.float64, float32=torch.float32, bfloat16=tor
 _SITE = dict(name=(_name, 'the name of a module'), site=(_among(*SITES), f"one of {', '.join(SITES)}"),
              layer=(_or_none(_whole(0)), 'the number of a block, or null'))
 _LAYER = _SITE | dict(
-    widths=(_rising, 'different weight bits from 2 to 8, the least first'), fixed=(_or_none(_whole(2, 8)), '2 to 8 bits, or null'),
+    widths=(_rising, 'different weight bits from 2 to 8, the least first'),
+    fixed=(_or_none(_whole(2, 8)), '2 to 8 bits, or null'),
     codes=(_name, 'the layer that owns the codes'), shape=(_all(_whole(1), 2, 2), 'outputs and inputs'),
     stored=(_among(4, 6, 8), '4, 6 or 8 bits'), adapters=(_is(list), 'a list'),
     ranges=(_all(_whole(2, 16)), 'a list of activation bits from 2 to 16'))
 _ADAPTER = dict(key=(_key, 'a name without a dot'), r=(_whole(1), 'a rank of 1 or more'), alpha=(_number, 'a number'))
-_RULE = dict(bits=(_name, "bits like 'w4a8'"), site=(_all(_among(*SITES), 1), 'sites'), layers=(_all(_whole(0), 1), 'numbers of blocks'),
-             glob=(_name, 'a pattern'))
+_RULE = dict(bits=(_name, "bits like 'w4a8'"), site=(_all(_among(*SITES), 1), 'sites'),
+             layers=(_all(_whole(0), 1), 'numbers of blocks'), glob=(_name, 'a pattern'))
 _PROFILE = dict(name=(_name, 'a name'), default=(_name, "bits like 'w4a8'"), rules=(_is(list), 'a list'))
 _QUANTIZER = {f.name:(_number if f.type is float else _is(f.type), f.type.__name__) for f in fields(QuantConfig)}
 _FILE = dict(
-    format_version=(_whole(1), 'a number'), model_class=(_name, 'a class of transformers'), config=(_is(dict), 'a configuration'),
-    dtype=(_among(*FLOATS_BY_NAME), f"one of {', '.join(FLOATS_BY_NAME)}"),
+    format_version=(_whole(1), 'a number'), model_class=(_name, 'a class of transformers'),
+    config=(_is(dict), 'a configuration'), dtype=(_among(*FLOATS_BY_NAME), f"one of {', '.join(FLOATS_BY_NAME)}"),
     generation=(_or_none(_is(dict)), 'a generation configuration, or null'),
     quantizer=(_is(dict), 'settings'), route=(_or_none(_among(*ROUTES)), f"one of {', '.join(ROUTES)}, or null"),
     profiles=(_all(_is(dict), 1, 1000), '1 to 1000 profiles'), layers=(_all(_is(dict), 1, 10**5), 'layers'),
@@ -193,7 +199,8 @@ def check_description(
     every = [*owners, *(s[0] for s in d['float_layers'])]
     if len(owners)<len(d['layers']) or len(set(every))<len(every): raise ValueError("layers: two have one name")
     for l in d['layers']: _check_owner(l, owners.get(l['codes']))
-    if d['route'] is None and any(l['adapters'] for l in d['layers']): raise ValueError("route=None: there are adapters to be found")
+    if d['route'] is None and any(l['adapters'] for l in d['layers']):
+        raise ValueError("route=None: there are adapters to be found")
     _check_profiles(d['profiles'], len(every))
     return d
 
@@ -211,8 +218,10 @@ def _check_layer(l):
     for a in l['adapters']: _check(a, _ADAPTER, f'{where}, adapter')
     for k,values in (('adapters', [a['key'] for a in l['adapters']]), ('ranges', l['ranges'])):
         if len(set(values))<len(values): raise ValueError(f"{where}: {k} that are there twice")
-    if max(l['widths'])>l['stored']: raise ValueError(f"{where}: stored={l['stored']}: has widths up to {max(l['widths'])}")
-    if l['site']!='embedding' and l['shape'][1]>65536: raise ValueError(f"{where}: {l['shape'][1]} inputs: the kernels add up 65536")
+    if max(l['widths'])>l['stored']:
+        raise ValueError(f"{where}: stored={l['stored']}: has widths up to {max(l['widths'])}")
+    if l['site']!='embedding' and l['shape'][1]>65536:
+        raise ValueError(f"{where}: {l['shape'][1]} inputs: the kernels add up 65536")
     extra = bool(l['adapters'] or l['ranges'])
     if l['fixed'] is not None and (l['widths']!=[l['fixed']] or extra or l['layer'] is not None):
         raise ValueError(f"{where}: fixed={l['fixed']}: an end of one width has nothing else")
@@ -220,9 +229,11 @@ def _check_layer(l):
 
 def _check_owner(l, owner):
     where = f"layer {_short(l['name'], 60)}"
-    if owner is None or owner['codes']!=owner['name']: raise ValueError(f"{where}: codes={_short(l['codes'], 60)}: no layer that owns codes")
+    if owner is None or owner['codes']!=owner['name']:
+        raise ValueError(f"{where}: codes={_short(l['codes'], 60)}: no layer that owns codes")
     for k in ('shape','stored'):
-        if l[k]!=owner[k]: raise ValueError(f"{where}: {k}={l[k]}: shares the codes of {owner['name']}, which has {owner[k]}")
+        if l[k]!=owner[k]:
+            raise ValueError(f"{where}: {k}={l[k]}: shares the codes of {owner['name']}, which has {owner[k]}")
 
 def _check_profiles(profiles, layers):
     for p in profiles:
@@ -230,7 +241,8 @@ def _check_profiles(profiles, layers):
         _check(p, _PROFILE, where, optional=('rules',))
         for r in p.get('rules', ()): _check(r, _RULE, f'{where}, rule', optional=('site','layers','glob'))
     rules = sum(len(p.get('rules', ())) for p in profiles)
-    if rules*layers>10**7: raise ValueError(f"profiles: {rules:,} rules for {layers:,} layers are more than any model needs")
+    if rules*layers>10**7:
+        raise ValueError(f"profiles: {rules:,} rules for {layers:,} layers are more than any model needs")
     check_unique(map(Profile.from_dict, profiles))
 
 # %% ../nbs/06c_packed_file.ipynb #cc949f11
@@ -260,7 +272,8 @@ def _code_tensors(l, cfg):
     for p,b in (('middle', 6), ('low', 8)):
         if l['stored']<b: planes[p] = (0,)                # no profile reads it
     groups = -(-k//cfg.group_size) if cfg.weight=='per_group' else 1
-    return {f"{l['name']}.{p}":((torch.uint8,), s) for p,s in planes.items()} | {f"{l['name']}.step":((torch.float32,), (n, groups))}
+    out = {f"{l['name']}.{p}":((torch.uint8,), s) for p,s in planes.items()}
+    return out | {f"{l['name']}.step":((torch.float32,), (n, groups))}
 
 def check_tensors(
     tensors:dict, # Name -> tensor
@@ -273,7 +286,8 @@ def check_tensors(
         if t.dtype not in types or tuple(t.shape)!=tuple(shape):
             needs = f"{' or '.join(map(str, types))} of {list(shape)}"
             raise ValueError(f"damaged: {n} is {t.dtype} of shape {list(t.shape)}, and {needs} is needed")
-        if t.device.type!='meta' and t.data_ptr()%t.element_size(): raise ValueError(f"damaged: {n} begins at an odd address")
+        if t.device.type!='meta' and t.data_ptr()%t.element_size():
+            raise ValueError(f"damaged: {n} begins at an odd address")
 
 def check_values(
     tensors:dict, # Name -> tensor
@@ -286,7 +300,8 @@ def check_values(
         if l['site']!='embedding': limits |= {f"{l['codes']}.sums{b}":(0, k*(2**b-1)+1) for b in l['widths']}
         for name,(low,high) in limits.items():
             a,b = (x.item() for x in tensors[name].aminmax())
-            if not low<=a<=b<high: raise ValueError(f"damaged: {name} goes from {a} to {b}: needs {low} or more, and less than {high}")
+            if not low<=a<=b<high:
+                raise ValueError(f"damaged: {name} goes from {a} to {b}: needs {low} or more, and less than {high}")
         for b in l['ranges']:
             lo,hi = tensors[f'{n}.range{b}'].tolist()
             if not (lo<=hi and hi-lo<1e38): raise ValueError(f"damaged: {n}.range{b} goes from {lo} to {hi}")
@@ -295,11 +310,13 @@ def check_values(
 MOST_BLOCKS = 1024
 MOST_NUMBER = 2**20   # of a configuration, but for keys with the words below: they cost nothing
 _FREE = 'position','theta','context','window','length','token_id','new_tokens','hashing_key'
-_BLOCKS = {'num_hidden_layers','n_layer','n_layers','num_layers','num_blocks','encoder_layers','decoder_layers','attention_types','layer_types'}
-_CODE = 'attn_implementation','experts_implementation','use_kernels','kernel_config'   # would fetch kernels from elsewhere
+_BLOCKS = {'num_hidden_layers','n_layer','n_layers','num_layers','num_blocks','encoder_layers','decoder_layers',
+           'attention_types','layer_types'}
+_CODE = 'attn_implementation','experts_implementation','use_kernels','kernel_config'   # would fetch code from elsewhere
 _DROPPED = 'auto_map','quantization_config'   # about files that are not here
-_FEW = dict.fromkeys(('num_beams','num_beam_groups','num_return_sequences','num_assistant_tokens','prompt_lookup_num_tokens',
-                      'max_matching_ngram_size','assistant_lookbehind','target_lookbehind','assistant_early_exit'), 1024)   # loops of generate()
+_FEW = dict.fromkeys((   # what generate() loops over
+    'num_beams','num_beam_groups','num_return_sequences','num_assistant_tokens','prompt_lookup_num_tokens',
+    'max_matching_ngram_size','assistant_lookbehind','target_lookbehind','assistant_early_exit'), 1024)
 
 def check_config(
     d:dict,    # A description
@@ -317,7 +334,8 @@ def check_config(
     return c
 
 def _check_numbers(v, key, most):   # `most`: key -> largest number
-    if str(key).lstrip('_').startswith(_CODE): raise ValueError(f"config: {_short(key)}: a file does not choose which code runs")
+    if str(key).lstrip('_').startswith(_CODE):
+        raise ValueError(f"config: {_short(key)}: a file does not choose which code runs")
     if type(v) is dict:
         for k,x in v.items(): _check_numbers(x, k, most)
     if type(v) is list:
@@ -330,10 +348,12 @@ def _check_numbers(v, key, most):   # `most`: key -> largest number
 _YES = _or_none(_is(bool)),'true, false or null'
 _SIDE = _among('left','right'),'left or right'
 _CARRIED = dict(      # transformers forgets some of these when it saves
-    padding_side=_SIDE, truncation_side=_SIDE, clean_up_tokenization_spaces=_YES, split_special_tokens=_YES, add_bos_token=_YES,
-    add_eos_token=_YES, model_max_length=(lambda v: type(v) in (int, float) and v>0, 'a number'), model_input_names=(_all(_name), 'names'),
+    padding_side=_SIDE, truncation_side=_SIDE, clean_up_tokenization_spaces=_YES, split_special_tokens=_YES,
+    add_bos_token=_YES, add_eos_token=_YES, model_max_length=(lambda v: type(v) in (int, float) and v>0, 'a number'),
+    model_input_names=(_all(_name), 'names'),
     chat_template=(lambda v: v is None or type(v) in (str, dict), 'a template, or named ones'))
-_TOKENIZER = dict(name=(_name, 'a class of transformers'), config=(_is(dict), 'what tokenizer_config.json holds'), carried=(_is(dict), 'settings'))
+_TOKENIZER = dict(name=(_name, 'a class of transformers'), config=(_is(dict), 'what tokenizer_config.json holds'),
+                  carried=(_is(dict), 'settings'))
 _ELSEWHERE = {'auto_map','init_inputs','tokenizer_object','name_or_path','is_local','local_files_only','vocab','merges'}
 
 def tokenizer_parts(
@@ -348,7 +368,8 @@ def tokenizer_parts(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         config = json.loads(Path(folder, 'tokenizer_config.json').read_text('utf-8'))
-    part = dict(name=kind, config={k:v for k,v in config.items() if not _elsewhere(k)}, carried={k:getattr(tokenizer, k, None) for k in _CARRIED})
+    part = dict(name=kind, config={k:v for k,v in config.items() if not _elsewhere(k)},
+                carried={k:getattr(tokenizer, k, None) for k in _CARRIED})
     text = tokenizer.backend_tokenizer.to_str().encode()
     _compare_tokenizers(tokenizer, make_tokenizer(part, text))
     return part, text
@@ -356,9 +377,10 @@ def tokenizer_parts(
 def _compare_tokenizers(one, back):
     for k in (*_CARRIED, 'special_tokens_map', 'all_special_tokens'):
         if (old := getattr(one, k, None))!=(new := getattr(back, k, None)):
-            raise ValueError(f"{type(one).__name__}: {k}={_short(old, 60)} would come back as {_short(new, 60)}; save this tokenizer beside the file")
+            raise ValueError(f"{type(one).__name__}: {k}={_short(old, 60)} would come back as {_short(new, 60)}; "
+                             "save this tokenizer beside the file")
 
-def _elsewhere(key): return key.endswith('_file') or key in _ELSEWHERE   # names a file or code, or says how it was loaded
+def _elsewhere(key): return key.endswith('_file') or key in _ELSEWHERE   # a file or code, or how it was loaded
 
 def make_tokenizer(
     part:dict,  # From a description
@@ -370,7 +392,8 @@ def make_tokenizer(
     kind = getattr(transformers, part['name'], None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)):
         raise ValueError(f"tokenizer: {part['name']} is no such class of transformers {transformers.__version__}")
-    if bad := [k for k in part['config'] if _elsewhere(k)]: raise ValueError(f"tokenizer: {_short(bad[0])} names something outside of the file")
+    if bad := [k for k in part['config'] if _elsewhere(k)]:
+        raise ValueError(f"tokenizer: {_short(bad[0])} names something outside of the file")
     _check_numbers(part['config'], 'config', {})
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'tokenizer_config.json').write_text(json.dumps(part['config']), 'utf-8')
