@@ -279,9 +279,7 @@ def train(
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
     state,lengths = RunState(params, optimizer),tuple(task.length(d) for d in data)
-    settings = dict(train=asdict(cfg), policy=policy and [policy.name, policy.settings], task=task.name, objective=objective.to_dict(),
-                    data=data_facts(data, lengths, task.collate, pad_id), model=model_facts(model, params),
-                    groups=[[g['peak'], g['weight_decay'], len(g['params'])] for g in optimizer.param_groups])
+    settings = _settings(model, data, lengths, policy, cfg, pad_id, task, objective, state) if checkpoint is not None else {}
     step_of = partial(_step, acc, model, data, lengths, policy, cfg, pad_id, task, objective, params, optimizer)
     set_seed(cfg.seed, device_specific=True)
     with kept(acc, checkpoint, settings, state) as save, _training(model, params, policy):
@@ -296,6 +294,11 @@ def train(
     tokens = sum(c[3] for c in state.curve)
     return dict(curve=state.curve, skipped=state.skipped, tokens=tokens, seconds=state.seconds,
                 processes=acc.num_processes, device=str(acc.device))
+
+def _settings(model, data, lengths, policy, cfg, pad_id, task, objective, state):   # all that the result follows from
+    groups = [[g['peak'], g['weight_decay'], len(g['params'])] for g in state.optimizer.param_groups]
+    return dict(train=asdict(cfg), policy=policy and [policy.name, policy.settings], task=task.name, objective=objective.to_dict(),
+                data=data_facts(data, lengths, task.collate, pad_id), model=model_facts(model, state.params), groups=groups)
 
 def _check(model, data, policy, cfg, pad_id, every, task, acc):
     size,n = f'batch_size={cfg.batch_size}',acc.num_processes
