@@ -48,7 +48,8 @@ class LogitGap(NamedTuple):
 def _gap(a, b):   # reference and other, (tokens, vocabulary)
     d,(p,q) = b-a,(t.log_softmax(-1) for t in (a, b))
     rms = d.square().mean().sqrt().item()
-    return LogitGap(d.abs().max().item(), rms, rms/a.std().item(), (a.argmax(-1)==b.argmax(-1)).double().mean().item(), (p.exp()*(p-q)).sum(-1).mean().item())
+    top1,kl = (a.argmax(-1)==b.argmax(-1)).double().mean().item(),(p.exp()*(p-q)).sum(-1).mean().item()
+    return LogitGap(d.abs().max().item(), rms, rms/a.std().item(), top1, kl)
 
 @torch.no_grad()
 def logit_gap(
@@ -59,7 +60,8 @@ def logit_gap(
     weights_only:bool=True,  # Compare with the profile's weights alone; False: with its activation bits too
 )->LogitGap: # Over all tokens that are not padding
     "Logits of an export against those of the switchable model."
-    with (use_weights_only if weights_only else use_profile)(model, profile): pass    # an unknown profile is an error before anything is run
+    at = partial(use_weights_only if weights_only else use_profile, model, profile)
+    with at(): pass    # an unknown profile is an error before anything is run
     pairs,training = [],(model.training, other.training)
     model.eval(); other.eval()
     try:
@@ -67,7 +69,8 @@ def logit_gap(
             inputs = {k:v for k,v in batch.items() if k in ('input_ids','attention_mask')}
             kept = inputs.get('attention_mask', torch.ones_like(inputs['input_ids'])).bool()
             b = other(**inputs, use_cache=False).logits[kept]
-            with (use_weights_only if weights_only else use_profile)(model, profile): pairs.append((model(**inputs, use_cache=False).logits[kept].double(), b.double()))
+            with at(): a = model(**inputs, use_cache=False).logits[kept]
+            pairs.append((a.double(), b.double()))
     finally: model.train(training[0]); other.train(training[1])
     if not pairs: raise ValueError("batches is empty: a comparison needs at least one batch")
     return _gap(*map(torch.cat, zip(*pairs)))
@@ -76,7 +79,8 @@ def logit_gap(
 def _bound(model, profile):   # the profile; (site, layer, setting) of each quantized layer
     switch = switch_of(model)
     if not all(isinstance(l, QuantLayer) for l in switch.layers):
-        raise ValueError("this model was loaded from a packed file, which is an export already: export the switchable model that it was frozen from")
+        raise ValueError("this model was loaded from a packed file, which is an export already: "
+                         "export the switchable model that it was frozen from")
     live = switch.find(profile)
     return live['profile'], list(zip(switch.sites, switch.layers, live['settings']))
 
@@ -113,7 +117,7 @@ def _without_switch(new, switch):   # nor anything that makes of a model one of 
 
 def _ends(model): return [m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
 
-def _retie(model, new):   # one tensor again where embedding and head were one and are equal still; else the configuration says that they are two
+def _retie(model, new):   # one tensor again where embedding and head were one and are equal still; else the configuration says two
     (a,b),(x,y) = _ends(model),_ends(new)
     if a is not b or x is y: return new
     if torch.equal(x, y): new.get_output_embeddings().weight = x
@@ -147,7 +151,8 @@ _LIST = 'export.json'   # what `export_float` wrote in a folder
 def _is_our_folder(folder):   # an export, and nothing beside it
     try: names = json.loads((folder/_LIST).read_bytes())
     except (OSError, ValueError, RecursionError): return False
-    return isinstance(names, list) and {str(f.relative_to(folder)) for f in folder.rglob('*') if not f.is_dir()}-{_LIST} <= set(map(str, names))
+    holds = {str(f.relative_to(folder)) for f in folder.rglob('*') if not f.is_dir()}-{_LIST}
+    return isinstance(names, list) and holds<=set(map(str, names))
 
 def export_float(
     model:nn.Module,       # A model after `make_switchable_`; not changed
@@ -186,7 +191,8 @@ def _torchao_activations(site, layer, bits):   # torchao's name for how the inpu
     cfg = layer.switch.cfg
     if bits.a is None or not layer.multiplies: return None
     if bits.w is not None and bits.a==8 and cfg.act=='per_token' and not cfg.act_symmetric: return 'int8_asym_per_token'
-    raise ValueError(f"layer {site.name}: torchao cannot express {bits} with {'' if cfg.act_symmetric else 'a'}symmetric activations {cfg.act.replace('_', ' ')}, only quantized weights with a8, asymmetric, per token: "
+    raise ValueError(f"layer {site.name}: torchao cannot express {bits} with {'' if cfg.act_symmetric else 'a'}symmetric activations "
+                     f"{cfg.act.replace('_', ' ')}, only quantized weights with a8, asymmetric, per token: "
                      "pass activations=False to leave activations float, or use QuantConfig(act='per_token') and a8")
 
 def torchao_weight(
@@ -196,17 +202,21 @@ def torchao_weight(
     activations:str|None=None, # torchao's name for the quantization of the input; `None` for float
 )->Tensor: # (out, in), an `IntxUnpackedToInt8Tensor` that dequantizes to the layer's fake-quantized weight
     "The layer's own codes, scales and zero points as a torchao tensor."
-    if bits>8: raise ValueError(f"layer {name}: torchao's tensors hold at most 8 bits, not w{bits}: give the layer 8 bits or float in the profile, or use merge")
+    if bits>8:
+        raise ValueError(f"layer {name}: torchao's tensors hold at most 8 bits, not w{bits}: "
+                         "give the layer 8 bits or float in the profile, or use merge")
     tensor = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
     q,qp = quantize_weight(layer.weight, bits, layer.switch.cfg, layer.axis)
     q,scale,zero = (q.T if layer.axis==1 else q).short(),qp.scale.float(),qp.zero_point.float().expand_as(qp.scale)
     block = (q.shape[0]//scale.shape[0], q.shape[1]//scale.shape[1])
     if q.shape[1]%scale.shape[1] or (layer.switch.cfg.weight=='per_group' and block[1]!=layer.switch.cfg.group_size):
-        raise ValueError(f"layer {name}: its {q.shape[1]} inputs are no multiple of group_size={layer.switch.cfg.group_size}, which torchao needs: choose another group size or weight='per_channel', or use merge")
+        raise ValueError(f"layer {name}: its {q.shape[1]} inputs are no multiple of group_size={layer.switch.cfg.group_size}, "
+                         "which torchao needs: choose another group size or weight='per_channel', or use merge")
     shift = 2**(bits-1) if qp.qmin>=0 else 0
     zero = zero-shift
     whole = bool((zero==zero.round()).all())
-    return tensor((q-shift).to(torch.int8).contiguous(), scale.squeeze(-1).contiguous(), zero.squeeze(-1).to(torch.int8 if whole else torch.float32).contiguous(),
+    zero = zero.squeeze(-1).to(torch.int8 if whole else torch.float32).contiguous()
+    return tensor((q-shift).to(torch.int8).contiguous(), scale.squeeze(-1).contiguous(), zero,
                   getattr(torch, f'int{bits}'), block, layer.weight.dtype, activations)
 
 def _torchao_layer(site, layer, setting, memo, activations):
@@ -256,7 +266,7 @@ def save_torchao(
     activations:bool=False,  # As `export_torchao` takes it
     overwrite:bool=False,    # Replace an older file of this kind
 )->Path: # The file
-    "Write the state dict of `export_torchao`: a pickle, as torchao's tensors need one, to be read by `torch.load(path, weights_only=True)`, which runs no code."
+    "Write the state dict of `export_torchao`: a pickle, as torchao's tensors need; `torch.load(path, weights_only=True)` runs no code."
     optional('torchao', 'save_torchao')
     _bound(model, profile)
     path = _target(path, "a state dict with torchao's tensors", _is_torchao, overwrite, space=_bytes_of(model)//2)
@@ -266,7 +276,8 @@ def save_torchao(
 def _save_state(state, path):
     with open(path, 'wb') as f:
         try: torch.save(state, f)
-        except RuntimeError as e: raise e.__context__ if isinstance(e.__context__, OSError) else e   # torch hides what the system said
+        except RuntimeError as e:
+            raise e.__context__ if isinstance(e.__context__, OSError) else e   # torch hides what the system said
 
 # %% ../nbs/07a_exports.ipynb #9554f8b2
 GGUF_DTYPES = ('F32','F16','BF16','Q8_0')
@@ -279,7 +290,8 @@ class GGUFFamily(NamedTuple):
 
 _rotary = dict(hidden_act=('silu',), rope_type=('default',), partial_rotary_factor=(1.,))
 GGUF_FAMILIES = dict(   # `config.model_type` -> how it is written
-    gpt2 = GGUFFamily('gpt2', dict(activation_function=('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))),
+    gpt2 = GGUFFamily('gpt2', dict(activation_function=('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=(True,),
+                                   scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))),
     llama = GGUFFamily('llama', _rotary, True),
     mistral = GGUFFamily('llama', _rotary | dict(sliding_window=(None,)), True),   # without a window it is a Llama, and is read as one
     qwen2 = GGUFFamily('qwen2', _rotary | dict(use_sliding_window=(False,))))
@@ -287,12 +299,14 @@ GGUF_FAMILIES = dict(   # `config.model_type` -> how it is written
 def _gguf_family(model):   # the entry, if the model has nothing that it has no place for
     c,kind = model.config,model.config.model_type
     way = "use export_float, and llama.cpp's own converter on the folder"
-    if kind not in GGUF_FAMILIES: raise ValueError(f"model type {kind!r}: GGUF export knows {', '.join(GGUF_FAMILIES)}; {way}")
+    if kind not in GGUF_FAMILIES:
+        raise ValueError(f"model type {kind!r}: GGUF export knows {', '.join(GGUF_FAMILIES)}; {way}")
     f,rope = GGUF_FAMILIES[kind],getattr(c, 'rope_parameters', None) or {}
     for k,ok in f.takes.items():
         v = rope.get(k, ok[0]) if k in ('rope_type','partial_rotary_factor') else getattr(c, k)
         if k=='sliding_window' and v is not None and v>=c.max_position_embeddings: continue    # a window that hides nothing
-        if v not in ok: raise ValueError(f"{kind} with {k}={v!r}: llama.cpp's {f.arch} has {' or '.join(map(repr, ok))}; {way}")
+        if v not in ok:
+            raise ValueError(f"{kind} with {k}={v!r}: llama.cpp's {f.arch} has {' or '.join(map(repr, ok))}; {way}")
     return f
 
 def _gguf_settings(w, c, family):   # the configuration, under llama.cpp's names
@@ -302,7 +316,8 @@ def _gguf_settings(w, c, family):   # the configuration, under llama.cpp's names
     w.add_feed_forward_length(inner); w.add_head_count(heads); w.add_vocab_size(c.vocab_size)
     if family.arch=='gpt2': return w.add_layer_norm_eps(c.layer_norm_epsilon)
     size = getattr(c, 'head_dim', None) or c.hidden_size//heads
-    w.add_head_count_kv(kv); w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta']); w.add_rope_dimension_count(size)
+    w.add_head_count_kv(kv); w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_rope_freq_base(c.rope_parameters['rope_theta']); w.add_rope_dimension_count(size)
     if size!=c.hidden_size//heads: w.add_key_length(size); w.add_value_length(size)
 
 def rotary_pairs(
@@ -320,7 +335,9 @@ def _gguf_tensors(gguf, model, family):   # llama.cpp's names and float32 tensor
     for k,v in model.state_dict().items():
         if tied and k=='lm_head.weight': continue
         name,v = names.get_name(k, ('.weight','.bias')),v.detach().float().cpu()
-        if name is None: raise ValueError(f"tensor {k}: llama.cpp's {family.arch} has no name for it; use export_float, and llama.cpp's own converter on the folder")
+        if name is None:
+            raise ValueError(f"tensor {k}: llama.cpp's {family.arch} has no name for it; "
+                             "use export_float, and llama.cpp's own converter on the folder")
         if family.permuted and '.attn_q.' in name: v = rotary_pairs(v, c.num_attention_heads)
         if family.permuted and '.attn_k.' in name: v = rotary_pairs(v, c.num_key_value_heads)
         yield name, v.T if k in convs else v
@@ -329,7 +346,8 @@ def _gguf_add(gguf, w, name, v, dtype):
     kind = gguf.GGMLQuantizationType[dtype]
     if v.ndim<2 or name=='position_embd.weight': kind = gguf.GGMLQuantizationType.F32
     elif dtype=='Q8_0' and v.shape[-1]%32: kind = gguf.GGMLQuantizationType.F16
-    if kind==gguf.GGMLQuantizationType.F16 and v.abs().max()>65504: raise ValueError(f"tensor {name}: {v.abs().max():.4g} is too large for F16: choose dtype='BF16' or 'F32'")
+    if kind==gguf.GGMLQuantizationType.F16 and v.abs().max()>65504:
+        raise ValueError(f"tensor {name}: {v.abs().max():.4g} is too large for F16: choose dtype='BF16' or 'F32'")
     w.add_tensor(name, gguf.quants.quantize(v.contiguous().numpy(), kind), raw_dtype=kind)
 
 # %% ../nbs/07a_exports.ipynb #420111a0
@@ -344,8 +362,10 @@ def _unwritable(d):   # what a tokenizer does that a GGUF file cannot say, or No
     model,steps = d.get('model', {}),(d.get('pre_tokenizer') or {}).get('pretokenizers', [d.get('pre_tokenizer') or {}])
     if model.get('type')!='BPE' or not any(s.get('type')=='ByteLevel' and not s.get('add_prefix_space') for s in steps):
         return 'only a byte-level BPE without prefix space can be written'
-    if (d.get('normalizer') or {}).get('type') not in (None, 'NFC'): return f"it changes text first ({d['normalizer']['type']}), which llama.cpp would not do"
-    if odd := next((k for k in ('continuing_subword_prefix','end_of_word_suffix','dropout') if model.get(k)), None): return f"its {odd}={model[odd]!r} cannot be written"
+    if (d.get('normalizer') or {}).get('type') not in (None, 'NFC'):
+        return f"it changes text first ({d['normalizer']['type']}), which llama.cpp would not do"
+    if odd := next((k for k in ('continuing_subword_prefix','end_of_word_suffix','dropout') if model.get(k)), None):
+        return f"its {odd}={model[odd]!r} cannot be written"
     odd = next(((a['content'], k) for a in d['added_tokens'] for k in ('lstrip','rstrip','single_word') if a[k]), None)
     if odd: return f"its token {odd[0]!r} is found with {odd[1]}, which llama.cpp would not do"
 
@@ -354,22 +374,29 @@ def _put_around(tok):   # which of bos and eos the tokenizer itself puts around 
     at = next((i for i in range(len(whole)-len(bare)+1) if whole[i:i+len(bare)]==bare), 0)
     before,after = whole[:at],whole[at+len(bare):]
     if before not in ([], [tok.bos_token_id]) or after not in ([], [tok.eos_token_id]):
-        raise ValueError(f"the tokenizer puts {tok.decode(before)!r} before and {tok.decode(after)!r} after a text: llama.cpp can put its bos and eos token there, and nothing else")
+        raise ValueError(f"the tokenizer puts {tok.decode(before)!r} before and {tok.decode(after)!r} after a text: "
+                         "llama.cpp can put its bos and eos token there, and nothing else")
     return bool(before), bool(after)
 
 def _special_ids(tok, config):   # kind -> id; llama.cpp takes token 11 for the end of a text where a file names none
     ids = {k:getattr(tok, f'{k}_token_id') for k in ('bos','eos','unk','pad')}
     if ids['eos'] is None: ids['eos'] = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    if ids['eos'] is None: raise ValueError("neither tokenizer nor model has a token that ends a text: set tokenizer.eos_token")
+    if ids['eos'] is None:
+        raise ValueError("neither tokenizer nor model has a token that ends a text: set tokenizer.eos_token")
     return {k:i for k,i in ids.items() if i is not None}
 
 def _gguf_tokenizer(gguf, w, tok, config, pre):
     d,size = json.loads(tok.backend_tokenizer.to_str()) if getattr(tok, 'is_fast', False) else {},config.vocab_size
-    if why := _unwritable(d): raise ValueError(f"{type(tok).__name__} ({d.get('model', {}).get('type', 'slow')}): {why}; leave tokenizer=None and keep the tokenizer beside the file")
+    if why := _unwritable(d):
+        raise ValueError(f"{type(tok).__name__} ({d.get('model', {}).get('type', 'slow')}): {why}; "
+                         "leave tokenizer=None and keep the tokenizer beside the file")
     pre = pre or (None if d['model'].get('ignore_merges') else _splitter(d['pre_tokenizer']))
-    if pre is None: raise ValueError("the tokenizer splits text in a way that is not known here: give llama.cpp's name for it as `pre`, like 'llama-bpe'")
+    if pre is None:
+        raise ValueError("the tokenizer splits text in a way that is not known here: "
+                         "give llama.cpp's name for it as `pre`, like 'llama-bpe'")
     ids,T = {i:t for t,i in tok.get_vocab().items()},gguf.TokenType
-    if max(ids)>=size: raise ValueError(f"the tokenizer has ids up to {max(ids)}, the model {size} embeddings: it is not this model's")
+    if max(ids)>=size:
+        raise ValueError(f"the tokenizer has ids up to {max(ids)}, the model {size} embeddings: it is not this model's")
     kinds = {a['id']:T.CONTROL if a['special'] else T.USER_DEFINED for a in d['added_tokens']}
     w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre(pre)
     w.add_token_list([ids.get(i, f'[PAD{i}]') for i in range(size)])
@@ -378,7 +405,9 @@ def _gguf_tokenizer(gguf, w, tok, config, pre):
     for k,i in _special_ids(tok, config).items(): getattr(w, f'add_{k}_token_id')(i)
     bos,eos = _put_around(tok)
     w.add_add_space_prefix(False); w.add_add_bos_token(bos); w.add_add_eos_token(eos)
-    if chat := tok.chat_template: w.add_chat_template(chat if isinstance(chat, str) else [dict(name=k, template=t) for k,t in chat.items()])
+    chat = tok.chat_template
+    if isinstance(chat, dict): chat = [dict(name=k, template=t) for k,t in chat.items()]
+    if chat: w.add_chat_template(chat)
 
 # %% ../nbs/07a_exports.ipynb #b34b5312
 def _is_our_gguf(path):   # a file that `export_gguf` wrote: its description is a profile

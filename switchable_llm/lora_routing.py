@@ -96,7 +96,7 @@ def add_adapters_(
     alpha:float=16,                  # Scaling is `alpha/r`
     dropout:float=0.05,              # Share of an adapter's inputs dropped in training
     sites:Iterable[str]|None=None,   # Only layers of these sites; by default all but the embedding
-    freeze:bool=True,                # Freeze all that the model came with, a task's head too; False leaves it as it is: full fine-tuning beside adapters
+    freeze:bool=True,                # Freeze all that the model came with, a task's head too; False leaves it as it is: full fine-tuning
 )->list[str]: # Keys that were added
     "Give layers a bank of adapters and freeze the base; learned ranges and gates stay as they are."
     switch,route = check_unfrozen(model),_route_name(model, route)
@@ -104,7 +104,8 @@ def add_adapters_(
     if isinstance(keys, str): raise ValueError(f"keys={keys!r}: needs a list of keys, like [{keys!r}]")
     keys = _needed_keys(switch, ROUTES[route]) if keys is None else [str(k) for k in keys]
     new = [k for k in dict.fromkeys(keys) if k not in has]
-    if not new: raise ValueError(f"keys={keys}: the bank has {', '.join(has) or 'nothing'} and nothing new was asked for; "
+    if not new:
+        raise ValueError(f"keys={keys}: the bank has {', '.join(has) or 'nothing'} and nothing new was asked for; "
                                  "give the model a profile that is not float, or other keys")
     _fill(model, [(l, k, LoRA(l.in_features, l.out_features, r, alpha, dropout)) for l in layers for k in new], route, freeze)
     return new
@@ -121,7 +122,8 @@ def _layers_at(switch, sites):   # those that multiply; an error if a site is no
     rows = [(l, s.site) for l,s in zip(switch.layers, switch.sites) if l.multiplies]
     have = list(dict.fromkeys(s for _,s in rows))
     sites = have if sites is None else list(sites)
-    if not sites or any(s not in have for s in sites): raise ValueError(f"sites={sites}: the model has {', '.join(have)}")
+    if not sites or any(s not in have for s in sites):
+        raise ValueError(f"sites={sites}: the model has {', '.join(have)}")
     return [l for l,s in rows if s in sites]
 
 def _needed_keys(switch, key):
@@ -157,12 +159,16 @@ def use_adapter(
 ):
     "Override the route at the live profile, for the length of a `with` block."
     switch = switch_of(model)
-    if key is not None and key not in adapter_keys(model): raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model))}")
+    if key is not None and key not in adapter_keys(model):
+        raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model))}")
     settings = tuple(Setting(s.bits, key if key in l.adapters else None) for s,l in zip(switch.settings, switch.layers))
     with switch.block(settings=settings): yield model
 
 # %% ../nbs/01_lora_routing.ipynb #8932317a
 PEFT_FILES = 'adapter_config.json','adapter_model.safetensors'
+
+def _as_file(tensors):   # bytes of a safetensors file
+    return save_tensors({k:v.detach().cpu().contiguous() for k,v in tensors.items()}, metadata=dict(format='pt'))
 
 def _is_our_peft(folder):   # an adapter that `export_peft` wrote, and nothing beside it; PEFT itself writes more settings
     if {p.name for p in folder.iterdir()}!=set(PEFT_FILES): return False
@@ -188,8 +194,8 @@ def export_peft(
     loras = {s.name:l.adapters[key] for l,s in zip(switch.layers, switch.sites) if key in l.adapters}
     if not loras: raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model)) or 'nothing'}")
     with writing_folder(folder, 'an adapter that export_peft wrote', _is_our_peft) as tmp:
-        state = {f'base_model.model.{n}.lora_{ab.upper()}.weight':getattr(m, ab).detach().cpu().contiguous() for n,m in loras.items() for ab in 'ab'}
-        (tmp/PEFT_FILES[1]).write_bytes(save_tensors(state, metadata=dict(format='pt')))
+        pairs = {f'base_model.model.{n}.lora_{ab.upper()}.weight':getattr(m, ab) for n,m in loras.items() for ab in 'ab'}
+        (tmp/PEFT_FILES[1]).write_bytes(_as_file(pairs))
         (tmp/PEFT_FILES[0]).write_text(json.dumps(_peft_settings(model, loras), indent=2))
 
 # %% ../nbs/01_lora_routing.ipynb #656ee7aa
@@ -228,7 +234,8 @@ def _by_layer(path, cfg, kind, default, name):   # value of 'rank_pattern' or 'a
 
 def _peft_pairs(path):   # layer -> {'a': tensor, 'b': tensor}
     if not path.exists() and path.with_suffix('.bin').exists():
-        raise ValueError(f"{path.with_suffix('.bin')}: a pickle, which can run code when it is read: save the adapter with safe_serialization=True")
+        raise ValueError(f"{path.with_suffix('.bin')}: a pickle, which can run code when it is read: "
+                         "save the adapter with safe_serialization=True")
     pairs = {}
     for k,t in _read_tensors(path).items():
         at = re.fullmatch(r'(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight', k)
@@ -247,8 +254,10 @@ def _peft_lora(folder, cfg, name, layer, pair):   # one layer's adapter
         t = pair.get(ab)
         if t is None: raise ValueError(f"{path}: layer {name} has no lora_{ab.upper()}")
         if tuple(t.shape)!=want or not t.is_floating_point():
-            raise ValueError(f"{path}: layer {name}: lora_{ab.upper()} is {list(t.shape)} {t.dtype}, floating-point {list(want)} is needed")
-        if not t.isfinite().all(): raise ValueError(f"{path}: layer {name}: lora_{ab.upper()} holds NaN or infinite numbers")
+            raise ValueError(f"{path}: layer {name}: lora_{ab.upper()} is {list(t.shape)} {t.dtype}, "
+                             f"floating-point {list(want)} is needed")
+        if not t.isfinite().all():
+            raise ValueError(f"{path}: layer {name}: lora_{ab.upper()} holds NaN or infinite numbers")
     lora = LoRA(layer.in_features, layer.out_features, r, alpha*math.sqrt(r) if cfg.get('use_rslora') else alpha, dropout)
     for ab,t in pair.items(): getattr(lora, ab).copy_(t)
     return lora
@@ -262,17 +271,21 @@ def import_peft(
 )->list[str]: # Names of the layers that got it, in the order of the model
     "Read a PEFT LoRA adapter into the bank; what it does not cover stays without, and what is no plain LoRA is a `ValueError`."
     switch,route,key,folder = check_unfrozen(model),_route_name(model, route),str(key),Path(folder)
-    if key in adapter_keys(model): raise ValueError(f"adapter {key!r} is in the bank already: import it before add_adapters_ makes a new one, or choose another key")
+    if key in adapter_keys(model):
+        raise ValueError(f"adapter {key!r} is in the bank already: import it before add_adapters_ makes a new one, "
+                         "or choose another key")
     cfg,pairs = _peft_config(folder/PEFT_FILES[0]),_peft_pairs(folder/PEFT_FILES[1])
     layers = {s.name:l for l,s in zip(switch.layers, switch.sites) if l.multiplies}
-    if lost := [n for n in pairs if n not in layers]: raise ValueError(f"{folder}: adapter for {lost[0]!r}, which is not a switchable layer of this model")
+    if lost := [n for n in pairs if n not in layers]:
+        raise ValueError(f"{folder}: adapter for {lost[0]!r}, which is not a switchable layer of this model")
     _fill(model, [(l, key, _peft_lora(folder, cfg, n, l, pairs[n])) for n,l in layers.items() if n in pairs], route, freeze)
     return [n for n in layers if n in pairs]
 
 def _read_tensors(path):
     try: return load_tensors(path.read_bytes())
     except FileNotFoundError: raise FileNotFoundError(f"{path}: missing") from None
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as e: raise ValueError(f"{path}: damaged or cut off: {e}") from e
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path}: damaged or cut off: {e}") from e
 
 # %% ../nbs/01_lora_routing.ipynb #14b5e8dd
 FORMAT_VERSION = 2   # 1: adapters and observers only; written still where there is no more
@@ -297,7 +310,8 @@ _WHAT = 'a switchable checkpoint'
 def _is_checkpoint(folder):   # a switchable checkpoint, and nothing beside it
     try: d = json.loads((folder/_FILES[0]).read_bytes())
     except (OSError, ValueError, RecursionError): return False
-    return isinstance(d, dict) and {'format_version','base','tensors_sha256'}<=set(d) and {p.name for p in folder.iterdir()}<=set(_FILES)
+    ours = isinstance(d, dict) and {'format_version','base','tensors_sha256'}<=set(d)
+    return ours and {p.name for p in folder.iterdir()}<=set(_FILES)
 
 def check_save_target(
     folder:str|Path,     # Where `save_switchable` is to write
@@ -312,9 +326,10 @@ def save_switchable(
     base:str|None=None,   # Name or path of the base model; by default what transformers remembers
     revision:str|None=None, # Revision of the base on the hub
 )->Path: # The folder
-    "Write profiles, settings, adapters, ranges, gates and what is trained in the base; the rest of the base is named and hashed, not copied."
+    "Write profiles, settings, adapters, ranges, gates and what is trained in the base; the rest is named and hashed, not copied."
     switch,trained = check_unfrozen(model),{n:p for n,p in base_params(model).items() if p.requires_grad}
-    state = {k:v for l,s in zip(switch.layers, switch.sites) for part in ADDED for k,v in getattr(l, part).state_dict(prefix=f'{s.name}.{part}.').items()}
+    parts = [(f'{s.name}.{part}.', getattr(l, part)) for l,s in zip(switch.layers, switch.sites) for part in ADDED]
+    state = {k:v for prefix,m in parts for k,v in m.state_dict(prefix=prefix).items()}
     check_save_target(folder, sum(v.numel()*v.element_size() for v in chain(state.values(), trained.values()))+(1<<20))
     files = {'adapters.safetensors':_as_file(state)} | ({'trained.safetensors':_as_file(trained)} if trained else {})
     d = _description(model, switch, state, trained)
@@ -324,8 +339,6 @@ def save_switchable(
     with writing_folder(folder, _WHAT, _is_checkpoint) as tmp:
         for name,data in files.items(): (tmp/name).write_bytes(data)
     return Path(folder)
-
-def _as_file(tensors): return save_tensors({k:v.detach().cpu().contiguous() for k,v in tensors.items()}, metadata=dict(format='pt'))
 
 def _description(model, switch, state, trained):
     rows = list(zip(switch.layers, switch.sites))
@@ -348,8 +361,11 @@ def read_switchable(
     try: d = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e: raise ValueError(f"{path}: damaged or cut off: {e}") from e
     version = d.get('format_version') if isinstance(d, dict) else None
-    if type(version) is not int or version<1: raise ValueError(f"{path}: damaged, or no switchable checkpoint: its format version is {version!r}")
-    if version>FORMAT_VERSION: raise ValueError(f"{path}: format version {version}, this library reads up to {FORMAT_VERSION}: install a newer switchable_llm")
+    if type(version) is not int or version<1:
+        raise ValueError(f"{path}: damaged, or no switchable checkpoint: its format version is {version!r}")
+    if version>FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this library reads up to {FORMAT_VERSION}: "
+                         "install a newer switchable_llm")
     if d.pop('checksum', None)!=_sealed(d): raise ValueError(f"{path}: damaged: its checksum does not match")
     try: _check_description(d)
     except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from e
@@ -363,7 +379,8 @@ _FORM = dict(   # of a description: a type or several, a list of one form, or th
 _LATER = dict(gates=[], frozen=[], trained=[], trained_sha256=None)   # what the first format did not have, or not always
 
 def _misfit(x, form, name):   # what is not of this form, or `None`
-    if isinstance(form, tuple|type): return None if isinstance(x, form) and not isinstance(x, bool) else f"{name} is {reprlib.repr(x)}"
+    if isinstance(form, tuple|type):
+        return None if isinstance(x, form) and not isinstance(x, bool) else f"{name} is {reprlib.repr(x)}"
     if not isinstance(x, type(form)): return f"{name} is {reprlib.repr(x)}"
     inner = enumerate(x) if isinstance(form, list) else ((k, x.get(k)) for k in form)
     found = (_misfit(v, form[0] if isinstance(form, list) else form[k], f'{name}, {k}') for k,v in inner)
@@ -371,14 +388,17 @@ def _misfit(x, form, name):   # what is not of this form, or `None`
 
 def _check_description(d):   # whatever its checksum says: it may be from a stranger
     if fault := _misfit(_LATER | d, _FORM, 'the description'): raise ValueError(fault)
-    if any(len(s)!=2 for s in d['sites']) or len(names := dict(d['sites']))<len(d['sites']): raise ValueError("sites: needs pairs of a layer and its site, each layer once")
+    if any(len(s)!=2 for s in d['sites']) or len(names := dict(d['sites']))<len(d['sites']):
+        raise ValueError("sites: needs pairs of a layer and its site, each layer once")
     check_unique(map(Profile.from_dict, d['profiles']))
     for kind in ('adapters','gates'):
         rows = [(a['layer'], a['key']) for a in d.get(kind, ())]
         if lost := [l for l,_ in rows if l not in names]: raise ValueError(f"{kind}: {lost[0]!r} is none of its layers")
         if len(set(rows))<len(rows): raise ValueError(f"{kind}: one is there twice")
-    if fault := next(filter(None, (_lora_fault(a['r'], a['alpha'], a['dropout']) for a in d['adapters'])), None): raise ValueError(f"adapters: {fault}")
-    if d['route'] not in ROUTES and (d['route'] is not None or d['adapters']): raise ValueError(f"route is {d['route']!r}: {', '.join(ROUTES)} are known")
+    if fault := next(filter(None, (_lora_fault(a['r'], a['alpha'], a['dropout']) for a in d['adapters'])), None):
+        raise ValueError(f"adapters: {fault}")
+    if d['route'] not in ROUTES and (d['route'] is not None or d['adapters']):
+        raise ValueError(f"route is {d['route']!r}: {', '.join(ROUTES)} are known")
     _config(d)
 
 def _config(d): return QuantConfig(**{'codes':'independent'}|d['quantizer'])
@@ -405,20 +425,26 @@ def _hollow(model):   # a copy without weights
 
 def _sound(path, sha256):
     state = _read_tensors(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest()!=sha256: raise ValueError(f"{path}: damaged: its checksum does not match switchable.json")
+    if hashlib.sha256(path.read_bytes()).hexdigest()!=sha256:
+        raise ValueError(f"{path}: damaged: its checksum does not match switchable.json")
     return state
 
 def _check_fit(folder, d, model, trained):   # a `ValueError` if the model is not the base, or a gate is of an unknown type
     params,base = base_params(model),d['base']
     made_on = (f"{folder} was made on base model {base['name']!r} in {base['dtype']}; the {type(model).__name__} given "
                f"({model.config._name_or_path or 'unnamed'}, {model.dtype})")
-    if set(trained)!=set(d.get('trained', ())): raise ValueError(f"{folder}: trained.safetensors does not hold what switchable.json says")
+    if set(trained)!=set(d.get('trained', ())):
+        raise ValueError(f"{folder}: trained.safetensors does not hold what switchable.json says")
     for n,t in sorted(trained.items()):
-        if n not in params: raise ValueError(f"{made_on} has no parameter {n}, which was trained: give it a model of the same class and configuration")
-        if (p := params[n]).shape!=t.shape or p.dtype!=t.dtype: raise ValueError(f"{made_on} has {n} as {list(p.shape)} {p.dtype}, trained was {list(t.shape)} {t.dtype}")
+        if n not in params:
+            raise ValueError(f"{made_on} has no parameter {n}, which was trained: "
+                             "give it a model of the same class and configuration")
+        if (p := params[n]).shape!=t.shape or p.dtype!=t.dtype:
+            raise ValueError(f"{made_on} has {n} as {list(p.shape)} {p.dtype}, trained was {list(t.shape)} {t.dtype}")
     if base_hash(model, trained)!=base['sha256']: raise ValueError(f"{made_on} has other weights")
     for g in d.get('gates', ()):
-        if g['type'] not in GATE_TYPES: raise ValueError(f"{folder}: layer {g['layer']} has a gate of type {g['type']!r}; known are "
+        if g['type'] not in GATE_TYPES:
+            raise ValueError(f"{folder}: layer {g['layer']} has a gate of type {g['type']!r}; known are "
                                                          f"{', '.join(GATE_TYPES) or '(none)'}: import the module that defines it first")
 
 def _apply(model, d, state, trained):   # `model` becomes what the description says
@@ -439,9 +465,15 @@ def _apply(model, d, state, trained):   # `model` becomes what the description s
 
 def _restore(switch, d, state):   # what layers have beside the original ones
     byname = {s.name:l for l,s in zip(switch.layers, switch.sites)}
-    for a in d['adapters']: _put(byname[a['layer']], 'adapters', a['key'], lambda l: LoRA(l.in_features, l.out_features, a['r'], a['alpha'], a['dropout']))
-    for g in d.get('gates', ()): _put(byname[g['layer']], 'gates', g['key'], lambda l: GATE_TYPES[g['type']](**g['spec']))
-    for n,l in byname.items(): l.match_observers(k[len(n)+11:] for k in state if k.startswith(f'{n}.observers.'))
+    for a in d['adapters']:
+        l = byname[a['layer']]
+        with torch.device(l.weight.device): l.adapters[a['key']] = LoRA(l.in_features, l.out_features, a['r'], a['alpha'], a['dropout'])
+    for g in d.get('gates', ()):
+        l = byname[g['layer']]
+        with torch.device(l.weight.device): l.gates[g['key']] = GATE_TYPES[g['type']](**g['spec'])
+    for n,l in byname.items():
+        l.match_observers(k[len(n)+11:] for k in state if k.startswith(f'{n}.observers.'))
+        for part in ADDED: getattr(l, part).train(l.training)
     parts = {f'{n}.{part}.':getattr(l, part) for n,l in byname.items() for part in ADDED}
     want = {k:t for prefix,m in parts.items() for k,t in m.state_dict(prefix=prefix).items()}
     _check_tensors(want, state)
@@ -449,9 +481,6 @@ def _restore(switch, d, state):   # what layers have beside the original ones
     if d['adapters']:
         switch.route,switch.route_name = router(d['route']),d['route']
         switch.rebind()
-
-def _put(layer, part, key, make):
-    with torch.device(layer.weight.device): getattr(layer, part)[key] = make(layer).train(layer.training)
 
 def _check_tensors(want, have):   # a `ValueError` names the first that is missing, has no place, or is of another shape
     if lost := sorted(set(want)-set(have)): raise ValueError(f"tensor {lost[0]} is missing")

@@ -15,8 +15,10 @@ from torch import nn
 class Bank(nn.ModuleDict):
     "Modules by any name without a dot."
     def __setitem__(self, key, module):
-        if not isinstance(key, str) or not key or '.' in key: raise ValueError(f"name {key!r}: needs text without a dot")
-        if not isinstance(module, nn.Module): raise ValueError(f"{key}: needs a module, this is a {type(module).__name__}")
+        if not isinstance(key, str) or not key or '.' in key:
+            raise ValueError(f"name {key!r}: needs text without a dot")
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"{key}: needs a module, this is a {type(module).__name__}")
         self._modules[key] = module
 
 # %% ../nbs/00_modules.ipynb #786aaf51
@@ -27,7 +29,7 @@ class Foreign(NamedTuple):
 
 _quantized = "this library quantizes by itself: load the model in float32, bfloat16 or float16"
 FOREIGN = {   # start of the name of a Python module -> whose classes are there
-    'peft.': Foreign('of PEFT', "take the plain model out, with unload() or merge_and_unload(); the adapter can be read with import_peft"),
+    'peft.': Foreign('of PEFT', "take the plain model out, with unload() or merge_and_unload(); import_peft reads the adapter"),
     'torch._dynamo.': Foreign('of torch.compile', "give the model itself, and compile it afterwards"),
     'torch.nn.parallel.': Foreign('a wrapper of torch', "give the model inside, its `module`"),
     'torch.distributed.': Foreign('a wrapper of torch', "give the model itself, and spread it over devices afterwards")}
@@ -40,9 +42,11 @@ def check_plain(
     "A `ValueError` that names the first layer which is not plain: wrapped, compiled, with PEFT's adapters, or quantized."
     for name,m in model.named_modules():
         found = next((f for c in type(m).__mro__ for start,f in FOREIGN.items() if c.__module__.startswith(start)), None)
-        if found: raise ValueError(f"{f'layer {name}' if name else 'the model'} is {found.what} ({type(m).__name__}): {found.way}")
+        if found:
+            raise ValueError(f"{f'layer {name}' if name else 'the model'} is {found.what} ({type(m).__name__}): {found.way}")
     for name,p in model.named_parameters():
-        if type(p) is not nn.Parameter: raise ValueError(f"parameter {name} is a {type(p).__name__}, not plain numbers: {_quantized}")
+        if type(p) is not nn.Parameter:
+            raise ValueError(f"parameter {name} is a {type(p).__name__}, not plain numbers: {_quantized}")
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"parameter {name} is {p.dtype}: {_quantized}")
     if getattr(model, 'is_quantized', False): raise ValueError(f"the model was loaded quantized: {_quantized}")
@@ -56,4 +60,6 @@ def refuse_save_(
 ):
     "Make `model.save_pretrained` an error."
     model.__dict__.pop('save_pretrained', None)
-    if why is not None: model.save_pretrained = partial(_refused, f'save_pretrained would lose what makes this {type(model).__name__} what it is: {why}')
+    if why is None: return
+    lost = f'save_pretrained would lose what makes this {type(model).__name__} what it is'
+    model.save_pretrained = partial(_refused, f'{lost}: {why}')

@@ -253,6 +253,22 @@ def test_a_live_profile_that_would_be_left_without(plain):
     with torch.no_grad(): assert torch.equal(m(IDS).logits, want)
     assert not adapter_keys(m) and all(p.requires_grad for p in m.parameters())
 
+def test_what_lacks_an_adapter_says_so_wherever_it_is_asked_for(plain):
+    m = llama(); make_switchable_(m, ['bw6','bw8'], QuantConfig(act='per_token')); import_peft(m, '8', plain)
+    bw6 = m.switch.profiles['bw6']
+    for f in (lambda: m.switch.bound['bw6'], lambda: m.switch.find('bw6'), lambda: m.switch.find(bw6), lambda: m.switch.bind(bw6),
+              lambda: m.switch.add('bw6'), lambda: use_profile(m, 'bw6').__enter__(), lambda: setattr(m.switch, 'profile', bw6)):
+        with pytest.raises(ValueError, match="profile 'bw6'.* needs adapter '6'"): f()
+    with pytest.raises(ValueError, match="profile 'bw5': not on this model"): m.switch.bound['bw5']
+    assert m.switch.profile.name=='float'
+
+def test_adapters_that_come_inside_a_with_block(plain):
+    "They are there at the profile of the block, and at the one that is live after it."
+    m = llama(); make_switchable_(m, ['bw6','bw8'], QuantConfig(act='per_token')); m.switch.profile = 'bw8'
+    with use_profile(m, 'float'): import_peft(m, '8', plain)
+    with torch.no_grad(): live = m(IDS).logits
+    assert torch.equal(live, ours(m)) and m.switch.settings==m.switch.bound['bw8']
+
 def test_routes_and_names(plain):
     half = Profile('half', Bits(8, 8))
     m = llama(); make_switchable_(m, [half], QuantConfig(act='per_token'))
