@@ -64,6 +64,7 @@ class Running:
         if self.process.is_alive() and time.time()<min(DEADLINE, self.start+TASK_LIMIT+60): return False
         try: os.killpg(self.process.pid, signal.SIGKILL)   # and whatever it left running
         except ProcessLookupError: pass
+        self.process.kill()
         self.process.join()
         return True
     def result(self):
