@@ -3,7 +3,8 @@
 Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where systems
 can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts notebooks and
 tests together, the export and the pages as one more each; the exit status is 0 only if something ran and nothing failed."""
-import faulthandler, hashlib, importlib, json, multiprocessing, os, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
+import faulthandler, hashlib, importlib, json, multiprocessing, os, re, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 from xml.etree import ElementTree
@@ -29,6 +30,7 @@ class Result(NamedTuple):
     skipped:int = 0
     message:str = ''        # Shown with a failure, before what the task printed
     slow:tuple = ()         # Its slowest parts: seconds and name
+    reasons:tuple = ()      # Why it skipped what it skipped
     cpu:float = 0.          # Seconds of processor time, children included
 
 def verdict(bad): return Result(failed=1, message=bad) if bad else Result(passed=1)
@@ -40,8 +42,10 @@ def in_child(task, folder):
     os.setsid()
     log = os.open(folder/'log', os.O_CREAT|os.O_WRONLY)
     for fd,to in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)): os.dup2(to, fd)
+    sys.stdout,sys.stderr = (open(fd, 'w', encoding='utf-8', closefd=False) for fd in (1, 2))
     os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
-    faulthandler.dump_traceback_later(TASK_LIMIT, exit=True)
+    faulthandler.enable(log)   # a crash, or a task that hangs, says where
+    faulthandler.dump_traceback_later(TASK_LIMIT, exit=True, file=log)
     try: result = task.work(folder, *task.args)
     except BaseException: result = verdict(traceback.format_exc())
     used = sum(r.ru_utime+r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
@@ -60,6 +64,7 @@ class Running:
         if self.process.is_alive() and time.time()<min(DEADLINE, self.start+TASK_LIMIT+60): return False
         try: os.killpg(self.process.pid, signal.SIGKILL)   # and whatever it left running
         except ProcessLookupError: pass
+        self.process.kill()
         self.process.join()
         return True
     def result(self):
@@ -138,12 +143,18 @@ def saved_outputs(path):
 def check_notebook(folder, path):
     "Run a notebook as nbdev does, in the folder of the notebooks."
     from nbdev.test import test_nb
-    if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]): return Result(skipped=1)
+    if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]): return Result(skipped=1, reasons=('skip_exec in the notebook',))
     os.chdir(NBS)
     ok,_ = test_nb(path, skip_flags=CFG['tst_flags'].split(), basepath=ROOT)
     return verdict(saved_outputs(path) if ok else 'a cell failed')
 
 # --- the tests pass -------------------------------------------------------------------------------------------------
+
+def browser(): return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
+def needless(reason):
+    "Whether a test was skipped for want of what is there, or should be: only a browser may be missing here."
+    return 'installed' in reason and bool(browser() or not re.search('browser|chromium', reason, flags=re.I))
 
 def check_tests(folder, path):
     "pytest over one file, counted from its own report."
@@ -151,10 +162,15 @@ def check_tests(folder, path):
     os.chdir(ROOT)
     rc = pytest.main([str(path), '-p', 'no:cacheprovider', '-rs', f'--junitxml={folder}/report.xml'])
     suites = list(ElementTree.parse(folder/'report.xml').iter('testsuite'))
-    n = {k: sum(int(s.get(k, 0)) for s in suites) for k in ('tests','failures','errors','skipped')}
-    bad = n['failures']+n['errors'] or int(rc!=0)
-    slow = sorted(((float(c.get('time')), f"{path.name}: {c.get('name')}") for s in suites for c in s.iter('testcase')), reverse=True)
-    return Result(n['tests']-n['failures']-n['errors']-n['skipped'], bad, n['skipped'], f'pytest ended with {rc!r}', slow[:10])
+    cases = [c for s in suites for c in s.iter('testcase')]
+    reasons = [x.get('message') or '' for c in cases for x in c.iter('skipped')]
+    n = {k: sum(int(s.get(k, 0)) for s in suites) for k in ('tests','failures','errors')}
+    bad = n['failures']+n['errors'] or int(rc not in (0, 5))   # 5: all was skipped when it was collected
+    wrong = [r for r in reasons if needless(r)]
+    message = f'pytest ended with {rc!r}' + ''.join(f'\nskipped, although nothing should be missing: {r}' for r in wrong)
+    slow = sorted(((float(c.get('time')), f"{path.name}: {c.get('name')}") for c in cases), reverse=True)
+    passed,skips = n['tests']-n['failures']-n['errors']-len(reasons),len(reasons)-len(wrong)
+    return Result(passed, bad+len(wrong), skips, message, slow[:10], reasons)
 
 # --- the pages build ------------------------------------------------------------------------------------------------
 
@@ -192,6 +208,8 @@ def main(sections):
     slow = sorted((tuple(s) for r in results for s in r.slow), reverse=True)[:10]
     if slow: print('\nslowest tests:\n'+'\n'.join(f'{s:6.0f} s  {n}' for s,n in slow))
     passed,failed,skips = (sum(r[i] for r in results) for i in range(3))
+    why = Counter(w for r in results for w in r.reasons)
+    if why: print('\nskipped:\n'+'\n'.join(f'{n:6}  {w}' for w,n in why.most_common()))
     print(f'\n{time.time()-start:.0f} s in all, {sum(r.cpu for r in results):.0f} s of processor time')
     print(f'{passed} passed, {failed} failed' + (f', {skips} skipped' if skips else ''))
     sys.exit(bool(failed or not passed))

@@ -4,13 +4,11 @@ from pathlib import Path
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as hf_logging
+from switchable_llm.data import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))   # the workers
 os.environ['HF_HUB_OFFLINE'] = '1'
-import command
-from switchable_llm.data import tiny_tokenizer
-
 hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
 torch.set_num_threads(1)   # the models are too small to share
 
@@ -27,12 +25,6 @@ def toy_folder(tmp_path_factory):
 def child_env():
     "Environment of a child process: this library, no hub, one thread."
     return {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
-
-@pytest.fixture
-def cli(child_env, tmp_path, tmp_path_factory):
-    "Run the command in an empty folder, in a process of its own; status, stdout, stderr."
-    streams = tmp_path_factory.mktemp('streams')
-    return lambda *argv, stdin='': command.run(argv, tmp_path, child_env, streams, stdin)
 
 def heed_ctrl_c():
     "In a child before it starts: interrupts have their usual effect, also where these tests run in the background of a shell."
