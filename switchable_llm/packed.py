@@ -155,15 +155,17 @@ class PackedSwitch(Switch):
         if self.route_name: self.route = router(self.route_name)
 
 # %% ../nbs/07_packed.ipynb #a7c1d002
-class PackedModel:
+class PackedModel(PreTrainedModel):
     "What a packed model does in another way than its class of transformers."
     packed_file = None   # Where it was loaded from
 
-    def push_to_hub(self, *args, **kw): return self.save_pretrained()   # before anything is made there
     def save_pretrained(self, *args, **kw):
         "Refused: a folder of transformers would not bring the codes back."
         raise ValueError(f"a packed model is saved as its file: copy {self.packed_file}; from the switchable model, export_float or "
                          "save_switchable writes a folder, and freeze another packed file")
+    def push_to_hub(self, *args, **kw):
+        "Refused in the same way, before anything is made on the hub."
+        self.save_pretrained()
 
     def __reduce_ex__(self, protocol):   # the class is made anew where it is read
         return _unfilled,(type(self).__name__,),self.__dict__
