@@ -12,7 +12,9 @@ import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import Callable, Iterable, Iterator, NamedTuple
+from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,23 +28,35 @@ from .switching import Profile, added_params, check_unique, switch_of, use_profi
 from .comparisons import Interval, digits, interval, per_token
 
 # %% ../nbs/03_profiles_eval.ipynb #72776b18
+_scored,_lock = WeakKeyDictionary(),Lock()   # model -> how many threads score it, and what puts it back
+
 @contextmanager
 def scoring_mode(
     model:nn.Module, # Any model
 ):
     "Evaluation mode and neutral generation settings, for the length of a `with` block."
+    with _lock:
+        n,back = _scored.get(model) or (0, _neutral_(model))
+        _scored[model] = n+1,back
+    try: yield model
+    finally:
+        with _lock:
+            n,_ = _scored.pop(model)
+            if n==1: back()
+            else: _scored[model] = n-1,back
+
+def _neutral_(model):   # returns what undoes it
     training,own = [m for m in model.modules() if m.training],getattr(model, 'generation_config', None)
     # the last position of a batch is a strided slice, for which torch's batched product copies the head's weight once for each row
     head = model.get_output_embeddings()
     hook = head and head.register_forward_pre_hook(lambda m, args: (args[0].contiguous(), *args[1:]))
-    try:
-        model.eval()
-        if own is not None: model.generation_config = GenerationConfig()
-        yield model
-    finally:
+    def back():
         if hook: hook.remove()
         for m in training: m.training = True
         if own is not None: model.generation_config = own
+    model.eval()
+    if own is not None: model.generation_config = GenerationConfig()
+    return back
 
 # %% ../nbs/03_profiles_eval.ipynb #288d4bd6
 def batches_by_length(

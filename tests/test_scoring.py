@@ -1,4 +1,5 @@
 "Scores and answers of three families, against transformers' own loss and against one question at a time."
+import threading
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from switchable_llm.data import Encoded, encode, tiny_squad, tiny_tokenizer
@@ -61,6 +62,20 @@ def test_answers_do_not_depend_on_company(model):
     for budget in (200, 700, 10**6):
         assert answer(model, TOK, QUESTIONS, max_new_tokens=8, tokens_per_batch=budget)==alone
     assert answer(model, TOK, QUESTIONS[::-1], max_new_tokens=8)==alone[::-1]
+
+def test_answers_in_threads():
+    "A model whose own settings punish repeating: threads that score it at once do not hear of them, and it keeps them."
+    m = model_of('llama')
+    m.generation_config.update(repetition_penalty=5., do_sample=True)
+    own,alone,wrong = m.generation_config,answer(m, TOK, QUESTIONS[:6], max_new_tokens=4),[]
+    m.train()
+    def work(k):
+        for _ in range(6):
+            if answer(m, TOK, QUESTIONS[:k], max_new_tokens=4)!=alone[:k]: wrong.append(k)
+    threads = [threading.Thread(target=work, args=(k,)) for k in (1, 2, 4, 6)]
+    for t in threads: t.start()
+    for t in threads: t.join(300)
+    assert not wrong and m.generation_config is own and own.repetition_penalty==5. and all(x.training for x in m.modules())
 
 @torch.no_grad()
 def test_answers_are_the_likeliest_tokens(model):
