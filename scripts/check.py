@@ -1,4 +1,4 @@
-"""Everything that CI checks: `check.py [export] [notebooks] [tests] [docs]`, by default all four.
+"""Everything that CI checks: `check.py [export] [notebooks] [tests] [docs]`, by default all four; or files of these, by path.
 
 Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where systems
 can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts notebooks and
@@ -186,9 +186,9 @@ def tasks_of(section):
     "The tasks of a part of the checks."
     if section=='export': return [Task('export', check_export)]
     if section=='docs': return [Task(f'pages of {len(notebooks())} notebooks', check_docs)]
-    if section=='notebooks': return [Task(p.name, check_notebook, (p,)) for p in notebooks()]
-    if section=='tests': return [Task(p.name, check_tests, (p,)) for p in sorted((ROOT/'tests').glob('test_*.py'))]
-    sys.exit(f'{section}: needs some of export, notebooks, tests, docs, or nothing')
+    files = dict(notebooks=notebooks(), tests=sorted((ROOT/'tests').glob('test_*.py'))).get(section, [Path(section).resolve()])
+    if not all(p.is_file() for p in files): sys.exit(f'{section}: needs some of export, notebooks, tests, docs, files, or nothing')
+    return [Task(p.name, check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
 
 def longest_first(task): return LONGEST.index(task.name) if task.name in LONGEST else len(LONGEST)
 
