@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'option_type', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'check_record',
-           'check_checkpoint', 'load_checkpoint', 'page_code', 'make_parser', 'one_line', 'main']
+           'check_checkpoint', 'load_checkpoint', 'page_code', 'Parser', 'make_parser', 'one_line', 'main']
 
 # %% ../nbs/08_cli.ipynb #37e88418
 import argparse, logging, os, subprocess, sys, tempfile, traceback
@@ -36,7 +36,7 @@ from .experiments import ARMS, calibration_verdict, gate_verdict, objective_verd
 from .cpt_study import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
 from .robustness import PLANS, TRAININGS, run_robustness
 from .defences import robustness_verdicts
-from .study import (COUNT, NUMBERS, OBJECTIVES, POLICIES, SEED, WORDS, Number, calibration_batches, check_name, check_preset,
+from .study import (COUNT, NUMBERS, OBJECTIVES, POLICIES, SEED, WORDS, Number, calibration_batches, check_name, check_preset, chosen,
                                   evaluations, fit, run_ablation, run_joint, study_data, study_model)
 
 # %% ../nbs/08_cli.ipynb #5926104d
@@ -200,8 +200,10 @@ def _each_seed(args):   # in a process of its own, so many at once; records and 
 
 def _check_experiment(args, preset):   # what can be known before a model is loaded
     for e in args.experiment: check_record(args.out, preset.name, e, 'name')
-    if args.checkpoint: _check_there(args.checkpoint)
+    if args.checkpoint: _check_readable(args.checkpoint)
     for b in args.mix: Bits.parse(b)
+    for e,arms in (('objectives',ARMS), ('cpt',CPT_ARMS)):
+        for a in args.arms or () if e in args.experiment else (): chosen(arms, a, f'arm of {e}')
     if 'cpt' in args.experiment: _cycle(preset, args)
 
 def _experiment(args):
@@ -227,17 +229,23 @@ def _train(args):
     preset,say = chosen_preset(args),_say(args)
     out = Path(args.out)
     check_checkpoint(out)
-    with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
     model,tokenizer = study_model(preset)
     data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
     say(f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)')
-    calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
+    batches = calibration_batches(preset, data, tokenizer.pad_token_id)
+    with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
+    calibrate_(model, batches)
     fit(preset, model, tokenizer, data, args.policy, OBJECTIVES[args.objective], checkpoint=f'{out}.training', progress=not args.quiet)
     print(f'model  {save_switchable(model, out, base=preset.model)}')
 
 # %% ../nbs/08_cli.ipynb #271b0b90
 def _check_there(path):
     if not Path(path).exists(): raise FileNotFoundError(f"{path}: missing; give what `train`, `run` or `freeze` wrote")
+
+def _check_readable(path):   # without loading the model
+    _check_there(path)
+    if Path(path).is_dir(): read_switchable(path)
+    else: packed_size(path)
 
 def load_checkpoint(
     folder:str|Path,      # A switchable checkpoint, or a packed file
@@ -321,7 +329,7 @@ def page_code(
                       f'explorer({here(source)!r}, {here(model)!r}, {list(map(here, more))!r})'))
 
 def _explore(args):
-    for c in args.checkpoint: _check_there(c)
+    for c in args.checkpoint: _check_readable(c)
     if missing := [m for m in ('voila','ipykernel') if not util.find_spec(m)]: raise ImportError(f"explore needs the package {missing[0]}: pip install 'switchable-llm[explore]'")
     page,first = import_module('switchable_llm.page'),args.checkpoint or [args.preset]
     def tell(address):
@@ -333,6 +341,10 @@ def _explore(args):
         page.serve_page(written, args.port, args.max_sessions, args.idle, args.theme, not args.no_browser, tell)
 
 # %% ../nbs/08_cli.ipynb #c2459241
+class Parser(argparse.ArgumentParser):
+    "An argument parser whose errors are not lost below a page of options."
+    def error(self, message): self.exit(2, f'usage: {self.prog} [options]; {self.prog} --help shows them\nerror: {message}\n')
+
 def _command(commands, name, do, help, examples):
     p = commands.add_parser(name, help=help, description=help, epilog='examples:\n  switchable-llm '+'\n  switchable-llm '.join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quiet', action='store_true', help='no progress on stderr')
@@ -342,7 +354,7 @@ def _command(commands, name, do, help, examples):
 
 def make_parser()->argparse.ArgumentParser: # The parser of `main`
     "All commands and their options."
-    parser = argparse.ArgumentParser('switchable-llm', description='One causal language model at many precisions: profiles of bit-widths, and LoRA adapters routed by them.',
+    parser = Parser('switchable-llm', description='One causal language model at many precisions: profiles of bit-widths, and LoRA adapters routed by them.',
                                      epilog='switchable-llm COMMAND --help shows the options of a command, with examples')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_jobs(commands); _add_checkpoints(commands); _add_profiles(commands)

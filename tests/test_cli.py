@@ -150,6 +150,7 @@ def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, t
         refused(*command, '--profiles', 'bw4', 'bad.yaml', says=['bad.yaml', 'w=1'])
     refused('experiment', 'objectives', '--mix', 'w4a4', 'w99', says='w=99')
     refused('experiment', 'cpt', '--b-min', 8, '--b-max', 4, says=['--b-min 8', '--b-max'])
+    refused('experiment', 'objectives', 'cpt', '--arms', 'random_profile', says='arm of cpt')
     refused('experiment', 'robustness', '--checkpoint', 'nowhere', says='nowhere: missing')
     refused('profiles', 'show', 'bw5', says="'bw5'")
 
