@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'option_type', 'add_preset_options', 'chosen_preset', 'text_table', 'layer_table', 'check_record',
-           'check_checkpoint', 'load_checkpoint', 'page_code', 'Parser', 'make_parser', 'one_line', 'main']
+           'load_checkpoint', 'page_code', 'Parser', 'make_parser', 'one_line', 'main']
 
 # %% ../nbs/08_cli.ipynb #37e88418
-import argparse, logging, os, subprocess, sys, tempfile, traceback
+import argparse, logging, os, subprocess, sys, tempfile, traceback, warnings
 from concurrent.futures import ThreadPoolExecutor
 for _noisy in ('torchao','torch.utils._pytree'): logging.getLogger(_noisy).setLevel(logging.ERROR)   # torchao, where it is installed, warns of what it has for other machines
 import torch
@@ -16,20 +16,19 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import Callable
 from fastcore.docments import docments
-from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as hf_logging
 from .quantizers import Bits
-from .files import check_target, claim, write_whole
+from .files import check_target, claim
 from .switching import PROFILES, Profile, calibrate_, load_profiles, read_profiles, switch_of, use_profile
-from .lora_routing import load_switchable, read_switchable, save_switchable
+from .lora_routing import check_save_target, load_switchable, read_switchable, save_switchable
 from .data import PRESETS, Preset, load_model, load_records, load_squad, save_record
 from .plots import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
 from .profiles_eval import answer, evaluate, profile_cost
 from .native import native_report
 from .integer import KERNELS, try_kernel
-from .packed import freeze, load_packed, load_packed_tokenizer, packed_size
-from .exports import GGUF_DTYPES, export_float, export_gguf, export_torchao
+from .packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
+from .exports import GGUF_DTYPES, export_float, export_gguf, save_torchao
 from .allocation import run_allocation
 from .spans import run_spans, span_reports
 from .experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
@@ -116,17 +115,22 @@ def _profiles_show(args):
         table,c = text_table(layer_table(model, p)),profile_cost(model, p)
         print(f'{p.name}\n{table}\nmean bits: weights {c.w_bits:.4g}, activations {c.a_bits:.4g}; model {c.bytes:,} bytes; {c.bops:,} bit-operations per token; float counts as {c.float_bits} bits\n')
 
-def _profiles_check(args):
-    model,bad = _bare(args) if args.fit else None,0
-    for f in args.files:
-        try:
-            for p in load_profiles(f):
-                if model: p.bits(switch_of(model).sites)
-                print(f'{f}: {p.name} is sound' + (' and fits the model' if model else ''))
+def _each_file(files, do):   # what is wrong with one is told, and the others are looked at too
+    bad = 0
+    for f in files:
+        try: do(f)
         except (ValueError, OSError) as e:
             bad += 1
             _complain(e if f in one_line(e) else f'{f}: {one_line(e)}')
     return int(bad>0)
+
+def _profiles_check(args):
+    model = _bare(args) if args.fit else None
+    def look(f):
+        for p in load_profiles(f):
+            if model: p.bits(switch_of(model).sites)
+            print(f'{f}: {p.name} is sound' + (' and fits the model' if model else ''))
+    return _each_file(args.files, look)
 
 # %% ../nbs/08_cli.ipynb #ce87b81f
 def _presets(args):
@@ -219,16 +223,10 @@ def _experiment(args):
     for e in args.experiment: print(f'# {e}\n'*several+EXPERIMENTS[e][1](preset.name, args.out))
 
 # %% ../nbs/08_cli.ipynb #66d6658f
-def check_checkpoint(
-    folder:str|Path, # Where a switchable checkpoint is to be written
-):
-    "Raise an error that says why it cannot: only an older one is replaced."
-    check_target(folder, 'a switchable checkpoint', ours=lambda p: (p/'switchable.json').is_file(), folder=True)
-
 def _train(args):
     preset,say = chosen_preset(args),_say(args)
     out = Path(args.out)
-    check_checkpoint(out)
+    check_save_target(out)
     model,tokenizer = study_model(preset)
     data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
     say(f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)')
@@ -284,10 +282,6 @@ def _answer(args):
         print(f'{p.name}: {said}')
 
 # %% ../nbs/08_cli.ipynb #7f830bd0
-def _is_packed(path):
-    try: return bool(packed_size(path))
-    except (ValueError, OSError, SafetensorError): return False
-
 def _checkpoint_folder(args):   # of what needs float weights
     _check_there(args.checkpoint)
     if Path(args.checkpoint).is_file():
@@ -295,26 +289,42 @@ def _checkpoint_folder(args):   # of what needs float weights
     return load_checkpoint(args.checkpoint, args.model)
 
 def _freeze(args):
-    check_target(args.out, 'a packed file', ours=_is_packed)
+    check_target(args.out, 'a packed file', is_packed)
     model,tokenizer = _checkpoint_folder(args)
     size = freeze(model, args.out, args.profiles, args.embedding, args.lm_head, tokenizer)
     print(text_table([['part','bytes'], *([k, f'{v:,}'] for k,v in size.items()), ['file', f'{sum(size.values()):,}']]))
 
+def _check_export(args):   # what an older export is, the writer knows
+    out,folder = Path(args.out),args.format=='float'
+    check_target(out, f'an export to {args.format}', ours=lambda p: True, folder=folder)
+    if out.exists() and not args.overwrite and not (folder and not any(out.iterdir())):
+        raise FileExistsError(f"{args.out}: exists already; choose another path, or --overwrite")
+
 def _export(args):
-    if Path(args.out).exists() and not args.overwrite: raise FileExistsError(f"{args.out}: exists already; choose another path, or --overwrite")
-    check_target(args.out, f'an export to {args.format}', ours=lambda p: True, folder=args.format=='float')
+    _check_export(args)
     model,tokenizer = _checkpoint_folder(args)
     tokenizer = None if args.no_tokenizer else tokenizer
     if args.format=='float': print(f'model  {export_float(model, args.profile, args.out, tokenizer, args.overwrite)}')
     if args.format=='gguf': print(f'model  {export_gguf(model, args.profile, args.out, args.dtype, tokenizer, overwrite=args.overwrite)}')
-    if args.format=='torchao':
-        state = export_torchao(model, args.profile).state_dict()
-        print(f'state dict  {write_whole(args.out, lambda path: torch.save(state, path))}')
+    if args.format=='torchao': print(f'state dict  {save_torchao(model, args.profile, args.out, overwrite=args.overwrite)}')
+
+def _check(args):
+    def look(f):
+        if Path(f).is_dir(): raise ValueError(f"{f}: is a folder; `check` is for files that `freeze` wrote")
+        print(f'{f}: every byte is as it was written; {sum(check_packed(f).values()):,} bytes')
+    return _each_file(args.files, look)
 
 def _kernels(args):
     print(text_table([['compiled kernel','runs as'], *native_report().items()]), end='\n\n')
     rows = [[n, d, 'yes' if k else 'no', why] for d in ('cpu', *['cuda']*torch.cuda.is_available()) for n in KERNELS for k,why in [try_kernel(n, d)]]
     print(text_table([['integer product','device','usable','why'], *rows]))
+    def generates(f):
+        model = load_packed(f)
+        rows = []
+        for p in switch_of(model).profiles:
+            with use_profile(model, p): rows.append([p, model.native_status])
+        print(f"\n{f}\n{text_table([['profile','generate() runs by'], *rows])}")
+    return _each_file(args.files, generates)
 
 # %% ../nbs/08_cli.ipynb #8ecf461d
 def page_code(
@@ -368,7 +378,10 @@ def make_parser()->argparse.ArgumentParser: # The parser of `main`
     page.add_argument('--port', type=option_type(Number(1, 65535)), default=8866, help='of the server on this machine (default: 8866)')
     page.add_argument('--theme', choices=('light','dark'), default='light', help='of the page (default: light)')
     page.add_argument('--no-browser', action='store_true', help='do not open a browser')
-    _command(commands, 'kernels', _kernels, 'say which kernels run on this machine, and why others do not', ['kernels'])
+    kernels = _command(commands, 'kernels', _kernels, 'say which kernels run on this machine, and why others do not', ['kernels', 'kernels my-model.safetensors'])
+    kernels.add_argument('files', nargs='*', metavar='FILE', help='packed files: say also how `generate()` runs on them')
+    check = _command(commands, 'check', _check, 'read packed files whole, and compare every byte with their checksums', ['check my-model.safetensors'])
+    check.add_argument('files', nargs='+', metavar='FILE', help='what `freeze` wrote')
     return parser
 
 def _add_jobs(commands):
@@ -451,7 +464,7 @@ def one_line(
     e:BaseException, # What went wrong
 )->str: # Without line breaks, and not endless
     "An error in a line; one that no check of ours foresaw with its kind."
-    ours = isinstance(e, (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)) and str(e).strip()
+    ours = isinstance(e, (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, Warning)) and str(e).strip()
     text = ' '.join((str(e) if ours else f'{type(e).__name__}: {e}').split()).removesuffix(':')
     if isinstance(e, MemoryError): text = 'there is not enough memory: '+(text if str(e) else 'choose a smaller model, batch or number of questions')
     return text if len(text)<=600 else text[:599]+'…'
@@ -468,6 +481,13 @@ def main(
         args.argv = argv
     except SystemExit as e: return e.code        # help, or what argparse has explained
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        if not args.debug: warnings.showwarning = _note
+        return _run_command(args)
+
+def _note(message, *where, **more): print('note:', one_line(message), file=sys.stderr, flush=True)
+
+def _run_command(args):
     try:
         status = args.do(args) or 0
         sys.stdout.flush()

@@ -309,9 +309,24 @@ def test_a_packed_file_has_no_float_weights(refused, mine, toy_folder):
         refused(command[0], mine/'mine.safetensors', *command[1:], '--out', 'x', says=['mine.safetensors: is a file', f'no float weights to {command[0]} from', 'from which it was frozen'])
     refused('answer', mine/'mine.safetensors', '--model', toy_folder, *ASK, says='leave out --model')
 
-def test_kernels(cli):
+def test_kernels(cli, mine):
     status,out,err = cli('kernels')
     assert (status, err)==(0, '') and 'quantize' in out and 'onednn' in out
+    status,more,err = cli('kernels', mine/'mine.safetensors', 'nowhere')
+    assert status==1 and more.startswith(out) and err.count('\n')==1 and 'nowhere' in err
+    rows = dict(l.split(maxsplit=1) for l in more[len(out):].splitlines()[2:])
+    assert list(rows)[1:]==['bw4','mixed8648'] and all(r.strip().startswith(('native steps','modules: ')) for p,r in rows.items() if p!='profile')
+
+def test_check(cli, refused, tmp_path, mine):
+    whole = (mine/'mine.safetensors').read_bytes()
+    good,bad = tmp_path/'good.safetensors',tmp_path/'bad.safetensors'
+    good.write_bytes(whole); bad.write_bytes(whole[:-1]+bytes([whole[-1]^1]))
+    assert cli('check', 'good.safetensors')==(0, f'good.safetensors: every byte is as it was written; {len(whole):,} bytes\n', '')
+    status,out,err = cli('check', 'bad.safetensors', 'good.safetensors', 'nowhere', mine/'mine')
+    assert status==1 and out.startswith('good.safetensors: every byte')
+    lines = err.splitlines()
+    assert len(lines)==3 and all(l.startswith('error: ') for l in lines)
+    for l,words in zip(lines, (('bad.safetensors','damaged'), ('nowhere',), ('is a folder','freeze'))): assert all(w in l for w in words), l
 
 # --- one way out ------------------------------------------------------------------------------------------------------
 
