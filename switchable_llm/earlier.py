@@ -16,7 +16,8 @@ from .comparisons import Interval, crossed_mean, paired
 from .plots import figure_style
 from .cpt_study import cpt_findings, cpt_verdicts
 from .defences import earlier_statements
-from .verdicts import PRESET_NAMES, Study, _title, cheaper_part, joint_score, markdown_table, no_record, profile_names, profile_scores, tried, unequal_exposure
+from .verdicts import (PRESET_NAMES, Study, _title, cheaper_part, joint_score, markdown_table, no_record, profile_names,
+    profile_scores, tried, unequal_exposure)
 
 # %% ../nbs/05e_earlier.ipynb #447cf23a
 class Earlier(NamedTuple):
@@ -107,12 +108,13 @@ def _row_plot(rows, xlabel, limit=math.inf):   # (label, Interval or number, col
 def plot_earlier_cpt(
     study:Study, # All records
 )->Figure: # A row for each comparison
-    "F1 of cyclic precision less that of its baseline: theirs hollow, ours with intervals, where our runs can carry a verdict."
+    "F1 of cyclic precision less that of its baseline: theirs hollow, ours with intervals where our runs can carry a verdict."
     rows = [(f'{e.source}, {e.setting}', e.value-e.other, '#7f7f7f', _their_markers[e.source], False) for e in earlier('cpt')]
     for p,name in PRESET_NAMES.items():
         for q in ('static','random'):
             found = cpt_findings(study.of(p, 'cpt'), q, 'f1', ranges=study.of(p, 'range_test'))
-            rows += [(f"{_title(name)}, {f.claim.removeprefix('cyclic ').replace(' better than ', ', against ')}", tuple(100*x for x in f.effect), *_ours[p], True)
+            said = lambda f: f.claim.removeprefix('cyclic ').replace(' better than ', ', against ')
+            rows += [(f'{_title(name)}, {said(f)}', tuple(100*x for x in f.effect), *_ours[p], True)
                      for f in found if ' = ' not in f.claim and not f.fault]
     return _row_plot(rows, 'F1 of cyclic precision less its baseline (points)', 40)
 
@@ -137,11 +139,15 @@ def plot_earlier_typos(
 # %% ../nbs/05e_earlier.ipynb #c2939b89
 def _stated(study, preset):   # statement -> what is found
     cpt,joint,bits = study.of(preset, 'cpt'),study.of(preset, 'robustness', 'joint'),study.of(preset, 'allocation')
-    verdicts = cpt_verdicts(cpt, study.of(preset, 'range_test'))
-    said = {k.removeprefix('Earlier: '):v.split('**')[1].rstrip('.') if '**' in v else v for k,v in verdicts.items() if k.startswith('Earlier')}
-    said['“the MLP tolerates fewer bits than attention” (study A): where a bit is saved more cheaply'] = ('no verdict, as steps differ; measured: '*bool(unequal_exposure(study.joint(preset)))+cheaper_part(bits)) if bits else no_record(preset, 'allocation')
-    unequal = unequal_exposure(study.joint(preset), joint[0]['config']['plan']['profiles']) if joint else ''
-    return said | {f'{k}: {f.claim}':f'{f.verdict}, {f.effect.show()} {f.unit}' for k,f in earlier_statements(joint, unequal).items()}
+    verdicts,rs = cpt_verdicts(cpt, study.of(preset, 'range_test')),study.joint(preset)
+    short = lambda v: v.split('**')[1].rstrip('.') if '**' in v else v
+    said = {k.removeprefix('Earlier: '):short(v) for k,v in verdicts.items() if k.startswith('Earlier')}
+    measured = 'no verdict, as steps differ; measured: '*bool(unequal_exposure(rs))
+    mlp = '“the MLP tolerates fewer bits than attention” (study A): where a bit is saved more cheaply'
+    said[mlp] = measured+cheaper_part(bits) if bits else no_record(preset, 'allocation')
+    unequal = unequal_exposure(rs, joint[0]['config']['plan']['profiles']) if joint else ''
+    found = earlier_statements(joint, unequal)
+    return said | {f'{k}: {f.claim}':f'{f.verdict}, {f.effect.show()} {f.unit}' for k,f in found.items()}
 
 def statements_table(
     study:Study, # All records
@@ -161,8 +167,10 @@ def earlier_table(
     for label,curve in _task_curves(study).items(): rows[label] = {b:i.show(100) for b,i in curve.items()}
     for p,name in PRESET_NAMES.items():
         if (rs := study.joint(p)) and 'mixed8648' in profile_names(rs[0]): rows[f'{_title(name)}, writing'][None] = joint_score(rs, 'mixed8648').show(100)
-    heads,cells = ['F1 %','float','8 bits','6 bits','5 bits','4 bits','mixed'],([name, *(r.get(c, '') for c in columns)] for name,r in rows.items())
-    steps = ' '.join(f'{_title(name)}: {said}.' for p,name in PRESET_NAMES.items() if (said := unequal_exposure(study.joint(p))))
+    heads = ['F1 %','float','8 bits','6 bits','5 bits','4 bits','mixed']
+    cells = ([name, *(r.get(c, '') for c in columns)] for name,r in rows.items())
+    differ = {_title(name):unequal_exposure(study.joint(p)) for p,name in PRESET_NAMES.items()}
+    steps = ' '.join(f'{name}: {said}.' for name,said in differ.items() if said)
     return markdown_table([heads, *cells], f'Theirs: trained, also in float. Ours: float not trained; mixed is `mixed8648`. {steps}'.strip())
 
 def other_numbers(

@@ -329,7 +329,8 @@ def plot_arms(
     with _figure(1, len(comparisons), 2.2+2.7*len(comparisons), 1.2+.3*len(arms), sharey=True) as (fig,axs):
         for ax,(title,cs) in zip(axs, comparisons.items()):
             for c in cs: _mark(ax, None, arms.index(c.arm)+(-.16 if c.at=='steps' else .16), np.array(c.difference), styles[c.at], c.at!='steps', gid=f'{title}-{c.at}-{c.arm}')
-            ax.axvspan(-margin, margin, color=_ink, alpha=.18, lw=0); ax.axvline(0, ls=':', c=_ink); ax.set(title=title); ax.grid(axis='y', visible=False)
+            ax.axvspan(-margin, margin, color=_ink, alpha=.18, lw=0); ax.axvline(0, ls=':', c=_ink)
+            ax.set(title=title); ax.grid(axis='y', visible=False)
         _rows(axs[0], arms); fig.supxlabel(xlabel, color=_ink, fontsize=9)
         keys = [Line2D([], [], marker=s.marker, ls='-', c=s.color, mfc='none' if k!='steps' else s.color, label=f'at equal {k}') for k,s in styles.items()]
         fig.legend(handles=keys, loc='outside upper center', ncols=2)

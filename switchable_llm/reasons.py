@@ -10,16 +10,18 @@ __all__ = ['CPT_STATIC', 'ROBUSTNESS', 'cpt_parts', 'cpt_answer', 'cpt_brief', '
 import math
 from typing import Iterable
 import numpy as np
-from .comparisons import MARGIN, Findings, Interval, basis, crossed_mean, decide, digits, paired
+from .comparisons import ANSWERS, MARGIN, Findings, Interval, basis, crossed_mean, decide, digits, paired, plural
 from .cpt_study import cpt_faults, cpt_findings, cpt_score, range_of
-from .defences import attack_faults, defence_claim, earlier_statements, is_question, robustness_verdicts, sanity_checks, threat_scores, transfer_claim
+from .defences import (attack_faults, defence_claim, earlier_statements, is_question, robustness_verdicts, sanity_checks,
+    threat_scores, transfer_claim)
 from .verdicts import Study, no_record, unequal_exposure
 
 # %% ../nbs/05d_reasons.ipynb #e936ba7c
 CPT_STATIC = dict(bw8='static_high', bw6='static_mean', bw4='static_low')   # profile -> the arm that was trained for it
-_answers = 'yes','in part','no','no or open','open','no room','no verdict'
-_agrees = dict(zip(_answers, ('It helps here too.', 'It helps here in part.', 'It does not help here by an amount that matters.', 'It does not help here where that is known; the rest is open.', 'Open.',
-                              'No room: there is nothing left to gain.', 'No verdict: these runs cannot answer.')))
+_agrees = dict(zip(ANSWERS, (
+    'It helps here too.', 'It helps here in part.', 'It does not help here by an amount that matters.',
+    'It does not help here where that is known; the rest is open.', 'Open.',
+    'No room: there is nothing left to gain.', 'No verdict: these runs cannot answer.')))
 
 def _arms(records):
     out = {}
@@ -49,23 +51,30 @@ def _left(findings):   # of a benefit
     told = findings.of('confirmed', 'refuted', 'undecided', 'no room')
     if not told: return ''
     most,every = max(f.gain_left for f in told),' in every comparison'*(len(told)>1)
-    return f'a benefit above {most:.2g} nats per token is ruled out{every}' if most>0 else f'any benefit is ruled out{every}'
+    benefit = f'a benefit above {most:.2g} nats per token' if most>0 else 'any benefit'
+    return f'{benefit} is ruled out{every}'
 
 def _order(records, ranges):
     findings = cpt_findings(records, 'random', ranges=ranges)
-    why = dict(zip(_answers, ('the order of the widths matters', 'the order of the widths matters at some profiles', 'what it does is explained by the mix of widths alone',
-                              'where that is known, the mix of widths alone explains it', 'whether their order matters is open', 'there is no room to tell')))
-    return f'Against random precision over the same widths: {findings.count()}; {why[findings.answer]}.' if findings and findings.answer in why else ''
+    why = dict(zip(ANSWERS, (
+        'the order of the widths matters', 'the order of the widths matters at some profiles',
+        'what it does is explained by the mix of widths alone', 'where that is known, the mix of widths alone explains it',
+        'whether their order matters is open', 'there is no room to tell')))
+    if findings.answer not in why or not findings: return ''
+    return f'Against random precision over the same widths: {findings.count()}; {why[findings.answer]}.'
 
 def _below_range(study, preset):
     ranges,runs = study.of(preset, 'range_test'),study.of(preset, 'cpt')
     if not ranges or not runs: return ''
     cycle,low = runs[0]['config']['cycle'],[range_of(r).b_min for r in ranges]
-    where = 'above the start of the cycle, so part of it trains where little is learnt' if np.median(low)>cycle['b_min'] else 'no higher than the start of the cycle, so a cycle that starts too low is not the reason'
-    return f"The precision range test finds progress from {' or '.join(map(str, sorted(set(low))))} bits on ({len(low)} seeds): {where}."
+    above = 'above the start of the cycle, so part of it trains where little is learnt'
+    within = 'no higher than the start of the cycle, so a cycle that starts too low is not the reason'
+    found,seeds = ' or '.join(map(str, sorted(set(low)))),plural(len(low), 'seed')
+    return f"The precision range test finds progress from {found} bits on ({seeds}): {above if np.median(low)>cycle['b_min'] else within}."
 
 def _tally(findings):   # 'it did not help in 2 comparisons; in 4 there was nothing left to gain'
-    words = {'confirmed':'it helped in', 'refuted':'it did not help in', 'undecided':'open in', 'no room':'nothing was left to gain in', 'no verdict':'no verdict in'}
+    words = {'confirmed':'it helped in', 'refuted':'it did not help in', 'undecided':'open in',
+             'no room':'nothing was left to gain in', 'no verdict':'no verdict in'}
     told = [f'{words[v]} {len(fs)}' for v in words if (fs := findings.of(v))]
     return f"of {len(findings)} comparisons with static precision, {', '.join(told)}"
 
@@ -79,7 +88,8 @@ def cpt_answer(
     if not findings: return no_record(preset, 'cpt')
     cost = [rs_[0]['bops_per_step'] for n in ('cyclic','static_high') if (rs_ := _arms(rs).get(n))]
     over = basis(findings[0].seeds, findings[0].examples, 'question')
-    lines = [f"{findings.say(_agrees)}", f"In all, {_tally(findings)}{'; '*bool(_left(findings))}{_left(findings)}. {over[0].upper()+over[1:]}.",
+    tally = '; '.join(filter(None, (_tally(findings), _left(findings))))
+    lines = [findings.say(_agrees), f"In all, {tally}. {over[0].upper()+over[1:]}.",
              faults and f"Why these runs cannot answer: {'; '.join(faults)}.",
              f'A step costs {cost[0]/cost[1]:.2f} of one at the highest width.' if len(cost)==2 else '',
              _room(rs), _order(rs, ranges), _below_range(study, preset)]
@@ -97,7 +107,8 @@ def cpt_brief(
     return f"**{_agrees[fs.answer]}** {_tally(fs)[0].upper()+_tally(fs)[1:]}; {_left(fs)}."
 
 # %% ../nbs/05d_reasons.ipynb #aaaff91d
-ROBUSTNESS = {'pgd adaptive':'an attacker who knows the defence', 'pgd worst':'the worst of all attackers for each question'} # threats of the headline
+ROBUSTNESS = {   # threats of the headline
+    'pgd adaptive':'an attacker who knows the defence', 'pgd worst':'the worst of all attackers for each question'}
 
 def robustness_findings(
     records:Iterable[dict],   # Of the jointly trained model, of one preset
@@ -109,7 +120,9 @@ def robustness_findings(
     records = list(records)
     if not records or strategy not in records[0]['clean']: return Findings()
     fault = '; '.join(filter(None, (*attack_faults(records), unequal)))
-    claims = [defence_claim(f'{said}: `{strategy}` better than `{{b}}`', records, t, strategy, 'best', score, fault=fault) for t,said in ROBUSTNESS.items() if is_question(records[0], t, strategy)]
+    asked = {t:said for t,said in ROBUSTNESS.items() if is_question(records[0], t, strategy)}
+    text = lambda said: f'{said}: `{strategy}` better than `{{b}}`'
+    claims = [defence_claim(text(said), records, t, strategy, 'best', score, fault=fault) for t,said in asked.items()]
     return decide(cs) if (cs := [c for c in claims if c is not None]) else Findings()
 
 def robustness_parts(
@@ -118,7 +131,8 @@ def robustness_parts(
 )->dict[str,Interval]: # 'the mix of profiles', 'not knowing which' and 'both': nats per token, below 0 helps; may be empty
     "What of a random profile's robustness is due to the mix, and what to chance."
     records,one = list(records),lambda a, b: crossed_mean(paired(records, records, lambda r: threat_scores(r, threat, a), lambda r: threat_scores(r, threat, b)), records[0]['n_answer']).interval()
-    if not records or any(threat_scores(r, threat, n) is None for r in records for n in ('random_profile','mean','highest')): return {}
+    names = 'random_profile','mean','highest'
+    if not records or any(threat_scores(r, threat, n) is None for r in records for n in names): return {}
     return {'the mix of profiles':one('mean', 'highest'), 'not knowing which':one('random_profile', 'mean'), 'both':one('random_profile', 'highest')}
 
 def transfer_share(
@@ -133,36 +147,43 @@ def transfer_share(
 def defence_levels(
     records:Iterable[dict],     # Of the jointly trained model, of one preset
     threat:str='pgd worst',     # One of the threats; or 'clean'
-)->dict[str,tuple[float,float]]: # Fixed profiles and `random_profile` -> nats per token, share of right answers; the least hurt first; may be empty
+)->dict[str,tuple[float,float]]: # Fixed profiles and `random_profile` -> nats per token, share right; the least hurt first
     "How each profile fares under a threat."
     records = list(records)
     if not records: return {}
     names = [*(f'fixed_{p}' for p in records[0]['config']['plan']['profiles']), 'random_profile']
     if any(threat_scores(r, threat, n, s) is None for r in records for n in names for s in ('nll','right')): return {}
-    mean = lambda n, s: crossed_mean([threat_scores(r, threat, n, s) for r in records], records[0]['n_answer'] if s=='nll' else None).value
-    return dict(sorted(((n.removeprefix('fixed_'), (mean(n, 'nll'), mean(n, 'right'))) for n in names), key=lambda i: i[1][0]))
+    sizes = dict(nll=records[0]['n_answer'], right=None)
+    mean = lambda n, s: crossed_mean([threat_scores(r, threat, n, s) for r in records], sizes[s]).value
+    levels = {n.removeprefix('fixed_'):(mean(n, 'nll'), mean(n, 'right')) for n in names}
+    return dict(sorted(levels.items(), key=lambda i: i[1][0]))
 
 _WHERE = {'clean':'without an attack', 'pgd worst':'under the worst of all attackers'}
 
 def _levels_said(records):
-    found = {w:defence_levels(records, t) for t,w in _WHERE.items()}
-    told = [f"{w} {', '.join(f'`{n}` {digits(nll)} ({100*right:.0f} %)' for n,(nll,right) in levels.items())}" for w,levels in found.items() if levels]
+    show = lambda levels: ', '.join(f'`{n}` {digits(nll)} ({100*right:.0f} %)' for n,(nll,right) in levels.items())
+    told = [f'{w} {show(levels)}' for t,w in _WHERE.items() if (levels := defence_levels(records, t))]
     return f"Measured, nats per token (answers right): {'; '.join(told)}." if told else ''
 
 def _best_and_random(records):   # a sentence, or ''
     levels = defence_levels(records)
     if not levels: return ''
     best,(own,_) = next(n for n in levels if n!='random_profile'),levels['random_profile']
-    return f" Measured, {_WHERE['pgd worst']}: `{best}`, the best fixed profile, {digits(levels[best][0])}, a random one {digits(own)} nats per token."
+    return (f" Measured, {_WHERE['pgd worst']}: `{best}`, the best fixed profile, {digits(levels[best][0])}, "
+            f"a random one {digits(own)} nats per token.")
 
-_defends = dict(zip(_answers, ('It helps here, as Double-Win Quant says.', 'It helps here in part.', 'It does not help here.', 'It does not help here where that is known; the rest is open.', 'Open.',
-                               'No room: the best fixed profile loses nothing.', 'No verdict: these attacks cannot answer.')))
+_defends = dict(zip(ANSWERS, (
+    'It helps here, as Double-Win Quant says.', 'It helps here in part.', 'It does not help here.',
+    'It does not help here where that is known; the rest is open.', 'Open.',
+    'No room: the best fixed profile loses nothing.', 'No verdict: these attacks cannot answer.')))
 
 def _why_robust(joint, said):
-    share,parts = transfer_share(joint),robustness_parts(joint)
-    out = [f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the own.'] if share is not None else []
-    if parts: out.append('Random against highest, each under the attacker who knows it: '+', '.join(f'{k} {v.show()}' for k,v in parts.items())+' nats per token (below 0 helps).')
-    if (f := said.get('Masked gradients')): out.append(f"That gradients averaged over precisions hurt the highest profile more than its own, as they would if its own hid something: {f.verdict} ({f.effect.show()}).")
+    share,parts,f,out = transfer_share(joint),robustness_parts(joint),said.get('Masked gradients'),[]
+    if share is not None: out.append(f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the own.')
+    shown = ', '.join(f'{k} {v.show()}' for k,v in parts.items())
+    if parts: out.append(f'Random against highest, each under the attacker who knows it: {shown} nats per token (below 0 helps).')
+    if f: out.append('That gradients averaged over precisions hurt the highest profile more than its own, as they would '
+                     f'if its own hid something: {f.verdict} ({f.effect.show()}).')
     return out
 
 def robustness_answer(
@@ -173,11 +194,14 @@ def robustness_answer(
     rs = study.of(preset, 'robustness'); joint = [r for r in rs if r['name']=='joint']
     if not joint: return no_record(preset, 'robustness')
     unequal = unequal_exposure(study.joint(preset), joint[0]['config']['plan']['profiles'])
-    found,checks,faults = {s:robustness_findings(joint, score=s, unequal=unequal) for s in ('right','nll')},sanity_checks(joint),attack_faults(joint)
+    right,nll = (robustness_findings(joint, score=s, unequal=unequal) for s in ('right','nll'))
+    checks,faults = sanity_checks(joint),[*attack_faults(joint), *([unequal] if unequal else [])]
     over = basis(len(joint), len(joint[0]['ids']), 'question')
-    lines = [f"**{_defends[found['right'].answer]}** In answers that stay right: {_shown(found['right'])}; in nats per token: {_shown(found['nll'])}. {over[0].upper()+over[1:]}.",
-             (faults or unequal) and f"Why not: {'; '.join(filter(None, (*faults, unequal)))}.", _levels_said(joint), *_why_robust(joint, earlier_statements(joint, unequal)),
-             f"Training against attacks: {robustness_verdicts(rs, unequal)['Training']}", f"Of {len(checks)} checks of the attacks {checks.count()}."]
+    lines = [f"**{_defends[right.answer]}** In answers that stay right: {_shown(right)}; in nats per token: {_shown(nll)}. "
+             f"{over[0].upper()+over[1:]}.",
+             faults and f"Why not: {'; '.join(faults)}.", _levels_said(joint), *_why_robust(joint, earlier_statements(joint, unequal)),
+             f"Training against attacks: {robustness_verdicts(rs, unequal)['Training']}",
+             f"Of {len(checks)} checks of the attacks {checks.count()}."]
     return '\n'.join(filter(None, lines))
 
 def _shown(findings): return '; '.join(f'{f.claim} ({f.effect.show()}, {f.verdict})' for f in findings) or 'nothing was compared'

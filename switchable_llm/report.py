@@ -16,25 +16,27 @@ from .data import PRESETS
 from .comparisons import MARGIN, Finding, Findings, Interval, plural
 from .cpt_study import CPT_QUESTIONS, cpt_findings
 from .defences import earlier_statements, sanity_checks
-from .verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings, allocation_answer, allocation_brief, allocation_findings,
-    markdown_table, objectives_answer, objectives_brief, profile_names, profile_scores, shared_findings, tried, unequal_exposure)
+from .verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
+    allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer, objectives_brief, profile_names,
+    profile_scores, shared_findings, tried, unequal_exposure)
 from .reasons import cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
     study:Study,  # All records
     preset:str,   # Name of a preset
-)->dict[str,list[Finding]]: # Topic -> findings, also those without room or verdict; without topics that the records do not carry
+)->dict[str,list[Finding]]: # Topic -> findings, also those without room or verdict; only topics of which there are records
     "Every family of claims that the report decides."
     cpt,ranges,rs = study.of(preset, 'cpt'),study.of(preset, 'range_test'),study.joint(preset)
     joint = study.of(preset, 'robustness', 'joint')
     unequal = lambda names=None: unequal_exposure(rs, names)
     attacked = lambda: unequal(joint[0]['config']['plan']['profiles']) if joint else ''
-    makes = dict(accuracy=lambda: accuracy_findings(rs), bits=lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal()))
-    makes |= {'profiles at equal steps':lambda: shared_findings(cpt)}
-    makes |= {f'cyclic precision, {q.replace("_", " ")}':lambda q=q: cpt_findings(cpt, q, ranges=ranges) for q in CPT_QUESTIONS}
-    makes |= {f'random precision, {s}':lambda s=s: robustness_findings(joint, score=s, unequal=attacked()) for s in ('right','nll')}
-    makes |= {'earlier statements':lambda: earlier_statements(joint, attacked()).values(), 'attacks':lambda: sanity_checks(joint)}
+    makes = {
+        'accuracy':lambda: accuracy_findings(rs), 'profiles at equal steps':lambda: shared_findings(cpt),
+        'bits':lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal()),
+        **{f'cyclic precision, {q.replace("_", " ")}':lambda q=q: cpt_findings(cpt, q, ranges=ranges) for q in CPT_QUESTIONS},
+        **{f'random precision, {s}':lambda s=s: robustness_findings(joint, score=s, unequal=attacked()) for s in ('right','nll')},
+        'earlier statements':lambda: earlier_statements(joint, attacked()).values(), 'attacks':lambda: sanity_checks(joint)}
     return {k:fs for k,make in makes.items() if (fs := _or_none(make))}
 
 def _or_none(make):   # an answer says what is wrong; here it only does not count
@@ -87,8 +89,11 @@ def directions_answer(
     if not fs: return 'Open: there is no record.'
     near = '; '.join(f'{q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
     lost = [f'`{c}`' for c in missing_records(study) if c.endswith(f' {preset}')]
-    return '\n'.join(filter(None, (f"Of {plural(len(fs), 'claim')}: {fs.count()}.", near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
-            f'Not run: {_listed(lost)}.' if lost else 'Every experiment of the report was run.', any(f.seeds==1 for f in fs) and 'Where there is one seed, nothing tells the spread between seeds: a second one comes first.')))
+    lines = [f"Of {plural(len(fs), 'claim')}: {fs.count()}.",
+             near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
+             f'Not run: {_listed(lost)}.' if lost else 'Every experiment of the report was run.',
+             'Where there is one seed, nothing tells the spread between seeds: more of them come first.'*any(f.seeds==1 for f in fs)]
+    return '\n'.join(filter(None, lines))
 
 # %% ../nbs/06_report.ipynb #ad3e86b7
 QUESTIONS = {   # question -> how it is answered, for one preset
@@ -113,17 +118,18 @@ def abstract(
         told = {_title(name):tried(make, study, p) or 'No record yet.' for p,name in PRESET_NAMES.items()}
         out[topic] = ''.join(f'\n    - *{name}*: {said}' for name,said in told.items())
     fs,qs = _all_of(study, study.records),open_questions(study)
-    nearest = f' The nearest to a decision ({_nearest(qs[0])}) takes about {_much(qs[0].times)} times as many seeds and questions.' if qs else ''
+    takes = lambda q: f' The nearest to a decision ({_nearest(q)}) takes about {_much(q.times)} times as many seeds and questions.'
+    nearest = takes(qs[0]) if qs else ''
     return out | {'Open':f"Of {plural(len(fs), 'claim')}: {fs.count()}.{nearest}"}
 
 def _rests_on(study):
     seeds = {p:len({r['seed'] for rs in study.records[p].values() for r in rs}) for p in PRESET_NAMES if p in study.records}
     if not seeds: return 'There is no record yet.'
     once = [PRESET_NAMES[p] for p,n in seeds.items() if n==1]
-    few = f" With one seed ({_listed(once)}) the intervals are over questions, and say nothing of other runs." if once else ''
+    few = f' With one seed ({_listed(once)}) the intervals are over questions, and say nothing of other runs.' if once else ''
     models = ', '.join(f"{PRESET_NAMES[p]} ({plural(n, 'seed')})" for p,n in seeds.items())
-    return (f"{len(study)} records: {models}. Verdicts are read off intervals that hold together for all claims of a question; "
-            f"an effect counts from {MARGIN:g} nats per token, or {100*MARGIN:g} points of F1.{few}")
+    return (f'{len(study)} records: {models}. Verdicts are read off intervals that hold together for all claims of a question; '
+            f'an effect counts from {MARGIN:g} nats per token, or {100*MARGIN:g} points of F1.{few}')
 
 def _nearest(q): return f'{PRESET_NAMES[q.preset]}: {q.finding.claim}'
 

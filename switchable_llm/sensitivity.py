@@ -358,7 +358,7 @@ def tolerance(
     return Tolerance(diff(lambda r, n: r), diff(lambda r, n: r/n), saved)
 
 def cheaper(
-    price:Iterable[float], # Difference of the prices, MLP less attention: value, low, high, as `Tolerance` and records have it
+    price:Iterable[float], # Difference of the prices, MLP less attention: value, low, high, as in `Tolerance` and records
     saved:dict,            # What each saves, in millions
 )->str: # 'MLP', 'attention', 'alike' or 'open'
     "Where a bit is saved more cheaply, by an amount that matters."

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from .switching import Profile, Site
 from .data import PRESETS, load_records
 from .plots import plot_bits
-from .comparisons import (MARGIN, VERDICTS, Claim, Findings, Interval, as_good, basis, better, crossed_mean, decide, exposure, mean_exposure,
-    paired, plural, same_exposure, show_exposure, side)
+from .comparisons import (ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean,
+    decide, exposure, mean_exposure, paired, plural, same_exposure, show_exposure, side)
 from .study import run_name
 from .sensitivity import cheaper, total
 from .experiments import calibration_verdict, gate_verdict, objective_verdicts
@@ -142,7 +142,8 @@ def joint_exposure(
     records:Iterable[dict], # Of joint training, one for each seed
 )->dict[str,dict]: # Profile -> kind of layer -> optimizer steps that its adapter has had, mean over seeds
     "How long each profile's adapters were trained."
-    return mean_exposure(exposure(r['training']['curve'], [s['profile'] for s in r['after']['scores']]) for r in records)
+    profiles = lambda r: [s['profile'] for s in r['after']['scores']]
+    return mean_exposure(exposure(r['training']['curve'], profiles(r)) for r in records)
 
 def unequal_exposure(
     records:Iterable[dict],         # Of joint training, one for each seed; may be empty
@@ -165,29 +166,34 @@ def accuracy_findings(
     "For each profile: does it lose less than the margin against the highest, and did training raise its F1?"
     records = list(records)
     if not records: return Findings()
-    after,before,names,top,had = _flat(records),_flat(records, 'before'),profile_names(records[0]),_top(records),joint_exposure(records)
-    f1,value = (lambda n: lambda r: r['scores'][n]['f1']),(lambda n, when: joint_score(records, n, when=when).value)
-    room = lambda n, when: value(n, when)<=1-margin
-    def fair(n): return '' if same_exposure(had[n], had[top]) else f'{n} had {show_exposure(had[n])} steps, {top} {show_exposure(had[top])}'
-    kept = [as_good(f'`{n}` loses less than {100*margin:g} points against {top}', paired(after, after, f1(n), f1(top)), unit='F1',
-                    room=room(top, 'after'), margin=margin, fault=fair(n)) for n in names if n!=top]
-    taught = _taught(records, margin)
-    gained = [better(f'`{n}` gains F1 by training', paired(after, before, f1(n)), unit='F1', room=room(n, 'before'), margin=margin, fault=taught) for n in names]
-    return decide(kept+gained)
+    after,before,names,top = _flat(records),_flat(records, 'before'),profile_names(records[0]),_top(records)
+    had,taught = joint_exposure(records),_taught(records, margin)
+    f1 = lambda n: lambda r: r['scores'][n]['f1']
+    room = lambda n, when: joint_score(records, n, when=when).value<=1-margin
+    def kept(n):
+        fair = same_exposure(had[n], had[top])
+        fault = '' if fair else f'{n} had {show_exposure(had[n])} steps, {top} {show_exposure(had[top])}'
+        return as_good(f'`{n}` loses less than {100*margin:g} points against {top}', paired(after, after, f1(n), f1(top)),
+                       unit='F1', room=room(top, 'after'), margin=margin, fault=fault)
+    def gained(n):
+        return better(f'`{n}` gains F1 by training', paired(after, before, f1(n)), unit='F1', room=room(n, 'before'),
+                      margin=margin, fault=taught)
+    return decide([kept(n) for n in names if n!=top]+[gained(n) for n in names])
 
 def _taught(records, margin=MARGIN):   # '' where the float model knew the task before
-    float_before,best = joint_score(records, 'float', when='before').value,max(joint_score(records, n).value for n in profile_names(records[0]))
-    if float_before>=best-margin: return ''
+    best = max(joint_score(records, n).value for n in profile_names(records[0]))
+    if joint_score(records, 'float', when='before').value>=best-margin: return ''
     return 'the float model had to learn the task and its format too, and none was trained alike'
 
-def _split(findings): return [Findings(f for f in findings if ('loses less' in f.claim)==kept) for kept in (True, False)]
+def _split(findings):   # the claims of `accuracy_findings`: as good as the highest, and gained
+    return [Findings(f for f in findings if ('loses less' in f.claim)==kept) for kept in (True, False)]
 
 def answer_words(
     records:Iterable[dict], # Of joint training, one for each seed
     profile:str,            # Name of a profile
     when:str='after',       # 'before' or 'after'
 )->float|None: # `None` where the records do not have the answers
-    "How many words the model answers with, on average: a chat model that has not learnt the format answers in sentences."
+    "How many words an answer has on average: a chat model that has not learnt the format answers in sentences."
     said = [t for r in records for t in profile_scores(r, when)[profile].get('prediction', ())]
     return float(np.mean([len(t.split()) for t in said])) if said else None
 
@@ -198,10 +204,12 @@ def shared_findings(
     "Profiles against `bw8` at equal exposure: with one adapter for all widths every step has trained it."
     runs = [r for r in records if r['config']['arm']['name']==arm]
     if not runs: return Findings()
-    sizes,room = runs[0]['n_answer'],crossed_mean([cpt_score(r, 'bw8') for r in runs], runs[0]['n_answer']).value>=MARGIN
-    other = [n for n in ('bw6','mixed8648','bw4') if n in runs[0]['scores']]
-    return decide([as_good(f'`{n}` loses less than {MARGIN:g} nats against bw8, at equal steps', paired(runs, runs, lambda r: cpt_score(r, n), lambda r: cpt_score(r, 'bw8')),
-                           less=True, sizes=sizes, unit='nats per token', room=room) for n in other])
+    sizes,loss = runs[0]['n_answer'],lambda n: lambda r: cpt_score(r, n)
+    room = crossed_mean(map(loss('bw8'), runs), sizes).value>=MARGIN
+    def claim(n):
+        text = f'`{n}` loses less than {MARGIN:g} nats against bw8, at equal steps'
+        return as_good(text, paired(runs, runs, loss(n), loss('bw8')), less=True, sizes=sizes, unit='nats per token', room=room)
+    return decide([claim(n) for n in ('bw6','mixed8648','bw4') if n in runs[0]['scores']])
 
 def profile_labels(
     records:Iterable[dict], # Of joint training, one for each seed
@@ -223,19 +231,23 @@ def result_table(
     def row(n):
         c = profile_scores(records[0])[n]['cost']
         size = f"{c['bytes']/1e6:.3g}\u00a0+\u00a0{c['adapter_bytes']/1e6:.2g}"
-        return [n, f"{c['w_bits']:.3g} / {c['a_bits']:.3g}", size, show_exposure(had[n]), pct(n, 'before'), pct(n, 'after'), pct(n, 'after', 'em'), kept.get(n, '–')]
+        scores = [pct(n, 'before'), pct(n, 'after'), pct(n, 'after', 'em')]
+        return [n, f"{c['w_bits']:.3g} / {c['a_bits']:.3g}", size, show_exposure(had[n]), *scores, kept.get(n, '–')]
     mb = profile_scores(records[0], 'before')['float']['cost']['bytes']/1e6
     heads = ['profile','W / A bits','MB + LoRA','steps of its adapters','F1 % before','F1 % after','EM % after',f'as good as {top}']
-    return markdown_table([heads, ['float', '16\u00a0/\u00a016', f'{mb:.3g}', '', pct('float', 'before'), '', '', ''], *map(row, names)], _table_note(records))
+    first = ['float', '16\u00a0/\u00a016', f'{mb:.3g}', '', pct('float', 'before'), '', '', '']
+    return markdown_table([heads, first, *map(row, names)], _table_note(records))
 
 def _table_note(records):   # how it was made, and how to read it
-    p,n = records[0]['config']['preset'],len(records[0]['after']['ids'])
-    how = f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, activations {p['act'].replace('_', ' ')}"
-    how += f"{', ranges learned' if '-learned' in records[0]['name'] else ''}, {p.get('codes', 'independent')} weight codes"
-    alone = ' Float was not trained.' if not _taught(records) else ' Float was not trained alike, so what training gave cannot be told from what the method gave.'
-    return (f"{how}; {n} validation questions; 95 % intervals over {'questions; one seed, so nothing is known of other runs' if len(records)==1 else f'questions and {len(records)} seeds'}.{alone} "
-            f"Steps: how often an adapter of the profile was trained; where they differ by more than a tenth, profiles are not compared. "
-            f"As good: loses less than {100*MARGIN:g} points of F1 for certain. Float counts as 16 bits.")
+    p,n,one = records[0]['config']['preset'],len(records[0]['after']['ids']),len(records)==1
+    learned,act = ', ranges learned'*('-learned' in records[0]['name']),p['act'].replace('_', ' ')
+    over = 'questions; one seed, so nothing is known of other runs' if one else f'questions and {len(records)} seeds'
+    alike = ' alike, so what training gave cannot be told from what the method gave'*bool(_taught(records))
+    return (f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, activations {act}{learned}, "
+            f"{p.get('codes', 'independent')} weight codes; {n} validation questions; 95 % intervals over {over}. "
+            f"Float was not trained{alike}. Steps: how often an adapter of the profile was trained; where they differ by "
+            f"more than a tenth, profiles are not compared. As good: loses less than {100*MARGIN:g} points of F1 for certain. "
+            "Float counts as 16 bits.")
 
 def spans_said(
     study:Study,  # All records
@@ -245,11 +257,15 @@ def spans_said(
     ours,theirs = study.joint(preset),study.of(preset, 'spans')
     both = [r for r in theirs if ours and r['name']==ours[0]['name']]
     if not both: return f'Pointing at the answer instead of writing it: {no_record(preset, "spans")}'
-    f1,names = (lambda n: lambda r: r['scores'][n]['f1']),[n for n in profile_names(ours[0]) if n in profile_scores(both[0])]
-    found = decide([better(f'`{n}`', paired(_flat(both), _flat(ours), f1(n)), unit='F1', room=joint_score(ours, n).value<=1-MARGIN) for n in names])
-    words,groups = dict(better='pointing is better', worse='writing is better', alike='no difference that matters', open='open'),{}
+    def claim(n):
+        d = paired(_flat(both), _flat(ours), lambda r: r['scores'][n]['f1'])
+        return better(f'`{n}`', d, unit='F1', room=joint_score(ours, n).value<=1-MARGIN)
+    found = decide([claim(n) for n in profile_names(ours[0]) if n in profile_scores(both[0])])
+    words = dict(better='pointing is better', worse='writing is better', alike='no difference that matters', open='open')
+    groups = {}
     for f in found: groups.setdefault('no room' if f.verdict=='no room' else words[side(f.effect)], []).append(_effect(f, 100))
-    return 'Pointing at the answer instead of writing it, points of F1: '+'; '.join(f"{w}: {', '.join(fs)}" for w,fs in groups.items())+'.'
+    told = '; '.join(f"{w}: {', '.join(fs)}" for w,fs in groups.items())
+    return f'Pointing at the answer instead of writing it, points of F1: {told}.'
 
 def accuracy_answer(
     study:Study,  # All records
@@ -260,33 +276,39 @@ def accuracy_answer(
     if not rs: return no_record(preset, 'joint')
     (kept,gained),unequal = _split(accuracy_findings(rs)),unequal_exposure(rs)
     scores = ', '.join(f'`{n}` {joint_score(rs, n).show(100)}' for n in profile_names(rs[0]))
-    lines = [f'{_lead(rs, kept)} F1 after joint training, %: {scores}; the float model, not trained, {joint_score(rs, "float", when="before").show(100)}.',
+    base = joint_score(rs, 'float', when='before').show(100)
+    lines = [f'{_lead(rs, kept)} F1 after joint training, %: {scores}; the float model, not trained, {base}.',
              unequal and f'Why profiles are not compared: {unequal}.',
-             f'F1 less that of `{_top(rs)}`, points: {_by_verdict(kept, _KEPT, 100)}.', _gain_said(rs, gained), _shared_said(study.of(preset, 'cpt')), spans_said(study, preset)]
+             f'F1 less that of `{_top(rs)}`, points: {_by_verdict(kept, _KEPT, 100)}.', _gain_said(rs, gained),
+             _shared_said(study.of(preset, 'cpt')), spans_said(study, preset)]
     return '\n'.join(filter(None, lines))
 
 def _lead(records, kept):   # the finding in one sentence
     top,full = _top(records),len(kept.of('no room'))
-    if kept.answer in ('no room','no verdict') and full: return f'**No room at {full} of {plural(len(kept), "profile")}: they answer everything, as `{top}` does, so the task is too easy to tell them apart.**'
-    words = dict(zip(('yes','in part','no','no or open','open','no verdict'),
-        (f'Every profile is as good as `{top}`.', f'Some profiles are as good as `{top}`.', f'No profile is as good as `{top}`.', f'No profile is known to be as good as `{top}`.',
-         f'Whether any profile is as good as `{top}` is open.',
-         'Which width is better cannot be read from this run.')))
+    if kept.answer in ('no room','no verdict') and full:
+        return (f'**No room at {full} of {plural(len(kept), "profile")}: they answer everything, as `{top}` does, '
+                'so the task is too easy to tell them apart.**')
+    words = dict(zip(ANSWERS, (
+        f'Every profile is as good as `{top}`.', f'Some profiles are as good as `{top}`.', f'No profile is as good as `{top}`.',
+        f'No profile is known to be as good as `{top}`.', f'Whether any profile is as good as `{top}` is open.',
+        'No room.', 'Which width is better cannot be read from this run.')))
     return f'**{words[kept.answer]}**'
 
 def _gain_said(records, gained):
-    top,words = _top(records),(answer_words(records, 'float', 'before'),answer_words(records, _top(records)))
+    top = _top(records)
     if not _taught(records): return f"Training raised F1, points: {_by_verdict(gained, _GROUP, 100)}."
-    form = f' Before training the float model answers in {words[0]:.1f} words, after it `{top}` in {words[1]:.1f}: much of the gain is the form of the answer.' if None not in words else ''
-    rises = ', '.join(_effect(f, 100) for f in gained)
-    return f"F1 rose by training, points: {rises}. That is no measure of the method: {_taught(records)}.{form}"
+    rises,words = ', '.join(_effect(f, 100) for f in gained),(answer_words(records, 'float', 'before'),answer_words(records, top))
+    told = f"F1 rose by training, points: {rises}. That is no measure of the method: {_taught(records)}."
+    if None in words: return told
+    return told+(f' Before training the float model answers in {words[0]:.1f} words, after it `{top}` in {words[1]:.1f}: '
+                 'much of the gain is the form of the answer.')
 
 def _shared_said(records):
     found = shared_findings(records)
     if not found: return ''
     arm = next(r for r in records if r['config']['arm']['name']=='random')
-    return (f"At equal steps (another run: one adapter for all widths, {arm['steps']} steps of random width), loss above that of `bw8`, nats per token: "
-            f"{_by_verdict(found, _KEPT)}; {basis(found[0].seeds, found[0].examples, 'question')}.")
+    return (f"At equal steps (another run: one adapter for all widths, {arm['steps']} steps of random width), loss above that of `bw8`, "
+            f"nats per token: {_by_verdict(found, _KEPT)}; {basis(found[0].seeds, found[0].examples, 'question')}.")
 
 def accuracy_brief(
     study:Study,  # All records
@@ -297,16 +319,19 @@ def accuracy_brief(
     if not rs: return ''
     kept,gained = _split(accuracy_findings(rs))
     scores = ', '.join(f'`{n}` {_percent_of(joint_score(rs, n).value)}' for n in profile_names(rs[0]))
-    text = f'F1 after joint training: {scores} (float, not trained: {_percent_of(joint_score(rs, "float", when="before").value)}). {_lead(rs, kept)}'
+    base = _percent_of(joint_score(rs, 'float', when='before').value)
+    text = f'F1 after joint training: {scores} (float, not trained: {base}). {_lead(rs, kept)}'
     if odd := [_subject(f) for f in kept.of('no verdict')]: text += f" The {unequal_exposure(rs, [_top(rs), *odd])}."
     if _taught(rs): text += f' What the method gives cannot be read from it either: {_taught(rs)}.'
-    if won := gained.of('confirmed'): text += f" Training brings {_listed([f'`{_subject(f)}` back by {f.effect.show(100)} points' for f in won])}."
+    won = [f'`{_subject(f)}` back by {f.effect.show(100)} points' for f in gained.of('confirmed')]
+    if won: text += f' Training brings {_listed(won)}.'
     return ' '.join((text, *_shared_brief(shared_findings(study.of(preset, 'cpt')))))
 
 def _shared_brief(findings):   # a sentence, or none
     told = findings.of('confirmed', 'refuted', 'undecided')
     words = {'confirmed':'as good as `bw8`', 'refuted':'worse than `bw8`', 'undecided':'open'}
-    return [f'In a shorter run with equal steps, one adapter for all widths: {_by_verdict(told, words, effects=False)}.'] if told else []
+    said = _by_verdict(told, words, effects=False)
+    return [f'In a shorter run with equal steps, one adapter for all widths: {said}.'] if told else []
 
 def _percent_of(x): return f'{100*x:.{0 if x>=.1 else 1}f} %'
 
@@ -332,7 +357,7 @@ def simple_rival(
 def allocation_findings(
     records:Iterable[dict],  # Of `run_allocation`, one for each seed
     kind:str='searched',     # 'searched', 'allocated' or 'random'
-    rival:str='simple',      # 'simple', the best uniform or built-in profile that the budget allows; or another kind, at the same budget
+    rival:str='simple',      # 'simple', the best uniform or built-in profile within the budget; or another kind, at the same one
     fault:str='',            # Why the data cannot carry a verdict
 )->Findings: # One for each budget; may be empty
     "Whether bits per layer beat their rival by an amount that matters, over seeds and questions."
@@ -349,8 +374,8 @@ def allocation_findings(
         r,n = found[0][2],found[0][2]['front']['n']
         against = f"{rival} bits" if rival!='simple' else ' or '.join(f'`{x}`' for x in dict.fromkeys(names[key]))
         room = crossed_mean([other for _,other,_ in found], n).value>=MARGIN
-        return better(f'at `{_budget(r, *key)}` {kind} bits beat {against}', [np.subtract(own, other) for own,other,_ in found],
-                      less=True, sizes=n, unit='nats per token', room=room, fault=fault)
+        text,d = f'at `{_budget(r, *key)}` {kind} bits beat {against}',[np.subtract(own, other) for own,other,_ in found]
+        return better(text, d, less=True, sizes=n, unit='nats per token', room=room, fault=fault)
     return decide([claim(k, rs) for k,rs in rows.items()]) if rows else Findings()
 
 def cheaper_part(
@@ -370,17 +395,21 @@ def _worst_layers(record, n=3):
     top = sorted(rise, key=lambda k: -rise[k][1])[:n]   # by what it costs for certain
     return ', '.join(f'`{g}` at {b} {dict(w="weight", a="activation")[k]} bits (+{Interval(*rise[g, k, b]).show()})' for g,k,b in top)
 
-_FOUND = dict(zip(('yes','in part','no','no or open','open','no room','no verdict'),
-    ('Bits chosen per layer beat the best simple profile.', 'Bits chosen per layer beat the best simple profile at some budgets.', 'Bits chosen per layer do not beat the best simple profile.',
-     'Bits chosen per layer do not beat the best simple profile where that is known; the rest is open.', 'Open.',
-     'No room: the simple profiles lose so little that nothing could be better.', 'No verdict on bits: the profiles differ in steps too.')))
+_FOUND = dict(zip(ANSWERS, (
+    'Bits chosen per layer beat the best simple profile.', 'Bits chosen per layer beat the best simple profile at some budgets.',
+    'Bits chosen per layer do not beat the best simple profile.',
+    'Bits chosen per layer do not beat the best simple profile where that is known; the rest is open.', 'Open.',
+    'No room: the simple profiles lose so little that nothing could be better.',
+    'No verdict on bits: the profiles differ in steps too.')))
 
 def _missed(records, findings):   # budgets where the search chose worse than something that it could have had
     lost = [f for f in findings if f.effect.value>0]
     if not lost: return ''
     worst,sure = max(lost, key=lambda f: f.effect.value),sum(f.effect.low>MARGIN for f in lost)
-    return (f"At {len(lost)} of {plural(len(findings), 'budget')} the search chose bits that lose more than a simple profile within the same budget, at {sure} by an amount that matters for certain "
-            f"(most {worst.claim.split(' searched')[0]}: {worst.effect.show()} nats per token against {worst.claim.rsplit('beat ', 1)[1]}); {records[0]['search_questions']} questions chose them.")
+    where,rival = worst.claim.split(' searched')[0],worst.claim.rsplit('beat ', 1)[1]
+    return (f"At {len(lost)} of {plural(len(findings), 'budget')} the search chose bits that lose more than a simple profile within "
+            f"the same budget, at {sure} by an amount that matters for certain (most {where}: {worst.effect.show()} nats per token "
+            f"against {rival}); {records[0]['search_questions']} questions chose them.")
 
 def allocation_answer(
     study:Study,  # All records
@@ -391,10 +420,14 @@ def allocation_answer(
     if not rs: return no_record(preset, 'allocation')
     r,unequal = rs[0],unequal_exposure(study.joint(preset))
     found = {rival:allocation_findings(rs, rival=rival, fault=unequal) for rival in ('simple','random','allocated')}
-    lines = [f"**{_FOUND[found['simple'].answer]}** Less than the best simple profile within the budget, nats per token: {_by_verdict(found['simple'])}.",
+    simple = found['simple']
+    lines = [f"**{_FOUND[simple.answer]}** Loss less that of the best simple profile within the budget, nats per token: "
+             f"{_by_verdict(simple)}.",
              unequal and f'{unequal[0].upper()+unequal[1:]}.', _missed(rs, found['simple']),
-             f"Against random bits of the same budget: {found['random'].count()}; against the program's own choice: {found['allocated'].count()}.",
-             f"How: each layer alone was lowered on {r['search_questions']} training questions; an integer program chose bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, "
+             f"Against random bits of the same budget: {found['random'].count()}; "
+             f"against the program's own choice: {found['allocated'].count()}.",
+             f"How: each layer alone was lowered on {r['search_questions']} training questions; an integer program chose bits per layer "
+             f"under a budget, a search of {r['config']['evaluations']} measured profiles started from it, "
              f"and {r['score_questions']} other questions scored them ({plural(len(rs), 'seed')}).",
              f"Costliest alone, first record: {_worst_layers(r)} nats per token.",
              f"Where a byte (w) or a bit-operation (a) is saved more cheaply, at equal savings: {cheaper_part(rs)}."]
