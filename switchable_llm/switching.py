@@ -387,7 +387,9 @@ class Switch:
             self._put(frame._replace(below=block) if inside else block)
 
     @contextmanager
-    def block(self, **changes):
+    def block(self,
+        **changes, # Fields of `Live`, by name
+    ): # Yields the switch
         "Change fields of `Live` for the calling thread or task, for the length of a `with` block."
         before = self.frame
         self._put(_Frame(self.live._replace(**changes)))
