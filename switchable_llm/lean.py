@@ -244,7 +244,11 @@ class Table:
         self.packed = all(isinstance(self.linears[id(m)], LinearPlan) for b in parts.blocks for m in (*b.qkv, b.out, b.up, b.down))
         if _native_calls() is not None: self._describe()
 
-    def size(self, m)->tuple[int,int]: return _size(self.linears[id(m)])
+    def size(self,
+        m:nn.Module, # One of the model's linear layers
+    )->tuple[int,int]: # Outputs, inputs
+        "How large a layer is."
+        return _size(self.linears[id(m)])
 
     def _check(self, norms):
         p,known = self.parts,dict(dim=self.dim, hidden=self.hidden)

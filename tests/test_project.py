@@ -58,7 +58,8 @@ def undocumented(name, f):
     "What a function's documentation lacks."
     if not inspect.getdoc(f): yield f'{name} has no docstring'
     doc = docments(f, full=True, returns=False)
-    for p in inspect.signature(f).parameters:
+    for p,q in inspect.signature(f).parameters.items():
+        if q.kind in (q.VAR_POSITIONAL, q.VAR_KEYWORD): continue   # docments passes over the comments of * and **
         if p not in ('self','cls') and not (p in doc and doc[p].docment): yield f'{name}: parameter {p} has no docment'
 
 def own_methods(cls):
