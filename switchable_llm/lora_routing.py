@@ -485,6 +485,6 @@ def _restore(switch, d, state):   # what layers have beside the original ones
 def _check_tensors(want, have):   # a `ValueError` names the first that is missing, has no place, or is of another shape
     if lost := sorted(set(want)-set(have)): raise ValueError(f"tensor {lost[0]} is missing")
     if odd := sorted(set(have)-set(want)): raise ValueError(f"tensor {odd[0]} has no place in it")
-    for k,t in have.items():
+    for k,t in sorted(have.items()):
         if t.shape!=want[k].shape or t.is_floating_point()!=want[k].is_floating_point():
             raise ValueError(f"tensor {k} is {list(t.shape)} {t.dtype}, {list(want[k].shape)} {want[k].dtype} is needed")
