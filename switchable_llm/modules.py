@@ -14,6 +14,9 @@ from torch import nn
 # %% ../nbs/00_modules.ipynb #ed5df56e
 class Bank(nn.ModuleDict):
     "Modules by any name without a dot."
+    def __init__(self,
+        modules:dict|None=None, # Name -> module
+    ): super().__init__(modules)
     def __setitem__(self, key, module):
         if not isinstance(key, str) or not key or '.' in key:
             raise ValueError(f"name {key!r}: needs text without a dot")

@@ -27,6 +27,7 @@ from .switching import ADDED, LAYERS, Profile, Setting, Site, Switch, switch_of
 from .lora_routing import LoRA, router
 from .data import float32_head_
 from .files import check_target, write_whole
+from .modules import Bank
 from .lean import lean_class
 from .kernels import ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes
 from .packed_file import (BLANK, FLOATS, PACKED_VERSION, check_config, check_data, check_description, check_tensors, check_values,
@@ -47,7 +48,7 @@ class PackedLayer(nn.Module):
     ):
         super().__init__()
         self.switch,self.index,self.n,self.k = switch,index,planes.n,planes.k
-        self.adapters,self._plans = nn.ModuleDict(),{}
+        self.adapters,self._plans = Bank(),{}
         tensors = dict(high=planes.high, middle=planes.middle, low=planes.low, step=step, bias=bias)
         tensors |= {f'sums{b}':s for b,s in sums.items()} | {f'range{b}':r for b,r in ranges.items()}
         for k,t in tensors.items(): self.register_buffer(k, t)
