@@ -24,8 +24,8 @@ from .joint_training import batch_rows
 from .comparisons import MARGIN, Interval, crossed_mean, interval, per_token, plural, side
 from .profiles_eval import Cost, answer, em_f1, profile_cost
 from .study import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
-from switchable_llm.sensitivity import (Meter, Sensitivity, bit_options, cheaper, compact_profile, dropped, find_groups, highest, sensitivity,
-    tolerance, total, uniform)
+from .sensitivity import (Meter, Sensitivity, bit_options, cheaper, compact_profile, dropped, find_groups, highest,
+    sensitivity, tolerance, total, uniform)
 
 # %% ../nbs/03c_allocation.ipynb #53c97dc3
 class Choices:

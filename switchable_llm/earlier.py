@@ -171,7 +171,8 @@ def earlier_table(
     cells = ([name, *(r.get(c, '') for c in columns)] for name,r in rows.items())
     differ = {_title(name):unequal_exposure(study.joint(p)) for p,name in PRESET_NAMES.items()}
     steps = ' '.join(f'{name}: {said}.' for name,said in differ.items() if said)
-    return markdown_table([heads, *cells], f'Theirs: trained, also in float. Ours: float not trained; mixed is `mixed8648`. {steps}'.strip())
+    note = f'Theirs: trained, also in float. Ours: float not trained; mixed is `mixed8648`. {steps}'
+    return markdown_table([heads, *cells], note.strip())
 
 def other_numbers(
 )->str: # In Markdown
