@@ -35,6 +35,7 @@ from .experiments import ARMS, calibration_verdict, gate_verdict, objective_verd
 from .cpt_study import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
 from .robustness import PLANS, TRAININGS, run_robustness
 from .defences import robustness_verdicts
+from .verdicts import profile_labels, unequal_exposure
 from .study import (COUNT, NUMBERS, OBJECTIVES, POLICIES, SEED, WORDS, Number, calibration_batches, check_name, check_preset, chosen,
                                   evaluations, fit, run_ablation, run_joint, study_data, study_model)
 
@@ -154,7 +155,7 @@ def _run(args):
     if not args.no_ablation: check_record(args.out, preset.name, 'ablation', 'untrained', seed=preset.seed)
     record = run_joint(preset, args.out, args.policy, args.objective, args.name, not args.quiet, say)
     for title,e in zip(('before training','after training'), evaluations(record)): print(f'{title}\n{e}\n')
-    figures = dict(profiles=plot_profiles(record), cost=plot_cost(record), curve=plot_curves([record]))
+    figures = dict(profiles=plot_profiles(record, profile_labels([record])), cost=plot_cost(record), curve=plot_curves([record]))
     if not args.no_ablation: figures['ablation'] = plot_ablation(run_ablation(preset, args.out, args.ablation_n, not args.quiet, say))
     run,root = f"{record['name']}-s{record['seed']}",Path(args.out)/preset.name
     for k,fig in figures.items(): save_figure(fig, root/'figures'/f'{run}-{k}.svg')
@@ -191,8 +192,8 @@ EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records o
     calibration = (_calibration, lambda preset, out: calibration_verdict(load_records(out, preset, 'calibration'))),
     allocation  = (_allocation, lambda preset, out: '\n'.join(f"{r['name']}, seed {r['seed']}, {of}: {v}" for r in load_records(out, preset, 'allocation') for of,v in r['verdicts'].items())),
     spans       = (_spans, _spans_said),
-    cpt         = (_cpt, lambda preset, out: _told(cpt_verdicts(load_records(out, preset, 'cpt')))),
-    robustness  = (_robustness, lambda preset, out: _told(robustness_verdicts(load_records(out, preset, 'robustness')))))
+    cpt         = (_cpt, lambda preset, out: _told(cpt_verdicts(load_records(out, preset, 'cpt'), load_records(out, preset, 'range_test')))),
+    robustness  = (_robustness, lambda preset, out: _told(robustness_verdicts(load_records(out, preset, 'robustness'), unequal_exposure(load_records(out, preset, 'joint'))))))
 
 def _each_seed(args):   # in a process of its own, so many at once; records and work in progress of seeds lie apart
     env = os.environ | dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//args.jobs))))
