@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torchmetrics.functional.text import char_error_rate
-from .data import encode, prompt_texts
+from .data import encode, prompt_texts, start_ids
 from .joint_training import Task, TrainConfig, answering
 from .profiles_eval import stop_ids
 from .strategies import Strategy, strategy, use_strategy
@@ -109,7 +109,9 @@ def token_mask(
     inside = lambda spans, start, n, kept: [start-1<=a<b<=start+n and not any(i-start in kept for i in range(a, b)) for a,b in spans]   # a token may hold the space before
     first = inside(head, before, len(q['question']), set()) if where!='context' else [False]*len(head)
     second = inside(context, 1, len(q['context']), answer_positions(q) if protect else set()) if where!='question' else [False]*len(context)
-    return first + second[:encode(q, tokenizer, max_length).prompt-len(head)-len(tail)] + [False]*len(tail)
+    begins = len(start_ids(tokenizer))                  # a BOS is no part of the text
+    room = encode(q, tokenizer, max_length).prompt-begins-len(head)-len(tail)
+    return [False]*begins + first + second[:room] + [False]*len(tail)
 
 def stack_masks(
     masks:Iterable[list], # Of the questions of a batch

@@ -24,7 +24,7 @@ from torch import nn, Tensor
 from .quantizers import Bits
 from .switching import SITES, Profile, QuantLayer, Setting, Site, as_profile, switch_of, use_profile
 from .lora_routing import adapter_keys
-from .data import PRESETS, Preset, encode, prompt_texts
+from .data import PRESETS, Preset, encode, prompt_texts, start_ids
 from .plots import figure_style, profile_style
 from .profiles_eval import Cost, answer, profile_cost, scoring_mode
 from .sensitivity import compact_profile
@@ -175,7 +175,7 @@ class Prompt:
 
 def _notes(asked, tokenizer, encoded):   # what a reader should know of the prompt
     ids = [tokenizer(t, add_special_tokens=False).input_ids for t in prompt_texts(asked)]
-    left_out,unknown = sum(map(len, ids))-encoded.prompt,sum(i==tokenizer.unk_token_id for part in ids for i in part)
+    left_out,unknown = len(start_ids(tokenizer))+sum(map(len, ids))-encoded.prompt,sum(i==tokenizer.unk_token_id for part in ids for i in part)
     return ([f'the last {left_out:,} tokens of the context do not fit into this model and are left out'] if left_out else []) + \
            ([f'{unknown:,} tokens are unknown to this model'] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id!=tokenizer.eos_token_id and unknown else [])
 

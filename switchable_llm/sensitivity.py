@@ -60,7 +60,7 @@ class Meter:
         self.model,self.items,self.pad_id,self.score,self.log = model,tuple(items),pad_id,score,log and Path(log)
         if score not in ('answer','text'): raise ValueError(f"score={score!r}: choose 'answer' or 'text'")
         if not self.items: raise ValueError("items is empty: give at least one encoded example")
-        self.n = tuple(len(i.ids)-(i.prompt if score=='answer' else 1) for i in self.items)   # tokens scored
+        self.n = tuple(len(i.ids)-(max(i.prompt, 1) if score=='answer' else 1) for i in self.items)   # tokens scored
         if min(self.n)<1: raise ValueError(f"example {self.n.index(min(self.n))}: has no answer to score")
         self.groups = list(batches_by_length(self.items, tokens_per_batch))
         self.seen,self.anchored,self.runs = self._read() if self.log else {},None,0

@@ -1,5 +1,6 @@
 "What the tests share: a toy model on disk, and the environment of a child process."
 import os, signal, sys
+os.environ['HF_HUB_OFFLINE'] = '1'   # before transformers reads it
 from pathlib import Path
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -8,7 +9,6 @@ from switchable_llm.data import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))   # the workers
-os.environ['HF_HUB_OFFLINE'] = '1'
 hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
 torch.set_num_threads(1)   # the models are too small to share
 

@@ -141,7 +141,7 @@ def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     command = f'experiment cpt robustness {small}'.split()
     assert main([*command, '--out', 'whole'])==0
     said = capsys.readouterr().out
-    assert '# cpt' in said and '# robustness' in said and 'Adaptive attacker' in said
+    assert '# cpt' in said and '# robustness' in said and 'Checks of the attacks' in said
     import switchable_llm.robustness as robustness
     count,real = [0],robustness.stage
     def stop(path, settings, make):
