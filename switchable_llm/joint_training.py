@@ -311,12 +311,13 @@ def _check(model, data, policy, cfg, pad_id, every, task, acc):
     if not any(task.weights(task.collate([d], pad_id), cfg).any() for d in data):
         raise ValueError(f"none of the {len(data)} training questions has a target: "
                          "train on some that have an answer, or on the whole text with text_weight=1")
-
     for name in _named(policy):
         with use_profile(model, name): pass              # a profile that the model does not have is said now, not when it is drawn
 
 def _named(policy):   # profiles that a policy says it draws from
-    said = (policy.settings.get('profiles') or [policy.settings.get('profile')]) if policy else ()
+    if policy is None: return []
+    several = policy.settings.get('profiles')
+    said = several if isinstance(several, (list,tuple)) else [policy.settings.get('profile')]
     return [name for name in said if isinstance(name, str)]
 
 def _vocabulary(model):   # tokens that the model knows
