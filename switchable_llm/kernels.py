@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from .integer import try_kernel
 from .native import library, native_features, native_report
 from .quantizers import QParams, qrange, quantize, token_qparams
 
@@ -261,10 +262,12 @@ def _by_outputs(f, w):   # f(some columns of w, which), for all columns
 
 def _int_product(q, w):   # exact integer sums of (tokens, inputs) int8 and (inputs, outputs) int8, as float64
     m,k,n = *q.shape,w.shape[1]
+    in_double = lambda: _by_outputs(lambda c, _: q[:m,:k].double()@c.double(), w[:k,:n])
+    if try_kernel('int_mm', q.device.type)[0] is None: return in_double()   # byte products saturate on some processors
     try:
         if q.is_cuda: q,w = F.pad(q, (0, -k%8, 0, max(17-m, -m%8))),F.pad(w.T, (0, -k%8, 0, -n%8)).T if k%8 or n%8 else w
         return torch._int_mm(q, w)[:m,:n].double()
-    except (RuntimeError, AttributeError): return _by_outputs(lambda c, _: q[:m,:k].double()@c.double(), w[:k,:n])
+    except (RuntimeError, AttributeError): return in_double()
 
 def _torch_linear(x, p):
     if x.numel()==0: return x.new_zeros(*x.shape[:-1], p.planes.n)
