@@ -163,6 +163,14 @@ class Gating:
         self.settings = {l.index:[bound[b][l.index] for b in g.bits] for l,g in rows}
         self.shares,self.counts = {},{}   # layer -> mean share of each option in the last training pass; layer -> times chosen in evaluation
 
+    def look(self,
+        module:nn.Module, # The model's decoder, whose pass begins
+        args:tuple,       # What it is given
+        kwargs:dict,      # By name
+    ):
+        "Note which tokens of the coming pass count."
+        self.mask = _mask_of(args, kwargs)
+
     def __call__(self,
         layer:QuantLayer, # A layer of the model
         x:Tensor,         # Its input, (..., in)
@@ -220,15 +228,9 @@ def use_gates(
     "Let gates decide at profile `gates`, which is live, for the length of a `with` block."
     switch = check_unfrozen(model)
     gating,own = Gating(switch, sample, temperature),_own_profile(switch)
-    def look(module, args, kwargs):
-        if switch.gate is gating: gating.mask = _mask_of(args, kwargs)   # and not a pass of another thread
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in {model, getattr(model, 'base_model', model)}]   # either may be what is called
     settings = switch.bind(own)
     others = tuple(o for o in switch.live.own if o[0]!=GATED)
-    try:
-        with switch.block(profile=own, settings=settings, gate=gating, own=(*others, (GATED, own, settings))): yield gating
-    finally:
-        for h in hooks: h.remove()
+    with switch.block(profile=own, settings=settings, gate=gating, own=(*others, (GATED, own, settings))): yield gating
 
 # %% ../nbs/00c_gates.ipynb #9b9c52d2
 def expected_bits(

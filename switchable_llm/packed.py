@@ -181,7 +181,8 @@ def packed_class(
 )->type: # A subclass of the same name
     "A model class for packed layers."
     named = dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
-    return type(cls.__name__, (PackedModel, lean_class(cls)), named)
+    base = lean_class(cls) if hasattr(cls, 'generate') else cls    # a span head writes no text
+    return type(cls.__name__, (PackedModel, base), named)
 
 _CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()}
 

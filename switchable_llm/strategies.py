@@ -88,8 +88,12 @@ class Drawn:
         for k in self.rows: made[k] = made[k] if k in made else self.strategy.draw(k, positions, layers, self.seed, self.number)
         return torch.from_numpy(np.stack([made[k] for k in self.rows]))
 
-    def _look(self, module, args, kwargs):   # before each pass: which rows and positions are coming
-        if self.switch.gate is not self: return   # the pass is another thread's, or another task's
+    def look(self,
+        module:nn.Module, # The model's decoder, whose pass begins
+        args:tuple,       # What it is given
+        kwargs:dict,      # By name
+    ):
+        "Draw for the rows and positions of the coming pass."
         given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         x = next(given[k] for k in ('input_ids','inputs_embeds') if given.get(k) is not None)
         if len(x)!=len(self.keys): raise ValueError(f"{len(self.keys)} keys for a batch of {len(x)} rows: needs one for each")
@@ -148,10 +152,7 @@ def use_strategy(
 ): # Yields the `Drawn`
     "Choose precision by a strategy for the length of a `with` block; the live profile is not looked at."
     drawn = Drawn(model, strategy, keys, seed, number)
-    hook = model.get_decoder().register_forward_pre_hook(drawn._look, with_kwargs=True)   # runs in every pass, OPT's too
-    try:
-        with drawn.switch.block(gate=drawn): yield drawn
-    finally: hook.remove()
+    with drawn.switch.block(gate=drawn): yield drawn
 
 # %% ../nbs/03f_strategies.ipynb #e59e14ea
 class StrategyScores(NamedTuple):

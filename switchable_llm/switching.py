@@ -432,6 +432,8 @@ class Switch:
         for m in {model, getattr(model, 'base_model', model)}:   # either may be what is called
             m.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
             m.register_forward_hook(self._end, always_call=True)
+        inner = model.get_decoder() if hasattr(model, 'get_decoder') else model
+        inner.register_forward_pre_hook(self._look, with_kwargs=True)   # runs in every pass, OPT's too
         if hasattr(model, '_set_gradient_checkpointing'): model._set_gradient_checkpointing = partial(self._checkpointing, model)
 
     def verify(self):
@@ -444,6 +446,10 @@ class Switch:
         if frame is not None and frame.passes: return self._put(frame._replace(passes=frame.passes+1))
         if checked := not _goes_on(kwargs): self.verify()
         self._put(_Frame(self.live, 1, frame, checked))
+
+    def _look(self, module, args, kwargs):   # a gate that chooses by rows or tokens is told which are coming
+        look = getattr(self.live.gate, 'look', None)
+        if look is not None: look(module, args, kwargs)
 
     def _end(self, module, args, output):
         frame = self.frame

@@ -204,6 +204,7 @@ def test_theme_search_and_tabs_work_from_files(browser, tmp_path, monkeypatch):
     dark = back(); tab.click('#theme')
     assert dark!=back()=='rgb(255, 255, 255)'
     tab.fill('#search', 'round'); tab.click('#found a')
+    tab.wait_for_url('**/quantizers.html#precision')
     assert tab.url.endswith('quantizers.html#precision') and back()=='rgb(255, 255, 255)'   # the choice holds
     assert tab.locator('text=four').is_visible() and not tab.locator('text=eight').is_visible()
     tab.click('role=tab[name=bw8]')
