@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from project import CFG, NBS, ROOT, cores, notebooks, offline_env, read_cells, skipped
 
 DEADLINE = time.time() + 78*60   # for everything; what still runs then has hung
-TASK_LIMIT = 60*60               # seconds for one task: many times what it needs, for a machine may be busy
+TASK_LIMIT = 30*60               # seconds for one task: many times what it needs, for a machine may be busy
 METHOD = 'fork' if sys.platform=='linux' else 'spawn'
 WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft', 'nbdev.test', 'pytest',
         'switchable_llm.cli')
@@ -57,6 +57,7 @@ class Running:
     def __init__(self, task, folder):
         folder.mkdir()
         self.task,self.folder,self.start = task,folder,time.time()
+        faulthandler.cancel_dump_traceback_later()   # a child would wait for this process's timer, which it has not
         self.process = multiprocessing.get_context(METHOD).Process(target=in_child, args=(task, folder))
         self.process.start()
     def done(self):
