@@ -8,14 +8,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 from xml.etree import ElementTree
-from project import CFG, NBS, ROOT, cores, notebooks, offline_env, read_cells, skipped
+from project import CFG, NBS, ROOT, cores, name_of, notebooks, offline_env, read_cells, skipped
 
 DEADLINE = time.time() + 78*60   # for everything; what still runs then has hung
 TASK_LIMIT = 30*60               # seconds for one task: many times what it needs, for a machine may be busy
 METHOD = 'fork' if sys.platform=='linux' else 'spawn'
 WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft', 'nbdev.test', 'pytest',
-        'switchable_llm.cli')
-LONGEST = ('test_cli.py', 'test_explorer.py', '08_cli.ipynb')
+        'switchable_llm.apps.cli')
+LONGEST = ('test_cli.py', 'test_explorer.py', 'apps/cli.ipynb')
 
 class Task(NamedTuple):
     "Work that runs in a process of its own."
@@ -145,7 +145,7 @@ def check_notebook(folder, path):
     "Run a notebook as nbdev does, in the folder of the notebooks."
     from nbdev.test import test_nb
     if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]): return Result(skipped=1, reasons=('skip_exec in the notebook',))
-    os.chdir(NBS)
+    os.chdir(path.parent)
     ok,_ = test_nb(path, skip_flags=CFG['tst_flags'].split(), basepath=ROOT)
     return verdict(saved_outputs(path) if ok else 'a cell failed')
 
@@ -189,7 +189,8 @@ def tasks_of(section):
     if section=='docs': return [Task(f'pages of {len(notebooks())} notebooks', check_docs)]
     files = dict(notebooks=notebooks(), tests=sorted((ROOT/'tests').glob('test_*.py'))).get(section, [Path(section).resolve()])
     if not all(p.is_file() for p in files): sys.exit(f'{section}: needs some of export, notebooks, tests, docs, files, or nothing')
-    return [Task(p.name, check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
+    name = lambda p: name_of(p) if p.is_relative_to(NBS) else p.name
+    return [Task(name(p), check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
 
 def longest_first(task): return LONGEST.index(task.name) if task.name in LONGEST else len(LONGEST)
 

@@ -1,4 +1,4 @@
-"""Execute notebooks and save their outputs in place: `execute_notebooks.py [NAME ...]`, by default all, in order.
+"""Execute notebooks and save their outputs in place: `execute_notebooks.py [NAME ...]`, by default all, in order; a name is `core/switching`.
 
 Cells that tests skip (`#| slow`, `#| gpu`, `#| eval: false`) are not run and keep the outputs they have. What a cell
 writes to stderr (progress bars, warnings with paths of this machine) is shown here and not saved, nor are widgets, which
@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from project import NBS, ROOT, notebooks, offline_env, skipped
+from project import ROOT, name_of, notebooks, offline_env, skipped
 
 CELL_TIMEOUT = 900      # seconds
 LARGEST_SVG = 300_000   # bytes
@@ -65,9 +65,9 @@ def one_format(nb):
         o.data.pop(gone, None); o.metadata.pop(gone, None)
 
 def execute(path):
-    "Run one notebook in `nbs/`, then save it whole, cleaned as `nbdev_clean` does."
+    "Run one notebook in its folder, then save it whole, cleaned as `nbdev_clean` does."
     nb = nbformat.read(path, as_version=4)
-    Client(nb, timeout=CELL_TIMEOUT, kernel_name='python3', resources={'metadata': {'path': str(NBS)}},
+    Client(nb, timeout=CELL_TIMEOUT, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
            extra_arguments=['--log-level=ERROR']).execute()
     drop_unsaved(nb); one_format(nb)
     tmp = path.with_name(f'.{path.stem}.tmp.ipynb')
@@ -80,15 +80,17 @@ def execute(path):
 def main(names):
     home = tempfile.TemporaryDirectory()
     os.environ.update(kernel_env(home.name))
-    paths = [NBS/f'{Path(n).stem}.ipynb' for n in names] or notebooks()
+    there = {name_of(p).removesuffix('.ipynb'): p for p in notebooks()}
+    if unknown := [n for n in names if n not in there]: sys.exit(f"{', '.join(unknown)}: choose from {', '.join(there)}")
+    paths = [there[n] for n in names] or [*there.values()]
     failed = []
     for p in paths:
         t = time.time()
         try: execute(p)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-            failed.append(p.name)
+            failed.append(name_of(p))
             print(e, file=sys.stderr)
-        print(f'{"FAIL" if p.name in failed else "ok":4} {p.name} {time.time()-t:.0f} s', flush=True)
+        print(f'{"FAIL" if name_of(p) in failed else "ok":4} {name_of(p)} {time.time()-t:.0f} s', flush=True)
     sys.exit(f'not saved: {", ".join(failed)}' if failed else 0)
 
 if __name__=='__main__': main(sys.argv[1:])

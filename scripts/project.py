@@ -1,6 +1,7 @@
 "What the scripts share: where things are, which notebooks there are, which cells run."
 import configparser, json, os, re
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
@@ -9,9 +10,36 @@ _cfg.read(ROOT/'settings.ini')
 CFG = _cfg.defaults()
 SITE = CFG['doc_host'] + CFG['doc_baseurl']
 
+# The groups of notebooks, in reading order: sidebar, README's map, and the test of who may import whom are made from this.
+# A part is a folder of `nbs/` and of the package; the chapters lie at the top of both.
+class Part(NamedTuple):
+    folder:str
+    title:str
+    rooms:tuple   # File names without .ipynb
+
+PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
+    ('', 'The book', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
+    ('core', 'Core', 'files modules native integer switching gates'),
+    ('data', 'Data', 'squad spans'),
+    ('training', 'Training', 'settings resuming objectives'),
+    ('search', 'Search', 'sensitivity allocation strategies'),
+    ('serving', 'Serving', 'kernels lean packed_file packed exports'),
+    ('study', 'Study', 'figures statistics runs experiments cycles robustness defences verdicts reasons earlier'),
+    ('apps', 'Apps', 'cli page exploration explorer'))]
+
+def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb
+
 def notebooks():
-    "The notebooks, in reading order; those that begin with `_` or `.` are private."
-    return sorted(NBS.glob('[!_.]*.ipynb'))
+    "The notebooks, in reading order; those that begin with `_` or `.` are private. All must stand in `PARTS`."
+    found = [NBS/'index.ipynb', *(NBS/p.folder/f'{r}.ipynb' for p in PARTS for r in p.rooms)]
+    odd = {*found} ^ {p for p in NBS.rglob('[!_.]*.ipynb') if not any(d[0] in '._' for d in p.relative_to(NBS).parts[:-1])}
+    if odd: raise SystemExit(f"scripts/project.py lists other notebooks than there are: {', '.join(sorted(map(name_of, odd)))}")
+    return found
+
+def module_of(path):
+    "The module that a notebook exports, like `core.switching`, or nothing."
+    found = re.search(r'"#\s*\|\s*default_exp\s+([\w.]+)', path.read_text(encoding='utf-8'))
+    return found and found[1]
 
 def read_cells(path):
     "Cells of a notebook, each with its source as one string."

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torchmetrics.functional.text import char_error_rate
-from .data import encode, prompt_texts, start_ids
+from .data.squad import encode, prompt_texts, start_ids
 from .joint_training import Task, TrainConfig, answering
 from .profiles_eval import stop_ids
-from .strategies import Strategy, strategy, use_strategy
+from .search.strategies import Strategy, strategy, use_strategy
 
 # %% ../nbs/05_adversarial.ipynb #ffabe0d9
 KINDS = 'swap','delete','insert','neighbour'

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 from .quantizers import Bits
-from .switching import Profile, Rule, switch_of, use_profile
-from .data import Preset
-from .plots import figure_style
+from .core.switching import Profile, Rule, switch_of, use_profile
+from .data.squad import Preset
+from .study.figures import figure_style
 from .joint_training import Policy, fixed_profile, high_to_low, random_profile
 from .profiles_eval import perplexity, profile_cost
-from .study import fit
-from .comparisons import crossed_mean, Interval
+from .study.runs import fit
+from .study.statistics import crossed_mean, Interval
 
 # %% ../nbs/04_cpt.ipynb #343e0d3f
 def cyclic_bits(

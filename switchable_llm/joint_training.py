@@ -22,10 +22,10 @@ from accelerate.utils import set_seed
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 from .quantizers import Bits
-from .switching import Profile, Rule, switch_of, use_profile
-from .data import collate
-from .resuming import RunState, data_facts, kept, model_facts
-from .training_config import TrainConfig, finite_number, whole_number
+from .core.switching import Profile, Rule, switch_of, use_profile
+from .data.squad import collate
+from .training.resuming import RunState, data_facts, kept, model_facts
+from .training.settings import TrainConfig, finite_number, whole_number
 
 # %% ../nbs/02_joint_training.ipynb #03d76938
 @dataclass(frozen=True)

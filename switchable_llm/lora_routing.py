@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn, Tensor
 from .quantizers import QuantConfig
-import switchable_llm.gates   # a checkpoint can hold its gates: it makes their types known
-from .files import check_target, whole_folder, writing_folder
-from .modules import check_plain
-from .switching import (ADDED, GATE_TYPES, Profile, Setting, added_params, base_params, check_unfrozen, check_unique,
+import switchable_llm.core.gates   # a checkpoint can hold its gates: it makes their types known
+from .core.files import check_target, whole_folder, writing_folder
+from .core.modules import check_plain
+from .core.switching import (ADDED, GATE_TYPES, Profile, Setting, added_params, base_params, check_unfrozen, check_unique,
                                       make_switchable_, switch_of)
 
 # %% ../nbs/01_lora_routing.ipynb #00241f98

@@ -12,14 +12,14 @@ import json, math
 from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
-from .data import PRESETS
-from .comparisons import MARGIN, Finding, Findings, Interval, plural
-from .cpt_study import CPT_QUESTIONS, cpt_findings
-from .defences import earlier_statements, sanity_checks
-from .verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
+from .data.squad import PRESETS
+from .study.statistics import MARGIN, Finding, Findings, Interval, plural
+from .study.cycles import CPT_QUESTIONS, cpt_findings
+from .study.defences import earlier_statements, sanity_checks
+from .study.verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
     allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer, objectives_brief, profile_names,
     profile_scores, shared_findings, tried, unequal_exposure)
-from .reasons import cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings
+from .study.reasons import cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
@@ -209,4 +209,4 @@ def speed_table(
         s = r['store']['results']
         rows += [['change of precision, packed', f"{1e6*s['change']['one assignment, packed']:.1f} µs"], ['weights for 4, 6 and 8 bits together, bytes each', f"{s['held']['packed, all widths']/s['weights']:.2f}"], ['load the packed file', f"{s['load']['packed file']:.2f} s"]]
     where = dict.fromkeys(b['environment']['device'] for b in r.values())
-    return markdown_table([["GPT-2's shape", ''], *rows], f"{'; '.join(where)}; drawn in [chapter 07](07_packed.ipynb).") if rows else '*No record yet.*'
+    return markdown_table([["GPT-2's shape", ''], *rows], f"{'; '.join(where)}; drawn in [chapter 07](serving/packed.ipynb).") if rows else '*No record yet.*'

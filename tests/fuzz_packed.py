@@ -30,11 +30,11 @@ def toy(kind, **kw):
 def make_healthy(folder):
     "Files of several kinds in a folder."
     import torch
-    from switchable_llm.data import tiny_tokenizer
+    from switchable_llm.data.squad import tiny_tokenizer
     from switchable_llm.lora_routing import add_adapters_
-    from switchable_llm.packed import freeze
+    from switchable_llm.serving.packed import freeze
     from switchable_llm.quantizers import QuantConfig
-    from switchable_llm.switching import Profile, calibrate_, make_switchable_
+    from switchable_llm.core.switching import Profile, calibrate_, make_switchable_
     half = Profile.from_dict(dict(name='half', default='w4a8', rules=[dict(layers=[1], bits='float')]))
     for name,model,profiles,cfg,ends,more in (
         ('gpt2', toy('gpt2'), ['bw4','bw8','mixed8648'], {}, True, {}),
@@ -60,7 +60,7 @@ def parts(data):
 def joined(path, d, tensors):
     "A file of them with the checksums that belong to it: forged, not damaged."
     from safetensors.torch import save_file
-    from switchable_llm.packed_file import BLANK, checksum, seal
+    from switchable_llm.serving.packed_file import BLANK, checksum, seal
     if isinstance(d, dict) and isinstance(d.get('checksums'), dict): d['checksums'] = {k:checksum(t) for k,t in tensors.items()}
     save_file({k:t.contiguous() for k,t in tensors.items()}, path, metadata=dict(format='pt', switchable_llm=json.dumps(d), head_checksum=BLANK))
     seal(path)
@@ -225,7 +225,7 @@ def make_case(i, seed, healthy, path):
 def try_case(path, verify, heap):
     "What comes of a file: 'refused', 'runs', 'late ...' for an error after loading, or 'fault ...'."
     import torch
-    from switchable_llm.packed import load_packed, load_packed_tokenizer
+    from switchable_llm.serving.packed import load_packed, load_packed_tokenizer
     for load in (lambda: load_packed_tokenizer(path), lambda: load_packed(path, verify=verify)):
         try: found = load()
         except ValueError as e:
@@ -239,7 +239,7 @@ def try_case(path, verify, heap):
 
 def use(model):
     import torch
-    from switchable_llm.lean import PARTS, LiveStep, lean_tokens
+    from switchable_llm.serving.lean import PARTS, LiveStep, lean_tokens
     ids = torch.tensor([[1, 2, 3]])
     for p in [*model.switch.profiles][:2]:
         model.switch.profile = p

@@ -3,7 +3,7 @@ import os, sys
 from pathlib import Path
 import torch
 import train_worker
-from switchable_llm.gates import BitBudget, add_gates_, gate_params, use_gates
+from switchable_llm.core.gates import BitBudget, add_gates_, gate_params, use_gates
 from switchable_llm.joint_training import Objective, fixed_profile, train
 from switchable_llm.lora_routing import adapter_params
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.allocation import Choices, allocate, random_choice, run_allocation, search
-from switchable_llm.data import PRESETS, Encoded
+from switchable_llm.search.allocation import Choices, allocate, random_choice, run_allocation, search
+from switchable_llm.data.squad import PRESETS, Encoded
 from switchable_llm.lora_routing import add_adapters_, save_switchable
 from switchable_llm.profiles_eval import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.sensitivity import Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total
-from switchable_llm.study import calibration_batches, fit, study_data, study_model
-from switchable_llm.switching import Profile, Rule, calibrate_, make_switchable_
+from switchable_llm.search.sensitivity import Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total
+from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model
+from switchable_llm.core.switching import Profile, Rule, calibrate_, make_switchable_
 
 def toy(kind='gpt2', act='per_token', adapters=False, tied=False, **kw):
     torch.manual_seed(0)

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest, torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from switchable_llm.adversarial import ATTACKS, KINDS, WHERE, adaptive, adversarial_task, allowed_tokens, answer_positions, distortion, flip_tokens, misspell, perturbation, row_scores, stack_masks, token_mask, white_box, with_typos
-from switchable_llm.cli import main
+from switchable_llm.apps.cli import main
 from switchable_llm.cpt import CycleConfig
-from switchable_llm.cpt_study import CPTPlan, run_cpt
-from switchable_llm.data import PRESETS, collate, encode, load_model, load_records, load_squad, tiny_squad, tiny_tokenizer
+from switchable_llm.study.cycles import CPTPlan, run_cpt
+from switchable_llm.data.squad import PRESETS, collate, encode, load_model, load_records, load_squad, tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import TrainConfig, answering, fixed_profile, train
 from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_, load_switchable, save_switchable
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.robustness import Plan, run_robustness
-from switchable_llm.spans import collate_windows, encode_windows, span_extraction
-from switchable_llm.strategies import score_strategy, strategy, use_strategy
-from switchable_llm.switching import calibrate_, make_switchable_, use_profile
+from switchable_llm.study.robustness import Plan, run_robustness
+from switchable_llm.data.spans import collate_windows, encode_windows, span_extraction
+from switchable_llm.search.strategies import score_strategy, strategy, use_strategy
+from switchable_llm.core.switching import calibrate_, make_switchable_, use_profile
 from test_real_models import byte_bpe
 
 TOK = tiny_tokenizer()
@@ -142,7 +142,7 @@ def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     assert main([*command, '--out', 'whole'])==0
     said = capsys.readouterr().out
     assert '# cpt' in said and '# robustness' in said and 'Checks of the attacks' in said
-    import switchable_llm.robustness as robustness
+    import switchable_llm.study.robustness as robustness
     count,real = [0],robustness.stage
     def stop(path, settings, make):
         count[0] += 1

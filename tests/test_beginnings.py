@@ -4,13 +4,13 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from transformers import BatchEncoding
-from switchable_llm.data import collate, encode, prompt_texts, span_model, start_ids, tiny_squad, tiny_tokenizer
+from switchable_llm.data.squad import collate, encode, prompt_texts, span_model, start_ids, tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import TrainConfig, fixed_profile, token_weights, train
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.spans import encode_windows, extract, span_extraction
-from switchable_llm.switching import make_switchable_
+from switchable_llm.data.spans import encode_windows, extract, span_extraction
+from switchable_llm.core.switching import make_switchable_
 from test_real_models import byte_bpe
 
 QUESTIONS = tiny_squad(8, 'validation')

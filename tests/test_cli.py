@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 from conftest import heed_ctrl_c
-from switchable_llm import cli as module
-from switchable_llm.cli import main, make_parser, one_line
-from switchable_llm.data import Preset
-from switchable_llm.files import claim
-from switchable_llm.study import NUMBERS, WORDS
+from switchable_llm.apps import cli as module
+from switchable_llm.apps.cli import main, make_parser, one_line
+from switchable_llm.data.squad import Preset
+from switchable_llm.core.files import claim
+from switchable_llm.study.runs import NUMBERS, WORDS
 
 COMMAND = Path(sys.executable).with_name('switchable-llm')
 installed = pytest.mark.skipif(not COMMAND.exists(), reason='the package is not installed')
@@ -73,7 +73,7 @@ def test_the_installed_command(child_env, tmp_path):
 
 @pytest.mark.skipif(os.name!='posix', reason='needs a shell')
 def test_a_closed_pipe_is_no_traceback(child_env):
-    code = 'import sys; from switchable_llm.cli import main; sys.exit(main(sys.argv[1:]))'
+    code = 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))'
     p = subprocess.run(f"{sys.executable} -c '{code}' presets | true", shell=True, env=child_env, capture_output=True, text=True, timeout=600)
     assert 'Traceback' not in p.stderr and 'Error' not in p.stderr
 
@@ -159,7 +159,7 @@ def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, t
 def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypatch, tmp_path, mine):
     def never(*a, **kw): pytest.fail('work was begun')
     for name in ('study_model','load_checkpoint'): monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr('switchable_llm.study.study_model', never)
+    monkeypatch.setattr('switchable_llm.study.runs.study_model', never)
     (tmp_path/'file').write_text('mine'); (tmp_path/'notes').mkdir(); (tmp_path/'notes/diary.txt').write_text('dear'); (tmp_path/'w.safetensors').write_text('weights')
     for command in (['train', '--out'], ['export', mine/'mine', '--profile', 'bw4', '--format', 'float', '--overwrite', '--out']):
         refused(*command, 'file', says=['file', 'is a folder'])
@@ -264,7 +264,7 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
     argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 300, '--quiet', '--out']
     log = tmp_path/'log'
-    code = 'import sys; from switchable_llm.cli import main; sys.exit(main(sys.argv[1:]))'
+    code = 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))'
     with open(log, 'w') as f: p = subprocess.Popen([sys.executable, '-c', code, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
     try:
         deadline = time.time()+900

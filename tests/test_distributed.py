@@ -3,7 +3,7 @@ import subprocess, sys
 import pytest, torch
 import train_worker as worker
 from switchable_llm.joint_training import batch_rows
-from switchable_llm.resuming import checkpoints, read_checkpoint
+from switchable_llm.training.resuming import checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='this build of PyTorch has no gloo')
 

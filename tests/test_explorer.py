@@ -3,8 +3,8 @@ import importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, ti
 from pathlib import Path
 import psutil, pytest
 from conftest import heed_ctrl_c
-from switchable_llm.data import PRESETS
-from switchable_llm.cli import main, page_code
+from switchable_llm.data.squad import PRESETS
+from switchable_llm.apps.cli import main, page_code
 
 def browser_path():
     "A Chromium or Chrome of this machine: `BROWSER_PATH`, or the first on the path."
@@ -16,7 +16,7 @@ def missing():
     lacking = [m for m in ('voila','ipykernel','playwright') if not importlib.util.find_spec(m)]
     return f"{', '.join(lacking)} is not installed: pip install -e '.[dev]'" if lacking else '' if browser_path() else 'no browser is installed: apt-get install chromium'
 
-CODE = 'import sys\nfrom switchable_llm.cli import main\nsys.exit(main(sys.argv[1:]))'
+CODE = 'import sys\nfrom switchable_llm.apps.cli import main\nsys.exit(main(sys.argv[1:]))'
 
 def free_port():
     with socket.socket() as s:
@@ -98,7 +98,7 @@ def test_the_page_works_elsewhere(tmp_path, monkeypatch):
 
 @needs_voila
 def test_the_page_is_a_notebook_of_this_python(tmp_path):
-    from switchable_llm.page import write_page
+    from switchable_llm.apps.page import write_page
     page = json.loads(write_page(tmp_path, 'x = 1').read_text())
     assert ''.join(page['cells'][0]['source'])=='x = 1'
     kernel, = (tmp_path/'kernels').glob('*/kernel.json')

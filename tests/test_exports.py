@@ -5,11 +5,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from switchable_llm.data import gguf_overrides, load_model, tiny_tokenizer
-from switchable_llm.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, logit_gap, merge, merged_weight, use_weights_only
+from switchable_llm.data.squad import gguf_overrides, load_model, tiny_tokenizer
+from switchable_llm.serving.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, logit_gap, merge, merged_weight, use_weights_only
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_, base_hash
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.switching import PROFILES, Profile, QuantLayer, Rule, Setting, calibrate_, load_profiles, make_switchable_, use_profile
+from switchable_llm.core.switching import PROFILES, Profile, QuantLayer, Rule, Setting, calibrate_, load_profiles, make_switchable_, use_profile
 
 IDS = torch.randint(2, 200, (3, 12), generator=torch.Generator().manual_seed(2))
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))
@@ -170,7 +170,7 @@ def test_folder_is_whole_or_not_at_all(tmp_path, monkeypatch):
     was = {f.name:f.read_bytes() for f in folder.iterdir()}
     def broken(*a, **k): raise OSError('disk full')
     with monkeypatch.context() as mp:
-        mp.setattr('switchable_llm.exports.save_profiles', broken)
+        mp.setattr('switchable_llm.serving.exports.save_profiles', broken)
         with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', folder, overwrite=True)
         with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', tmp_path/'a'/'c')
     for n in range(20):                                       # profile.json, the old one aside, the new one into place

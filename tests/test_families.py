@@ -3,12 +3,12 @@ import pytest, torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CodeGenForCausalLM, MptForCausalLM
 from transformers.pytorch_utils import Conv1D
-from switchable_llm.data import Encoded
+from switchable_llm.data.squad import Encoded
 from switchable_llm.joint_training import TrainConfig, fixed_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.switching import FAMILIES, Profile, Rule, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.switching import FAMILIES, Profile, Rule, calibrate_, make_switchable_, use_profile
 
 COMMON = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
               pad_token_id=0, bos_token_id=1, eos_token_id=2)

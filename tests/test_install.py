@@ -47,7 +47,7 @@ def test_every_import_is_a_dependency():
     declared = {canonicalize_name(Requirement(r).name) for r in lock.requirements()}
     page = {canonicalize_name(Requirement(r).name) for r in lock.requirements('explore')}
     holders = metadata.packages_distributions()
-    for path in (ROOT/'switchable_llm').glob('*.py'):
+    for path in (ROOT/'switchable_llm').rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {n.partition('.')[0] for n in names}-{'switchable_llm'}-set(sys.stdlib_module_names):
@@ -96,7 +96,7 @@ def test_a_wheel_is_built_also_without_a_compiler(tmp_path):
     with zipfile.ZipFile(wheel) as z:
         assert z.testzip() is None
         names = set(z.namelist())
-        assert 'switchable-llm = switchable_llm.cli:main' in z.read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
+        assert 'switchable-llm = switchable_llm.apps.cli:main' in z.read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT/'switchable_llm').rglob('*') if p.is_file() and p.suffix!='.so' and '__pycache__' not in p.parts}
     assert package<=names and any(n.startswith('switchable_llm/tiny/') for n in names)
 

@@ -5,9 +5,9 @@ import pytest, torch
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.packed import PackedLayer, freeze, load_packed, packed_size
+from switchable_llm.serving.packed import PackedLayer, freeze, load_packed, packed_size
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.switching import Profile, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.switching import Profile, calibrate_, make_switchable_, use_profile
 
 COMMON = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 CLASSES = dict(gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4)),
@@ -131,7 +131,7 @@ def test_killed_while_writing(tmp_path):
     code = f"""
 import os, signal
 from test_packed import freeze, switchable
-import switchable_llm.packed as packed
+import switchable_llm.serving.packed as packed
 real = packed.save_file
 def dies(*args, **kw): real(*args, **kw); os.kill(os.getpid(), signal.SIGKILL)
 model = switchable(adapters=False); freeze(model, '{tmp_path}/m.safetensors')
@@ -168,7 +168,7 @@ def test_switch_is_fast_and_copies_nothing(tmp_path):
 PROBE = """
 import json, sys, torch
 from test_packed import inputs, load_packed
-from switchable_llm.switching import use_profile
+from switchable_llm.core.switching import use_profile
 packed,out = load_packed(sys.argv[1]),{}
 for p in packed.switch.profiles:
     with use_profile(packed, p), torch.no_grad(): out[p] = packed(**inputs()).logits[:, -1].tolist()

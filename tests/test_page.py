@@ -13,7 +13,7 @@ from tornado.websocket import websocket_connect
 
 SERVE = """
 import os, sys, tempfile
-from switchable_llm.page import serve_page, write_page
+from switchable_llm.apps.page import serve_page, write_page
 with tempfile.TemporaryDirectory() as tmp:
     os.environ['JUPYTER_PATH'] = tmp
     serve_page(write_page(tmp, '6*7'), int(sys.argv[1]), browser=False, tell=lambda a: print(a, flush=True), **eval(sys.argv[2]))

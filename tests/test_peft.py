@@ -9,9 +9,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.lora_routing import (PEFT_HARMLESS, adapter_keys, add_adapters_, export_peft, import_peft,
                                          load_switchable, save_switchable, use_adapter)
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.switching import Profile, Bits, base_params, make_switchable_, use_profile
+from switchable_llm.core.switching import Profile, Bits, base_params, make_switchable_, use_profile
 
 IDS = torch.arange(20).view(1, -1)
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)

@@ -5,10 +5,10 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from transformers import AutoModelForCausalLM
-from switchable_llm.exports import export_float, export_torchao, merge
-from switchable_llm.gates import add_gates_
+from switchable_llm.serving.exports import export_float, export_torchao, merge
+from switchable_llm.core.gates import add_gates_
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
-from switchable_llm.switching import Bits, Profile, QuantLayer, calibrate_, learn_ranges_, make_switchable_, use_profile
+from switchable_llm.core.switching import Bits, Profile, QuantLayer, calibrate_, learn_ranges_, make_switchable_, use_profile
 from test_peft import IDS, gpt2, llama
 
 def injected(): return inject_adapter_in_model(LoraConfig(target_modules=['q_proj']), llama())
@@ -104,7 +104,7 @@ def test_a_copy_made_inside_a_with_block():
 
 CHILD = """
 import sys, torch
-from switchable_llm.switching import use_profile
+from switchable_llm.core.switching import use_profile
 m, out = torch.load(sys.argv[1], weights_only=False), {}
 for p in m.switch.profiles:
     with torch.no_grad(), use_profile(m, p): out[p] = m(torch.arange(20).view(1, -1)).logits

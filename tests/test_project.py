@@ -1,20 +1,27 @@
 "The shape of the project: who imports whom, what is documented, what is in the repository."
-import ast, importlib, inspect, re, subprocess
+import ast, importlib, inspect, re, subprocess, sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 import pytest
 from fastcore.docments import docments
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'scripts'))
+import project
+
 LIB = ROOT/'switchable_llm'
 GENERATED = {'__init__', '_modidx'}
-MODULES = sorted(p.stem for p in LIB.glob('*.py') if p.stem not in GENERATED)
+def file_of(module): return LIB/f"{module.replace('.', '/')}.py"
+MODULES = sorted('.'.join(p.relative_to(LIB).with_suffix('').parts) for p in LIB.rglob('*.py') if p.stem not in GENERATED)
 
-def chapters():
-    "Exported modules in the order of their notebooks."
-    found = []
-    for nb in sorted((ROOT/'nbs').glob('[!_.]*.ipynb')):
-        found += re.findall(r'"#\s*\|\s*default_exp\s+(\w+)', nb.read_text(encoding='utf-8'))
-    return found
+# What stands before what. A module may import its own group, as long as nothing goes in a circle, and what is before it.
+ORDER = [{'quantizers'}, {'core'}, {'lora_routing'}, {'data'}, {'joint_training','training'}, {'profiles_eval','search'}, {'cpt','adversarial'},
+         {'serving'}, {'study'}, {'report'}, {'apps'}]
+SERVING = {'quantizers','core','lora_routing','data','serving'}   # all that a server imports
+
+def group(module): return next(i for i,g in enumerate(ORDER) if module.split('.')[0] in g)
+
+def package(path): return ['switchable_llm', *path.relative_to(LIB).parts[:-1]] if path.is_relative_to(LIB) else []
 
 def imports(path):
     "Full names of the modules that a file imports anywhere, functions included: `[(line, name, imported names)]`."
@@ -22,33 +29,46 @@ def imports(path):
         if isinstance(node, ast.Import):
             for a in node.names: yield node.lineno, a.name, []
         if isinstance(node, ast.ImportFrom):
-            base = '.'.join(filter(None, ['switchable_llm' if node.level else '', node.module or '']))
+            base = '.'.join(filter(None, [*package(path)[:len(package(path))+1-node.level]*bool(node.level), node.module]))
             names = [a.name for a in node.names]
-            if base=='switchable_llm':
-                for n in names: yield node.lineno, f'{base}.{n}' if n in MODULES else base, []
+            inner = [n for n in names if f'{base}.{n}'.removeprefix('switchable_llm.') in MODULES]
+            if inner:
+                for n in inner: yield node.lineno, f'{base}.{n}', []
             else: yield node.lineno, base, names
 
 def uses(path):
-    "Chapters that a file imports."
-    return {name.split('.')[1] for _,name,_ in imports(path) if name.startswith('switchable_llm.')}
+    "Modules of this package that a file imports."
+    return {name.removeprefix('switchable_llm.') for _,name,_ in imports(path) if name.startswith('switchable_llm.')}
 
-def test_there_are_modules(): assert MODULES and set(MODULES)<=set(chapters()), 'a module without a notebook'
+def test_notebooks_and_modules_belong_together():
+    names = {project.module_of(nb): nb for nb in project.notebooks() if nb.stem!='index'}
+    assert set(names)==set(MODULES)
+    for module,nb in names.items():
+        assert re.sub(r'(^|/)\d+_', r'\1', project.name_of(nb)).removesuffix('.ipynb').replace('/', '.')==module
+
+def test_a_part_is_small(): assert {p.title: len(p.rooms) for p in project.PARTS if len(p.rooms)>8}=={}
+
+def upward(module, used):
+    "What `module` imports and may not."
+    return {u for u in used if group(u)>group(module) or module.split('.')[0]=='serving' and u.split('.')[0] not in SERVING}
 
 @pytest.mark.parametrize('module', MODULES)
-def test_imports_only_chapters_above(module):
-    order = chapters()
-    below = set(order[order.index(module):])
-    assert not uses(LIB/f'{module}.py') & below
+def test_imports_point_down(module): assert not upward(module, uses(file_of(module)))
+
+def test_imports_go_in_no_circle():
+    graph = {m: uses(file_of(m)) for m in MODULES}
+    TopologicalSorter(graph).prepare()
 
 def test_an_upward_import_is_seen(tmp_path):
     f = tmp_path/'m.py'
-    for line in ('from switchable_llm.cli import main', 'import switchable_llm.cli', 'from .cli import main', 'def f():\n    from switchable_llm.cli import main'):
+    for line in ('from switchable_llm.apps.cli import main', 'import switchable_llm.apps.cli', 'from switchable_llm.apps import cli', 'def f():\n    from switchable_llm.apps.cli import main'):
         f.write_text(line)
-        assert uses(f)=={'cli'}, line
+        assert uses(f)=={'apps.cli'} and upward('core.switching', uses(f)), line
+    assert upward('serving.lean', {'training.settings'}) and not upward('serving.lean', {'serving.kernels','core.files'})
 
 @pytest.mark.parametrize('module', MODULES)
 def test_no_star_imports_and_no_nbdev(module):
-    for line,name,names in imports(LIB/f'{module}.py'):
+    for line,name,names in imports(file_of(module)):
         assert '*' not in names, f'{module}.py:{line}: star import'
         assert name.split('.')[0] not in ('nbdev','execnb','ghapi'), f'{module}.py:{line}: {name} at run time'
 

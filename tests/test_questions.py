@@ -3,14 +3,14 @@ import json, random, re, string, warnings
 from collections import Counter
 import datasets, pytest, torch
 from transformers import GPT2Config, GPT2ForQuestionAnswering, GPT2LMHeadModel
-from switchable_llm.data import encode, load_squad, tiny_squad, tiny_tokenizer
+from switchable_llm.data.squad import encode, load_squad, tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import TrainConfig, fixed_profile, train
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import Evaluation, em_f1, evaluate
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.spans import encode_windows, evaluate_spans, extract, span_extraction, train_head_
-from switchable_llm.strategies import score_strategy, strategy
-from switchable_llm.switching import make_switchable_
+from switchable_llm.data.spans import encode_windows, evaluate_spans, extract, span_extraction, train_head_
+from switchable_llm.search.strategies import score_strategy, strategy
+from switchable_llm.core.switching import make_switchable_
 
 TOK = tiny_tokenizer()
 QUESTIONS = tiny_squad(24, 'validation')

@@ -1,7 +1,7 @@
 "The README's code runs as it is written, and its commands are commands."
 import re, shlex, subprocess, sys
 from conftest import ROOT
-from switchable_llm.cli import make_parser
+from switchable_llm.apps.cli import make_parser
 
 README = (ROOT/'README.md').read_text(encoding='utf-8')
 

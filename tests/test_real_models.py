@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from switchable_llm.data import PRESETS, encode, load_model, load_records, load_squad, tiny_squad
+from switchable_llm.data.squad import PRESETS, encode, load_model, load_records, load_squad, tiny_squad
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.study import evaluations, run_joint
-from switchable_llm.switching import PROFILES, Profile, calibrate_, make_switchable_, use_profile
+from switchable_llm.study.runs import evaluations, run_joint
+from switchable_llm.core.switching import PROFILES, Profile, calibrate_, make_switchable_, use_profile
 
 SQUAD = Path(__file__).resolve().parents[2]/'shared/data/squad'
 

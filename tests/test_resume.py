@@ -3,10 +3,10 @@ import multiprocessing as mp, os, random, resource, signal, time
 import pytest, torch
 from safetensors.torch import load_file
 import train_worker as worker
-from switchable_llm.data import load_model
-from switchable_llm.files import LOCK
+from switchable_llm.data.squad import load_model
+from switchable_llm.core.files import LOCK
 from switchable_llm.lora_routing import adapter_params, load_switchable, save_switchable
-from switchable_llm.resuming import checkpoints, read_checkpoint
+from switchable_llm.training.resuming import checkpoints, read_checkpoint
 
 STEPS = 40
 pytestmark = pytest.mark.skipif('forkserver' not in mp.get_all_start_methods(), reason='this system has no fork')

@@ -3,14 +3,14 @@ import copy, gc, os, pickle, random, subprocess, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from switchable_llm import lean
-from switchable_llm.kernels import LinearPlan
-from switchable_llm.lean import Cache, Dense, LeanCache, LiveStep, NotLean, Step, lean_class, lean_tokens
+from switchable_llm.serving import lean
+from switchable_llm.serving.kernels import LinearPlan
+from switchable_llm.serving.lean import Cache, Dense, LeanCache, LiveStep, NotLean, Step, lean_class, lean_tokens
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.native import native_features
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.core.native import native_features
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.switching import Profile, Rule, make_switchable_, use_profile
+from switchable_llm.core.switching import Profile, Rule, make_switchable_, use_profile
 
 native = pytest.mark.skipif('decode' not in native_features(), reason='the compiled kernels are not built, or do not run on this processor')
 REQUESTS = int(os.environ.get('SWITCHABLE_LLM_REQUESTS', 1500))   # more by hand
@@ -99,7 +99,7 @@ def test_obstacles_are_known_beforehand(tmp_path, packed):
 
 @native
 def test_without_kernels_it_is_said(packed, tmp_path, child_env):
-    code = ("import sys, warnings, torch; warnings.simplefilter('always'); from switchable_llm.packed import load_packed; m = load_packed(sys.argv[1]);"
+    code = ("import sys, warnings, torch; warnings.simplefilter('always'); from switchable_llm.serving.packed import load_packed; m = load_packed(sys.argv[1]);"
             "i = torch.ones(1, 3, dtype=torch.long); [m.generate(i, attention_mask=i, max_new_tokens=2, pad_token_id=0) for _ in range(3)]; print(m.native_status)")
     out = subprocess.run([sys.executable, '-c', code, tmp_path/'m.safetensors'], env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'}, capture_output=True, text=True)
     assert out.returncode==0, out.stderr
@@ -331,7 +331,7 @@ def test_profiles_share_all_that_is_large(tmp_path, make, dtype):
 def test_memory_of_a_second_and_third_profile(tmp_path, child_env, kernels):
     "Ends of 2 x 16 MB in bfloat16: a copy in float32 for each profile would be 64 MB each."
     frozen(tmp_path/'m.safetensors', dtype=torch.bfloat16, vocab_size=64000, hidden_size=128, tie_word_embeddings=False)
-    code = ("import sys, torch; from switchable_llm.packed import load_packed; from switchable_llm.lean import LiveStep, lean_tokens\n"
+    code = ("import sys, torch; from switchable_llm.serving.packed import load_packed; from switchable_llm.serving.lean import LiveStep, lean_tokens\n"
             "def own(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024\n"
             "m = load_packed(sys.argv[1]); before = own()\n"
             "for p in m.switch.profiles:\n"

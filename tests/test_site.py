@@ -68,6 +68,14 @@ def test_links_between_notebooks_and_to_the_site_are_local():
     p = page(f'[a](00_quantizers.ipynb#bits) [b]({pages.SITE}/plots.html) [c](https://example.org/x.ipynb)')
     assert [a['href'] for a in p.body.find_all('a')]==['quantizers.html#bits', 'plots.html', 'https://example.org/x.ipynb']
 
+def test_links_are_seen_from_the_folder_of_the_page():
+    p = page(f'[a](../00_quantizers.ipynb#bits) [b]({pages.SITE}/study/figures.html) [c](gates.ipynb)', name='core/widths.ipynb')
+    assert p.name=='core/widths.html'
+    assert [a['href'] for a in p.body.find_all('a')]==['../quantizers.html#bits', '../study/figures.html', 'gates.html']
+    there = page('## Bits', name='00_quantizers.ipynb')
+    assert [f for f in checks.links([p, there]) if 'quantizers' in f]==[]
+    assert any('no page or file' in f for f in checks.links([p]))
+
 def test_an_output_may_hold_backticks_and_markup():
     p = page(cell('f()', new_output('stream', text='```\n<b> *x* {#y} :::')))
     assert p.body.select_one('.cell-output pre').get_text().strip()=='```\n<b> *x* {#y} :::'
@@ -110,7 +118,8 @@ def test_dead_anchors_between_pages_are_seen():
 
 # --- API documentation ----------------------------------------------------------------------------------------------
 
-MODULES = sorted(p.stem for p in (ROOT/'switchable_llm').glob('[!_]*.py'))
+LIB = ROOT/'switchable_llm'
+MODULES = sorted('.'.join(p.relative_to(LIB).with_suffix('').parts) for p in LIB.rglob('[!_]*.py'))
 
 @pytest.mark.parametrize('module', MODULES)
 def test_every_exported_name_has_an_entry_with_its_parameters(module):
@@ -195,7 +204,7 @@ def test_theme_search_and_tabs_work_from_files(browser, tmp_path, monkeypatch):
     (tmp_path/'proc').mkdir(); (tmp_path/'proc/styles.css').write_text('')
     monkeypatch.setattr(site, 'PROC', tmp_path/'proc')
     tabset = '## Precision\n\nRounding words\n\n::: {.panel-tabset}\n\n### bw4\n\nfour\n\n### bw8\n\neight\n\n:::'
-    site.write([page('Start', name='index.ipynb'), page(tabset, figure(), name='00_quantizers.ipynb')], tmp_path/'docs')
+    site.write([page('Start', name='index.ipynb'), page(tabset, figure(), name='core/widths.ipynb')], tmp_path/'docs')
     context,errors = browser.new_context(color_scheme='dark', offline=True),[]
     tab = context.new_page()
     tab.on('pageerror', lambda e: errors.append(str(e)))
@@ -204,8 +213,8 @@ def test_theme_search_and_tabs_work_from_files(browser, tmp_path, monkeypatch):
     dark = back(); tab.click('#theme')
     assert dark!=back()=='rgb(255, 255, 255)'
     tab.fill('#search', 'round'); tab.click('#found a')
-    tab.wait_for_url('**/quantizers.html#precision')
-    assert tab.url.endswith('quantizers.html#precision') and back()=='rgb(255, 255, 255)'   # the choice holds
+    tab.wait_for_url('**/core/widths.html#precision')
+    assert tab.url.endswith('core/widths.html#precision') and back()=='rgb(255, 255, 255)'   # the choice holds
     assert tab.locator('text=four').is_visible() and not tab.locator('text=eight').is_visible()
     tab.click('role=tab[name=bw8]')
     assert tab.locator('text=eight').is_visible() and not tab.locator('text=four').is_visible()

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest, torch
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, GPT2Config, GPT2ForQuestionAnswering, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
-from switchable_llm.data import PRESETS, load_model, load_records, tiny_squad, tiny_tokenizer
+from switchable_llm.data.squad import PRESETS, load_model, load_records, tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import Objective, TrainConfig, fixed_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
-from switchable_llm.objectives import Distillation, Stability
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.training.objectives import Distillation, Stability
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.spans import collate_windows, encode_windows, evaluate_spans, extract, run_spans, span_extraction, span_outputs, train_head_
-from switchable_llm.switching import Profile, find_sites, make_switchable_, use_profile
+from switchable_llm.data.spans import collate_windows, encode_windows, evaluate_spans, extract, run_spans, span_extraction, span_outputs, train_head_
+from switchable_llm.core.switching import Profile, find_sites, make_switchable_, use_profile
 from test_real_models import byte_bpe, write_gguf
 
 TOK = tiny_tokenizer()

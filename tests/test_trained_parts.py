@@ -4,13 +4,13 @@ from dataclasses import replace
 import pytest, torch
 from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.data import Encoded
-from switchable_llm.exports import merge
+from switchable_llm.data.squad import Encoded
+from switchable_llm.serving.exports import merge
 from switchable_llm.joint_training import TrainConfig, fixed_profile, random_layers, random_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight
-from switchable_llm.switching import Profile, added_params, base_params, calibrate_, held_bytes, kernel_report, learn_ranges_, make_switchable_, use_profile
+from switchable_llm.core.switching import Profile, added_params, base_params, calibrate_, held_bytes, kernel_report, learn_ranges_, make_switchable_, use_profile
 
 IDS = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0))
 BATCH,DATA = dict(input_ids=IDS),[Encoded(tuple(row.tolist()), 10) for row in IDS]

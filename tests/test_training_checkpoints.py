@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import train_worker as worker
 from safetensors.torch import load_file, save_file
-from switchable_llm.files import LOCK
+from switchable_llm.core.files import LOCK
 from switchable_llm.joint_training import Objective, all_profiles, random_profile, train
 from switchable_llm.lora_routing import adapter_params
-from switchable_llm.objectives import Distillation
+from switchable_llm.training.objectives import Distillation
 from switchable_llm.quantizers import Bits
-from switchable_llm.resuming import STATE, TENSORS, checkpoints, read_checkpoint, write_checkpoint
-from switchable_llm.switching import Profile
+from switchable_llm.training.resuming import STATE, TENSORS, checkpoints, read_checkpoint, write_checkpoint
+from switchable_llm.core.switching import Profile
 
 FILES = (STATE, TENSORS)
 forks = pytest.mark.skipif('fork' not in mp.get_all_start_methods(), reason='this system has no fork')

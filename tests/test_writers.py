@@ -2,13 +2,13 @@
 import errno, json, multiprocessing as mp, os, resource, shutil, signal
 import pytest, torch
 from safetensors import SafetensorError
-from switchable_llm.data import load_model, tiny_tokenizer
-from switchable_llm.exports import export_float, export_gguf, export_torchao, merge, save_torchao
-from switchable_llm.files import named_errors
+from switchable_llm.data.squad import load_model, tiny_tokenizer
+from switchable_llm.serving.exports import export_float, export_gguf, export_torchao, merge, save_torchao
+from switchable_llm.core.files import named_errors
 from switchable_llm.lora_routing import adapter_params, add_adapters_, check_save_target, export_peft, save_switchable
-from switchable_llm.packed import freeze, load_packed
+from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.switching import make_switchable_
+from switchable_llm.core.switching import make_switchable_
 import test_resume
 
 pytestmark = pytest.mark.skipif('forkserver' not in mp.get_all_start_methods(), reason='this system has no fork')

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from switchable_llm.data import encode, load_model, tiny_squad
+from switchable_llm.data.squad import encode, load_model, tiny_squad
 from switchable_llm.joint_training import Policy, TrainConfig, all_profiles, random_layers, random_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.switching import Profile, make_switchable_
+from switchable_llm.core.switching import Profile, make_switchable_
 
 NAMES = ('bw4','bw6','bw8')
 POLICIES = dict(random_profile=lambda m: random_profile(NAMES, seed=3), random_layers=lambda m: random_layers(m, seed=3),

@@ -8,11 +8,6 @@ from project import CFG, ROOT
 
 WIDTH = 96   # columns of a signature
 
-def module_name(path):
-    "The module that a notebook exports, or nothing."
-    found = re.search(r'"#\s*\|\s*default_exp\s+(\w+)', path.read_text(encoding='utf-8'))
-    return found and found[1]
-
 @cache
 def exported(module):
     "Exported names of a module, in the order of its source: `{name: object}`."
@@ -23,7 +18,8 @@ def exported(module):
 def owners():
     "Exported objects of the whole library by name and docstring: two modules may use a name."
     lib = ROOT/CFG['lib_path']
-    return {(n, inspect.getdoc(o)): o for p in sorted(lib.glob('[!_]*.py')) for n,o in exported(p.stem).items()}
+    modules = ('.'.join(p.relative_to(lib).with_suffix('').parts) for p in sorted(lib.rglob('[!_]*.py')))
+    return {(n, inspect.getdoc(o)): o for m in modules for n,o in exported(m).items()}
 
 # --- parts of an entry ----------------------------------------------------------------------------------------------
 
@@ -84,7 +80,7 @@ def methods(cls):
         if inspect.isfunction(f) and not name.startswith('_') and f.__doc__: yield name,f,isinstance(vars(cls)[name], property)
 
 def source_link(module, line):
-    return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{CFG['lib_path']}/{module}.py#L{line}){{.source-link}}"
+    return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{CFG['lib_path']}/{module.replace('.', '/')}.py#L{line}){{.source-link}}"
 
 def rows_of(o):
     "Rows of the table of a function or class: fields if it has any, else what it is called with."
@@ -108,7 +104,7 @@ def entry(name, o, prop=False):
 def document(name, o, level=3):
     "The whole entry of an exported name: heading, link to the source, and its public methods below it."
     f = inspect.unwrap(o)
-    link = source_link(o.__module__.rpartition('.')[2], inspect.getsourcelines(f)[1])
+    link = source_link(o.__module__.removeprefix(CFG['lib_name']+'.'), inspect.getsourcelines(f)[1])
     parts = [f"{'#'*level} {name} {{.api}}\n\n{link}\n\n{entry(name, o)}"]
     if inspect.isclass(o): parts += [f"{'#'*(level+1)} {name}.{m} {{.api}}\n\n{entry(f'{name}.{m}', f, prop)}" for m,f,prop in methods(o)]
     return '\n\n'.join(parts)+'\n'
@@ -122,7 +118,7 @@ class ApiDoc(BasicMarkdownRenderer):
 
 def assignments(module):
     "Exported names that are assigned, not defined: `{name: (first line, source)}`."
-    path = ROOT/CFG['lib_path']/f'{module}.py'
+    path = ROOT/CFG['lib_path']/f"{module.replace('.', '/')}.py"
     text = path.read_text(encoding='utf-8')
     lines,names = text.splitlines(),set(exported(module))
     found = {}

@@ -1,11 +1,11 @@
 "What is wrong with the pages, as `page: problem` lines."
-import re
+import posixpath, re
 from collections import Counter
 from urllib.parse import unquote
 from docsite import apidoc
 from docsite.pages import IMAGES, options
 from docsite.process import PROC
-from project import NBS
+from project import NBS, module_of
 
 import yaml
 
@@ -34,7 +34,7 @@ def images(page):
     "Images without a description or a file."
     for i in page.body.find_all('img'):
         if not i.get('alt', '').strip(): yield f"{page.name}: no fig-alt: {i['src']}"
-        if not re.match('data:|https?:', i['src']) and unquote(i['src']) not in page.files and not (PROC/unquote(i['src'])).is_file(): yield f"{page.name}: no file {i['src']}"
+        if not re.match('data:|https?:', i['src']) and unquote(i['src']) not in page.files and not (PROC/page.name).parent.joinpath(unquote(i['src'])).is_file(): yield f"{page.name}: no file {i['src']}"
 
 # --- between pages --------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def links(pages):
     for p in pages:
         for href in sorted({a['href'] for a in p.body.find_all('a', href=True)}):
             page,_,anchor = unquote(href).partition('#')
-            page = page or p.name
+            page = posixpath.normpath(posixpath.join(posixpath.dirname(p.name), page)) if page else p.name
             if re.match(r'[a-z][a-z0-9+.-]*:|//', href, flags=re.I): continue
             if page in there:
                 if anchor not in there[page]: yield f'{p.name}: {href}: {page} has no #{anchor}; give it a heading, or show_doc it there'
@@ -91,7 +91,7 @@ def api_entry(page, name):
 def api(pages):
     "Exported names without documentation on their chapter's page, or with a parameter or field that it leaves out."
     for p in pages:
-        module = apidoc.module_name(NBS/p.notebook)
+        module = module_of(NBS/p.notebook)
         for name,o in apidoc.exported(module).items() if module else []:
             entry = api_entry(p, name)
             if entry is None: yield f'{p.name}: {name} is not documented; show_doc it'; continue

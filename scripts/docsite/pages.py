@@ -1,7 +1,8 @@
 """Plain pages: a processed notebook becomes Markdown, Pandoc makes it HTML, and what only Quarto knows is done here:
 numbers of figures, tables and equations, references to them, callouts, tabs and folded code."""
-import base64, html, re
+import base64, html, posixpath, re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from docsite.process import html_name
 from project import SITE
@@ -174,11 +175,11 @@ def tabs(soup):
                 e['class'] = 'tab-title'
             if panel: panel.append(e.extract())
 
-def local_links(soup):
-    "Links to this site's pages and to notebooks lead to files beside the page."
+def local_links(soup, name):
+    "Links to this site's pages and to notebooks lead to files, seen from the page's folder."
     for a in soup.find_all('a', href=True):
         href = a['href']
-        if href.startswith(SITE+'/'): href = href[len(SITE)+1:] or 'index.html'
+        if href.startswith(SITE+'/'): href = posixpath.relpath(href[len(SITE)+1:] or 'index.html', posixpath.dirname(name) or '.')
         page,hash,anchor = href.partition('#')
         if page.endswith('.ipynb') and ':' not in page: href = html_name(page)+hash+anchor
         a['href'] = href
@@ -205,12 +206,12 @@ def tidy(soup):
 
 @dataclass
 class Page:
-    name: str                # File name, *.html
-    notebook: str            # File name, *.ipynb
+    name: str                # Path, *.html
+    notebook: str            # Path, *.ipynb
     title: str               # As in the notebook
     description: str         # HTML of the line under the title
     body: BeautifulSoup
-    files: dict[str,bytes]   # Figures, by path
+    files: dict[str,bytes]   # Figures, by path from the page's folder
 
     @property
     def toc(self):
@@ -228,5 +229,5 @@ def make_page(name, nb):
     except RuntimeError as e: raise RuntimeError(f'{name}: {e}') from None
     place_captions(soup); mark_equations(soup)
     resolve(soup, number(soup))
-    for step in (callouts, tabs, local_links, space_functions, tidy): step(soup)
+    for step in (callouts, tabs, partial(local_links, name=name), space_functions, tidy): step(soup)
     return Page(html_name(name), name, str(meta.get('title', name)), inline(str(meta.get('description', '') or '')), soup, files)

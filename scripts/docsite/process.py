@@ -1,19 +1,16 @@
 "nbdev's processing of the notebooks into `_proc`: what Quarto and the plain pages are both made from."
 import ast, os, re, shutil, sys
 from docsite import apidoc
-from project import NBS, ROOT, notebooks, read_cells
+from project import NBS, PARTS, ROOT, module_of, name_of, notebooks, read_cells
 
 import nbformat, yaml
 
 PROC = ROOT/'_proc'
 
-# The parts of the sidebar, and how the names of their notebooks begin.
-PARTS = [('Quantized layers', ('00',)), ('Adapters, data, figures', ('01',)), ('Training', ('02',)), ('Evaluation and allocation', ('03',)),
-         ('Cyclic precision', ('04',)), ('Robustness', ('05_','05a','05b')), ('The report', ('05c','05d','05e','06_')), ('Serving', ('06a','06b','07')), ('Tools', ('08','09'))]
-
 def html_name(name):
-    "File of a notebook's page, as nbdev names it."
-    return re.sub(r'^\d+[a-zA-Z0-9]*_', '', name.removesuffix('.ipynb').lower()) + '.html'
+    "File of a notebook's page, as nbdev names it: `core/switching.html`."
+    folder,_,file = name.removesuffix('.ipynb').lower().rpartition('/')
+    return f'{folder}/'*bool(folder) + re.sub(r'^\d+[a-zA-Z0-9]*_', '', file) + '.html'
 
 def heading(path):
     "The title of a notebook."
@@ -24,11 +21,8 @@ def label(path):
     return heading(path).partition(':')[0]
 
 def contents():
-    "Chapters by part: `[(part, [(notebook, label)])]`; one that fits no part comes last."
-    paths = [p for p in notebooks() if p.stem!='index']
-    parts = [(title, [p for p in paths if p.name.startswith(begin)]) for title,begin in PARTS]
-    rest = [p for p in paths if not any(p in ps for _,ps in parts)]
-    return [(title, [(p.name, label(p)) for p in ps]) for title,ps in [*parts, ('More', rest)] if ps]
+    "Chapters by part: `[(part, [(notebook, label)])]`."
+    return [(p.title, [(name_of(f), label(f)) for r in p.rooms for f in [NBS/p.folder/f'{r}.ipynb']]) for p in PARTS]
 
 def write_sidebar():
     "The sidebar for Quarto."
@@ -46,18 +40,18 @@ def mixed_cells():
             except SyntaxError: continue   # a magic
             is_import = lambda o: isinstance(o, (ast.Import, ast.ImportFrom))
             if any(map(is_import, ast.walk(tree))) and not all(map(is_import, tree.body)):
-                yield f"{p.name}: a cell that imports must do nothing else: {c['source'].strip().splitlines()[0]} …"
+                yield f"{name_of(p)}: a cell that imports must do nothing else: {c['source'].strip().splitlines()[0]} …"
 
 def read_pages():
-    "Processed notebooks, by name: `{'00_quantizers.ipynb': nb}`."
-    return {p.name: nbformat.read(PROC/p.name, as_version=4) for p in notebooks()}
+    "Processed notebooks, by name: `{'core/switching.ipynb': nb}`."
+    return {n: nbformat.read(PROC/n, as_version=4) for n in map(name_of, notebooks())}
 
 _link_in_link = re.compile(r'\[\[(`[^`]+`)\]\([^)]+\)\]\(([^)]+)\)')
 
 def finish():
     "What nbdev leaves to do: exported values that are no function or class, and names that it linked inside a link."
     for name,nb in read_pages().items():
-        module = apidoc.module_name(NBS/name)
+        module = module_of(NBS/name)
         if module and (text := apidoc.constants(module)): nb.cells.append(nbformat.v4.new_markdown_cell(text, id='constants'))
         for c in nb.cells:
             if c.cell_type=='markdown': c.source = _link_in_link.sub(r'[\1](\2)', c.source)

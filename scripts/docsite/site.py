@@ -1,5 +1,5 @@
 "The plain site: pages in a frame with navigation, search and two themes, in a folder that needs no server."
-import json, re
+import json, posixpath, re
 from pathlib import Path
 from docsite.process import PROC, contents, html_name
 from project import CFG
@@ -20,7 +20,8 @@ def frame(page, parts):
     after = order[at+1] if at is not None and at+1<len(order) else None
     site = dict(title=CFG['title'], repo=CFG['git_url'], branch=CFG['branch'], copyright=f"© {CFG['copyright']}", parts=parts)
     template = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True).get_template('page.html')
-    return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after)
+    return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after,
+                           to=lambda path: posixpath.relpath(path, posixpath.dirname(page.name) or '.'))
 
 def plain_text(e):
     "Text of an element as search shows it: no code blocks, no TeX, no links to sources."
@@ -45,10 +46,12 @@ def write(pages, folder):
     parts = navigation()
     folder.mkdir(parents=True)
     for page in pages:
-        (folder/page.name).write_text(frame(page, parts), encoding='utf-8')
+        at = folder/page.name
+        at.parent.mkdir(exist_ok=True)
+        at.write_text(frame(page, parts), encoding='utf-8')
         for path,data in page.files.items():
-            (folder/path).parent.mkdir(parents=True, exist_ok=True)
-            (folder/path).write_bytes(data)
+            (at.parent/path).parent.mkdir(parents=True, exist_ok=True)
+            (at.parent/path).write_bytes(data)
     index = json.dumps([s for p in pages for s in sections(p)], ensure_ascii=False, separators=(',',':'))
     (folder/'search.js').write_text(f'window.SEARCH={index}\n', encoding='utf-8')
     for asset in ('site.css','site.js'): (folder/asset).write_bytes((ASSETS/asset).read_bytes())

@@ -38,7 +38,7 @@ for (const block of document.querySelectorAll('div.sourceCode')) {
 
 // Search: every word of the query must begin a word of the section; titles count more.
 const words = s => s.toLowerCase().normalize('NFKD').match(/[\p{L}\p{N}]+/gu) ?? []
-const load = () => window.SEARCH ? Promise.resolve() : new Promise(done => document.head.append(make('script', {src: 'search.js', onload: done})))
+const load = () => window.SEARCH ? Promise.resolve() : new Promise(done => document.head.append(make('script', {src: root.dataset.root + 'search.js', onload: done})))
 const starts = (text, q) => text.some(w => w.startsWith(q))
 function find(query) {
   const qs = words(query)
@@ -65,7 +65,7 @@ async function search() {
   if (query !== $('search').value) return
   const hits = find(query)
   box.replaceChildren(...hits.map(({s}) => {
-    const a = make('a', {href: s.href})
+    const a = make('a', {href: root.dataset.root + s.href})
     a.append(make('strong', {textContent: s.title}), s.title.startsWith(s.page) ? '' : ' · ' + s.page, excerpt(s.text, words(query)[0]))
     return a
   }))
