@@ -5,7 +5,8 @@ from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaToke
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from transformers import BatchEncoding
 from switchable_llm.data.squad import collate, encode, prompt_texts, span_model, start_ids, tiny_squad, tiny_tokenizer
-from switchable_llm.joint_training import TrainConfig, fixed_profile, token_weights, train
+from switchable_llm.training.settings import TrainConfig
+from switchable_llm.joint_training import fixed_profile, token_weights, train
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import QuantConfig

@@ -11,7 +11,8 @@ from switchable_llm.lora_routing import (PEFT_HARMLESS, adapter_keys, add_adapte
                                          load_switchable, save_switchable, use_adapter)
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.core.switching import Profile, Bits, base_params, make_switchable_, use_profile
+from switchable_llm.core.switching import Profile, base_params, make_switchable_, use_profile
+from switchable_llm.quantizers import Bits
 
 IDS = torch.arange(20).view(1, -1)
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)

@@ -4,7 +4,8 @@ from collections import Counter
 import datasets, pytest, torch
 from transformers import GPT2Config, GPT2ForQuestionAnswering, GPT2LMHeadModel
 from switchable_llm.data.squad import encode, load_squad, tiny_squad, tiny_tokenizer
-from switchable_llm.joint_training import TrainConfig, fixed_profile, train
+from switchable_llm.training.settings import TrainConfig
+from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import Evaluation, em_f1, evaluate
 from switchable_llm.quantizers import QuantConfig

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.data.squad import Encoded
 from switchable_llm.serving.exports import merge
-from switchable_llm.joint_training import TrainConfig, fixed_profile, random_layers, random_profile, train
+from switchable_llm.training.settings import TrainConfig
+from switchable_llm.joint_training import fixed_profile, random_layers, random_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight

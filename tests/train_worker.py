@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import set_seed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from switchable_llm.data.squad import encode, load_model, tiny_squad
-from switchable_llm.joint_training import Policy, TrainConfig, all_profiles, random_layers, random_profile, train
+from switchable_llm.joint_training import Policy, all_profiles, random_layers, random_profile, train
+from switchable_llm.training.settings import TrainConfig
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.switching import Profile, make_switchable_

@@ -24,7 +24,10 @@ from ..core.integer import KERNELS
 from ..core.switching import PROFILES, SITES, Profile, Rule, calibrate_, learn_ranges_, make_switchable_, read_profiles, switch_of, use_profile
 from ..lora_routing import add_adapters_, base_hash, save_switchable
 from ..data.squad import Preset, PRESETS, collate, encode, environment, load_model, load_squad, save_record
-from ..joint_training import Objective, Policy, Task, TrainConfig, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers, random_profile, train, with_highest
+from ..joint_training import (
+    Objective, Policy, Task, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers,
+    random_profile, train, with_highest)
+from ..training.settings import TrainConfig
 from ..training.objectives import Distillation, RangePenalty, Stability
 from .statistics import interval
 from ..profiles_eval import Evaluation, evaluate, perplexity
