@@ -25,7 +25,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('search', 'Search', 'sensitivity allocation strategies'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
     ('study', 'Study', 'figures statistics runs experiments cycles robustness defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'cli page exploration explorer'))]
+    ('apps', 'Apps', 'front_door cli page exploration explorer'))]
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb
 

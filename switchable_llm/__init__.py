@@ -1,1 +1,35 @@
+"""One causal language model, many precisions.
+
+    import switchable_llm as sl
+    model, tokenizer = sl.load('tiny')                    # a folder, a .gguf file, a name on the hub
+    sl.make_switchable(model, ['bw8', 'bw6', 'w4a8'])     # every layer its own bits, and adapters routed by them
+    sl.train(model, tokenizer, sl.squad('tiny'))          # all profiles together
+    print(sl.evaluate(model, tokenizer, sl.squad('tiny', 'validation')))
+    with sl.use_profile(model, 'w4a8'): ...               # this thread, this task, this block
+
+Each name is imported when it is first used."""
 __version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+
+# What people need most, and the module that has it; `squad` has another name there.
+WHERE = dict(
+    load='apps.front_door', make_switchable='apps.front_door', train='apps.front_door', squad='data.squad',
+    evaluate='profiles_eval', compare='profiles_eval', answer='profiles_eval', profile_cost='profiles_eval',
+    use_profile='core.switching', kernel_report='core.switching', calibrate_='core.switching',
+    Profile='core.switching', PROFILES='core.switching', Bits='quantizers', QuantConfig='quantizers',
+    TrainConfig='joint_training', random_profile='joint_training',
+    save_switchable='lora_routing', import_peft='lora_routing', export_peft='lora_routing',
+    freeze='serving.packed', check_packed='serving.packed',
+    export_float='serving.exports', export_torchao='serving.exports', export_gguf='serving.exports')
+_THERE = dict(squad='load_squad')
+
+__all__ = list(WHERE)
+
+def __getattr__(name):
+    if name not in WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}: it has {", ".join(WHERE)}')
+    found = getattr(_import_module(f'{__name__}.{WHERE[name]}'), _THERE.get(name, name))
+    globals()[name] = found
+    return found
+
+def __dir__(): return sorted([*WHERE, '__version__'])

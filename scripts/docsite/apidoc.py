@@ -80,6 +80,8 @@ def methods(cls):
         if inspect.isfunction(f) and not name.startswith('_') and f.__doc__: yield name,f,isinstance(vars(cls)[name], property)
 
 def source_link(module, line):
+    "A link to a line of a module, where the project says in settings.ini where it lives."
+    if not CFG['git_url']: return ''
     return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{CFG['lib_path']}/{module.replace('.', '/')}.py#L{line}){{.source-link}}"
 
 def rows_of(o):
@@ -105,7 +107,7 @@ def document(name, o, level=3):
     "The whole entry of an exported name: heading, link to the source, and its public methods below it."
     f = inspect.unwrap(o)
     link = source_link(o.__module__.removeprefix(CFG['lib_name']+'.'), inspect.getsourcelines(f)[1])
-    parts = [f"{'#'*level} {name} {{.api}}\n\n{link}\n\n{entry(name, o)}"]
+    parts = ['\n\n'.join(filter(None, [f"{'#'*level} {name} {{.api}}", link, entry(name, o)]))]
     if inspect.isclass(o): parts += [f"{'#'*(level+1)} {name}.{m} {{.api}}\n\n{entry(f'{name}.{m}', f, prop)}" for m,f,prop in methods(o)]
     return '\n\n'.join(parts)+'\n'
 
@@ -137,5 +139,6 @@ def constants(module, limit=16):
     for name,(line,source) in found.items():
         rows = [textwrap.shorten(r, 200, placeholder=' …') if len(r)>200 else r for r in source.splitlines()]
         if len(rows)>limit: rows = rows[:limit-1]+['…']
-        parts.append(f'### {name} {{.api}}\n\n{source_link(module, line)}\n\n```python\n'+'\n'.join(rows)+'\n```')
+        source = '```python\n'+'\n'.join(rows)+'\n```'
+        parts.append('\n\n'.join(filter(None, [f'### {name} {{.api}}', source_link(module, line), source])))
     return '\n\n'.join(parts)+'\n'

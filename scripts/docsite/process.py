@@ -1,7 +1,7 @@
 "nbdev's processing of the notebooks into `_proc`: what Quarto and the plain pages are both made from."
 import ast, os, re, shutil, sys
 from docsite import apidoc
-from project import NBS, PARTS, ROOT, module_of, name_of, notebooks, read_cells
+from project import CFG, NBS, PARTS, ROOT, module_of, name_of, notebooks, read_cells
 
 import nbformat, yaml
 
@@ -29,6 +29,14 @@ def write_sidebar():
     sections = [dict(section=part, contents=[dict(text=text, href=name) for name,text in chapters]) for part,chapters in contents()]
     sidebar = dict(website=dict(sidebar=dict(contents=[dict(text='Start here', href='index.ipynb'), *sections])))
     (NBS/'sidebar.yml').write_text(yaml.safe_dump(sidebar, sort_keys=False, allow_unicode=True), encoding='utf-8')
+
+def only_known_addresses():
+    "Take settings of nbdev's that lead nowhere out of its file for Quarto, where settings.ini has no address."
+    path = NBS/'nbdev.yml'
+    d = yaml.safe_load(path.read_text(encoding='utf-8'))
+    known = {'repo-url': CFG['git_url'], 'repo-branch': CFG['git_url'], 'site-url': CFG['doc_host']}
+    d['website'] = {k: v for k,v in d['website'].items() if known.get(k, v)}
+    path.write_text(yaml.safe_dump(d, sort_keys=False, allow_unicode=True), encoding='utf-8')
 
 def mixed_cells():
     "Cells that import and do something else too: nbdev runs every cell that imports, on its own, to make the pages."
@@ -64,7 +72,7 @@ def process():
     os.chdir(ROOT); sys.path.insert(0, str(ROOT))
     if bad := list(mixed_cells()): sys.exit('\n'.join(bad))
     shutil.rmtree(PROC, ignore_errors=True)
-    refresh_quarto_yml()
+    refresh_quarto_yml(); only_known_addresses()
     write_sidebar()
     get_config().d['renderer'] = 'docsite.apidoc.ApiDoc'
     proc_nbs(n_workers=0)
