@@ -53,4 +53,5 @@ env-bench: .venv/installed-bench
 # The ends of the range that pyproject.toml allows, as the weekly job runs them; nothing else uses these.
 env-newest env-lowest:
 	@PYTHON="$(PYTHON)" sh scripts/make_venv.sh
+	rm -f .venv/installed-*
 	$(BIN)/python scripts/install.py $(@:env-%=%)

@@ -1,8 +1,8 @@
-"""Everything that CI checks: `check.py [export] [notebooks] [tests] [docs]`, by default all four; or files of these, by path.
+"""Everything that CI checks: `check.py [style] [export] [notebooks] [tests] [docs]`, by default all; or files of these, by path.
 
 Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where systems
 can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts notebooks and
-tests together, the export and the pages as one more each; the exit status is 0 only if something ran and nothing failed."""
+tests together, the style, the export and the pages as one more each; the exit status is 0 only if something ran and nothing failed."""
 import faulthandler, hashlib, importlib, json, multiprocessing, os, re, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from pathlib import Path
@@ -63,11 +63,14 @@ class Running:
     def done(self):
         "Whether it ended, or was ended because it hangs."
         if self.process.is_alive() and time.time()<min(DEADLINE, self.start+TASK_LIMIT+60): return False
-        try: os.killpg(self.process.pid, signal.SIGKILL)   # and whatever it left running
+        self.end()
+        return True
+    def end(self):
+        "End it, and whatever it left running."
+        try: os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError: pass
         self.process.kill()
         self.process.join()
-        return True
     def result(self):
         f = self.folder/'result'
         if f.exists(): return Result(*json.loads(f.read_text(encoding='utf-8')))
@@ -86,16 +89,19 @@ def show(running, r):
 def run_all(tasks, home):
     "Run tasks, as many at once as there are cores; their results."
     waiting,running,results = list(enumerate(tasks)),[],[]
-    while waiting or running:
-        while waiting and len(running)<min(cores(), 8):
-            i,task = waiting.pop(0)
-            running.append(Running(task, home/str(i)))
-        for r in [r for r in running if r.done()]:
-            running.remove(r)
-            results.append(r.result())
-            show(r, results[-1])
-            shutil.rmtree(r.folder, ignore_errors=True)
-        time.sleep(.1)
+    try:
+        while waiting or running:
+            while waiting and len(running)<min(cores(), 8):
+                i,task = waiting.pop(0)
+                running.append(Running(task, home/str(i)))
+            for r in [r for r in running if r.done()]:
+                running.remove(r)
+                results.append(r.result())
+                show(r, results[-1])
+                shutil.rmtree(r.folder, ignore_errors=True)
+            time.sleep(.1)
+    finally:   # interrupted
+        for r in running: r.end()
     return results
 
 def run(cmd, **kw):
@@ -103,6 +109,12 @@ def run(cmd, **kw):
     return subprocess.run([str(c) for c in cmd], stderr=subprocess.STDOUT, **kw).returncode
 
 def tool(name): return Path(sys.executable).with_name(name)
+
+# --- what a linter sees ---------------------------------------------------------------------------------------------
+
+def check_style(folder):
+    "ruff over package, notebooks, scripts and tests; its settings are in pyproject.toml."
+    return verdict(run([tool('ruff'), 'check', '--no-cache', ROOT]) and 'ruff has complaints')
 
 # --- the export is fresh --------------------------------------------------------------------------------------------
 
@@ -166,7 +178,7 @@ def check_tests(folder, path):
     cases = [c for s in suites for c in s.iter('testcase')]
     reasons = [x.get('message') or '' for c in cases for x in c.iter('skipped')]
     n = {k: sum(int(s.get(k, 0)) for s in suites) for k in ('tests','failures','errors')}
-    bad = n['failures']+n['errors'] or int(rc not in (0, 5))   # 5: all was skipped when it was collected
+    bad = n['failures']+n['errors'] or int(rc!=0 and not (rc==5 and reasons))   # 5: nothing ran, which is fine if all was skipped
     wrong = [r for r in reasons if needless(r)]
     message = f'pytest ended with {rc!r}' + ''.join(f'\nskipped, although nothing should be missing: {r}' for r in wrong)
     slow = sorted(((float(c.get('time')), f"{path.name}: {c.get('name')}") for c in cases), reverse=True)
@@ -185,10 +197,11 @@ def check_docs(folder):
 
 def tasks_of(section):
     "The tasks of a part of the checks."
+    if section=='style': return [Task('style', check_style)]
     if section=='export': return [Task('export', check_export)]
     if section=='docs': return [Task(f'pages of {len(notebooks())} notebooks', check_docs)]
     files = dict(notebooks=notebooks(), tests=sorted((ROOT/'tests').glob('test_*.py'))).get(section, [Path(section).resolve()])
-    if not all(p.is_file() for p in files): sys.exit(f'{section}: needs some of export, notebooks, tests, docs, files, or nothing')
+    if not all(p.is_file() for p in files): sys.exit(f'{section}: needs some of style, export, notebooks, tests, docs, files, or nothing')
     name = lambda p: name_of(p) if p.is_relative_to(NBS) else p.name
     return [Task(name(p), check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
 
@@ -202,7 +215,7 @@ def warm_up():
         except Exception as e: print(f'{m}: {e!r}', flush=True)
 
 def main(sections):
-    start,tasks = time.time(),[t for s in sections or ('export','docs','notebooks','tests') for t in tasks_of(s)]
+    start,tasks = time.time(),[t for s in sections or ('style','export','docs','notebooks','tests') for t in tasks_of(s)]
     os.environ.update(offline_env(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
     sys.path.insert(0, str(ROOT))
     warm_up()

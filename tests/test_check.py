@@ -1,8 +1,8 @@
 "The checks themselves: what fails is seen, counted and told; what hangs or dies is no success."
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from conftest import ROOT
+from conftest import ROOT, heed_ctrl_c
 sys.path.insert(0, str(ROOT/'scripts'))
 import check
 from check import Result, Task
@@ -67,3 +67,24 @@ def test_a_file_of_tests_is_counted(found, tmp_path, monkeypatch):
 
 def test_an_unknown_part_is_an_error():
     with pytest.raises(SystemExit, match='needs some of'): check.tasks_of('everything')
+
+def test_a_file_without_a_test_is_a_failure(tmp_path):
+    (tmp_path/'test_mine.py').write_text('def tets_a(): pass')
+    assert check.check_tests(tmp_path, tmp_path/'test_mine.py').failed==1
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {scripts!r})
+import check
+def slow(folder): time.sleep(300)
+check.run_all([check.Task('slow', slow)], Path({home!r}))
+"""
+
+@needs_fork
+def test_an_interrupt_ends_it_and_all_that_it_runs(tmp_path):
+    code = INTERRUPTED.format(scripts=str(ROOT/'scripts'), home=str(tmp_path))
+    p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
+    while not (tmp_path/'0/log').exists(): assert p.poll() is None; time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(timeout=60)!=0
