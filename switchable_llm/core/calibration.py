@@ -15,16 +15,18 @@ from .switching import check_unfrozen
 # %% ../../nbs/core/calibration.ipynb #2dc578f6
 @torch.no_grad()
 def calibrate_(
-    model:nn.Module,              # A model after `make_switchable_`; its observers are changed
-    batches:Iterable[dict],       # Training batches with `input_ids` and, where padded, `attention_mask`
-    profiles:Iterable|Callable|None=None, # Profiles to calibrate, or a policy: number of a batch, from 0 -> its profiles; by default all that the model has
+    model:nn.Module,        # A model after `make_switchable_`; its observers are changed
+    batches:Iterable[dict], # Training batches with `input_ids` and, where padded, `attention_mask`
+    profiles:Iterable|Callable|None=None, # By default all; or a policy: number of a batch, from 0 -> profiles
 )->int: # Batches seen, by each of the profiles
-    "Find static activation ranges (Jacob et al. 2018, section 3.1); per-token ranges need none, and nothing is run for them."
+    "Find static activation ranges (Jacob et al. 2018, section 3.1); per-token ranges need none, so nothing is run."
     switch,training = check_unfrozen(model),model.training
-    of = profiles if callable(profiles) else (lambda i, ps=list(switch.profiles if profiles is None else profiles): ps)
+    listed = () if callable(profiles) else list(switch.profiles if profiles is None else profiles)
+    def of(i): return profiles(i) if callable(profiles) else listed
     if switch.cfg.act=='per_token': return 0
     n,device = 0,next(model.parameters()).device
-    run = model if any(s.site=='lm_head' for s in switch.sites) else model.base_model   # the head is dear and, here, of no use
+    has_head = any(s.site=='lm_head' for s in switch.sites)
+    run = model if has_head else model.base_model   # the head takes time, and without a range it is of no use here
     model.eval()
     try:
         for n,batch in enumerate(batches, 1):
@@ -41,13 +43,23 @@ def calibrate_(
 def learn_ranges_(
     model:nn.Module, # A model with `act='per_tensor'`, after `calibrate_`; changed in place
 )->list[str]: # Names of the ranges
-    "Make the calibrated ranges trainable (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020); before or after `add_adapters_`, which leaves them so."
+    "Make the calibrated ranges trainable (LSQ, LSQ+), before or after `add_adapters_`, which leaves them so."
     switch = check_unfrozen(model)
-    if switch.cfg.act=='per_token': raise ValueError("act='per_token': a dynamic range follows each token and has nothing to learn; use QuantConfig(act='per_tensor')")
+    if switch.cfg.act=='per_token':
+        raise ValueError("act='per_token': a dynamic range follows each token and has nothing to learn; "
+                         "use QuantConfig(act='per_tensor')")
     for settings in switch.bound.values():
         for l,(bits,_) in zip(switch.layers, settings):
-            if bits.a is not None and l.multiplies: l.act_qparams(bits.a)          # says which layer was never calibrated
-    found = [(s,l,b) for s,l in zip(switch.sites, switch.layers) for b,o in l.observers.items() if o.seen and not isinstance(o, LearnedRange)]
-    if not found: raise ValueError("no range to learn: all calibrated ranges are learned already, or no profile quantizes activations")
-    for _,l,b in found: l.observers[b] = LearnedRange(l.observers[b].lo, l.observers[b].hi, switch.cfg.act_symmetric).train(l.training); l._acts = {}
+            if bits.a is not None and l.multiplies: l.act_qparams(bits.a)   # says which layer was never calibrated
+    found = [(s, l, b) for s,l in zip(switch.sites, switch.layers) for b in _to_learn(l)]
+    if not found:
+        raise ValueError("no range to learn: all calibrated ranges are learned already, "
+                         "or no profile quantizes activations")
+    for _,l,b in found:
+        lo,hi = l.observers[b].lo,l.observers[b].hi
+        l.observers[b] = LearnedRange(lo, hi, switch.cfg.act_symmetric).train(l.training)
+        l._acts = {}
     return [f'{s.name}.observers.{b}' for s,_,b in found]
+
+def _to_learn(layer):   # activation widths with a range that was calibrated and is not learned yet
+    return [b for b,o in layer.observers.items() if o.seen and not isinstance(o, LearnedRange)]

@@ -39,7 +39,9 @@ class Bank(nn.ModuleDict):
 
 # %% ../../nbs/core/layers.ipynb #dfd7c6ca
 ADDED = ('adapters','observers','gates')   # what a layer has beside the original one
-GATE_TYPES:dict[str,type] = {}             # name of a class of modules in `gates` -> the class: `cls(**module.spec())` makes an empty one again
+
+# Name of a class of modules in `gates` -> the class: `cls(**module.spec())` makes an empty one again.
+GATE_TYPES:dict[str,type] = {}
 
 _MAKING = threading.RLock()   # one thread at a time makes weights ready
 
@@ -54,8 +56,8 @@ def content_of(
     if w.device.type=='meta': return 0
     w = w.contiguous().view({1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}[w.element_size()])
     if w.device.type=='cpu': return xxhash.xxh3_64_intdigest(w.numpy())
-    odd = lambda n: torch.arange(1, 2*n, 2, device=w.device)
-    return int(sum((w.sum(d, dtype=torch.int64)*odd(w.shape[1-d])).sum() for d in (0, 1)))
+    def weighted(sums): return (sums*torch.arange(1, 2*len(sums), 2, device=w.device)).sum()   # by odd numbers
+    return int(weighted(w.sum(0, dtype=torch.int64)) + weighted(w.sum(1, dtype=torch.int64)))
 
 class QuantLayer(nn.Module):
     "A layer with switchable bits around an original layer."
@@ -95,7 +97,8 @@ class QuantLayer(nn.Module):
         static = bits.a is not None and self.switch.cfg.act=='per_tensor'
         if static and self.switch.recording: self._observe(x, bits.a)
         qp = self.act_qparams(bits.a) if static else None
-        return int_linear(x, self.prepared_at(bits.w, kernel), kernel, bits.a, self.switch.cfg.act_symmetric, qp, self.bias)
+        prepared,symmetric = self.prepared_at(bits.w, kernel),self.switch.cfg.act_symmetric
+        return int_linear(x, prepared, kernel, bits.a, symmetric, qp, self.bias)
 
     def kernel_for(self,
         bits:Bits,          # Bits of this layer
@@ -103,8 +106,9 @@ class QuantLayer(nn.Module):
         device:str,         # Type of device
     )->tuple[ReferenceKernel|None,str]: # The integer kernel, or `None` for float arithmetic; and why
         "Which kernel multiplies at these bits."
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters(False)): return None, 'the weight is trained'
-        if torch.is_grad_enabled() and self.trained_range(bits.a) is not None: return None, 'the range of the activations is trained'
+        if torch.is_grad_enabled():
+            if any(p.requires_grad for p in self.base.parameters(False)): return None, 'the weight is trained'
+            if self.trained_range(bits.a) is not None: return None, 'the range of the activations is trained'
         key = bits,dtype,device,self.switch.kernel
         if key not in self._kernels: self._kernels[key] = self._choose(*key)
         return self._kernels[key]
@@ -113,12 +117,14 @@ class QuantLayer(nn.Module):
         cfg = self.switch.cfg
         if bits.w is None or bits.w>8 or (bits.a or 0)>8: return None, f'{bits} is not two widths of at most 8 bits'
         if not self.multiplies: return None, 'rows are looked up, nothing is multiplied'
-        if cfg.weight=='per_group' or not cfg.weight_symmetric: return None, 'a scale per group, or codes that are not symmetric'
+        if cfg.weight=='per_group' or not cfg.weight_symmetric:
+            return None, 'a scale per group, or codes that are not symmetric'
         if dtype not in (torch.float32, torch.bfloat16): return None, f'activations are {dtype}'
         if self.in_features>32768: return None, f'{self.in_features} inputs: the sum could overflow'
         if wanted=='compiled': return None, "switched off by kernel='compiled'"
         kernel,why = pick_kernel(wanted, device)
-        if kernel is not None and bits.a is None and not hasattr(kernel, 'forward_float'): return None, f'activations are float, and kernel {kernel.name!r} takes codes'
+        if kernel is not None and bits.a is None and not hasattr(kernel, 'forward_float'):
+            return None, f'activations are float, and kernel {kernel.name!r} takes codes'
         return kernel, why
 
     def prepared_at(self,
@@ -127,48 +133,55 @@ class QuantLayer(nn.Module):
     )->tuple: # The weight in the form of the kernel
         "The weight as the kernel wants it: kept while the weight does not change."
         def dense(): return self.weight_at(bits).T if self.axis else self.weight_at(bits)
-        return self._kept((kernel.name, bits), lambda: kernel.prepare(signed_codes(self.weight.detach(), bits, self.switch.cfg, self.axis), dense))
+        def codes(): return signed_codes(self.weight.detach(), bits, self.switch.cfg, self.axis)
+        return self._kept((kernel.name, bits), lambda: kernel.prepare(codes(), dense))
 
     def weight_at(self,
         bits:int|None, # Weight bits; `None` for the original weight
     )->Tensor: # Weight to multiply with, in the original's type and shape
-        "The fake-quantized weight: kept while the weight does not change, fresh with gradient where the base is trained."
-        w = self.base.weight
+        "The fake-quantized weight: kept while it does not change, fresh with gradient where the base is trained."
+        w,cfg = self.base.weight,self.switch.cfg
         if bits is None: return w
-        if w.requires_grad and torch.is_grad_enabled(): return fake_quant_weight(w, bits, self.switch.cfg, self.axis)
-        return self._kept(('float', bits), lambda: fake_quant_weight(w.detach(), bits, self.switch.cfg, self.axis))
+        if w.requires_grad and torch.is_grad_enabled(): return fake_quant_weight(w, bits, cfg, self.axis)
+        return self._kept(('float', bits), lambda: fake_quant_weight(w.detach(), bits, cfg, self.axis))
 
     def _kept(self, key, make):   # what was made of the weight, as long as it is the same weight
         frame = self.switch.frame
         if frame is None or not frame.checked: self.verify()
-        kept = self._weights.get(key) if self._made_of is not None and self._made_of[0]==_stamp(self.base.weight) else None
-        if kept is not None and self.switch.keep is None: return kept
+        keep,made_of = self.switch.keep,self._made_of
+        same = made_of is not None and made_of[0]==_stamp(self.base.weight)
+        kept = self._weights.get(key) if same else None
+        if kept is not None and keep is None: return kept
         with _MAKING:
             self._renew()
             kept = self._weights.pop(key, None)
             self._weights[key] = kept = make() if kept is None else kept   # the newest last
-            while self.switch.keep is not None and len(self._weights)>self.switch.keep: del self._weights[next(iter(self._weights))]
+            while keep is not None and len(self._weights)>keep: del self._weights[next(iter(self._weights))]
         return kept
 
     def _renew(self):   # forget what was made of another weight
         stamp = _stamp(self.base.weight)
-        if self._made_of is None or self._made_of[0]!=stamp: self._weights,self._made_of = {},(stamp, content_of(self.base.weight))
+        if self._made_of is not None and self._made_of[0]==stamp: return
+        self._weights,self._made_of = {},(stamp, content_of(self.base.weight))
 
     def verify(self):
-        "Forget what was made of the weight if its numbers are no longer the same, also where torch did not notice the change."
-        if self._weights and self._made_of[1]!=content_of(self.base.weight): self._weights,self._made_of = {},None
+        "Forget what was made of the weight if its numbers changed, also where torch did not notice."
+        changed = self._weights and self._made_of[1]!=content_of(self.base.weight)
+        if changed: self._weights,self._made_of = {},None
 
     def quantize_input(self,
         x:Tensor,       # Activations, (..., in)
         bits:int|None,  # Activation bits; `None` leaves `x` as it is
     )->Tensor: # Fake-quantized activations
-        "Activations on their grid: dynamic per token, or in the calibrated range; a `RuntimeError` if that was never calibrated."
+        "Activations on their grid: dynamic per token, or in the calibrated range; a `RuntimeError` without one."
         if bits is None or x.numel()==0: return x
-        cfg,dynamic = self.switch.cfg,self.switch.cfg.act=='per_token'
+        dynamic,symmetric = self.switch.cfg.act=='per_token',self.switch.cfg.act_symmetric
         if self.switch.recording and not dynamic: self._observe(x, bits)
-        if torch.is_grad_enabled() and (learned := self.trained_range(bits)) is not None: return learned.fake_quant(x, bits, cfg.act_symmetric)
-        if self.switch.kernel=='compiled': return fused_fake_quant(x, None if dynamic else self.act_qparams(bits), bits, cfg.act_symmetric)
-        return fake_quant(x, token_qparams(x, bits, cfg.act_symmetric) if dynamic else self.act_qparams(bits), dynamic)
+        learned = self.trained_range(bits) if torch.is_grad_enabled() else None
+        if learned is not None: return learned.fake_quant(x, bits, symmetric)
+        static = None if dynamic else self.act_qparams(bits)
+        if self.switch.kernel=='compiled': return fused_fake_quant(x, static, bits, symmetric)
+        return fake_quant(x, token_qparams(x, bits, symmetric) if dynamic else static, dynamic)
 
     def trained_range(self,
         bits:int|None, # Activation bits
@@ -182,31 +195,37 @@ class QuantLayer(nn.Module):
     )->QParams: # Scale and zero point of the calibrated or learned range
         "Static range at these bits; a `RuntimeError` if it was never calibrated."
         o = self.observers[str(bits)] if str(bits) in self.observers else None
-        if isinstance(o, LearnedRange): return o.qparams(bits, self.switch.cfg.act_symmetric)   # it keeps them itself, while it does not move
+        symmetric = self.switch.cfg.act_symmetric
+        if isinstance(o, LearnedRange): return o.qparams(bits, symmetric)   # which it keeps itself
         ends = None if o is None or not o.seen else (float(o.lo), float(o.hi))
         if bits not in self._acts or self._acts[bits][0]!=ends:
-            if ends is None:
-                raise RuntimeError(f"layer {self.switch.sites[self.index].name} was never calibrated for {bits}-bit activations: run calibrate_(model, batches) with "
-                                   "training batches, or choose QuantConfig(act='per_token')")
-            self._acts[bits] = ends, o.qparams(bits, self.switch.cfg.act_symmetric)
+            if ends is None: raise RuntimeError(
+                f"layer {self.switch.sites[self.index].name} was never calibrated for {bits}-bit activations: "
+                "run calibrate_(model, batches) with training batches, or choose QuantConfig(act='per_token')")
+            self._acts[bits] = ends, o.qparams(bits, symmetric)
         return self._acts[bits][1]
 
     def _observe(self, x, bits):
-        if str(bits) not in self.observers: self.observers[str(bits)] = EMAObserver(self.switch.cfg.momentum).to(x.device)
-        if isinstance(self.observers[str(bits)], LearnedRange): return   # it moves by its gradient
-        mask = self.switch.mask
+        if str(bits) not in self.observers: self.observers[str(bits)] = self._new_observer().to(x.device)
+        observer,mask = self.observers[str(bits)],self.switch.mask
+        if isinstance(observer, LearnedRange): return   # it moves by its gradient
         fits = mask is not None and mask.numel()==x.shape[:-1].numel()   # OPT's MLP has all tokens on one axis
-        self.observers[str(bits)].observe(x.flatten(0, -2)[mask.flatten()] if fits else x)
+        observer.observe(x.flatten(0, -2)[mask.flatten()] if fits else x)
         self._acts.pop(bits, None)
 
+    def _new_observer(self): return EMAObserver(self.switch.cfg.momentum)
+    def _new_range(self): return LearnedRange(torch.zeros(()), torch.zeros(()), self.switch.cfg.act_symmetric)
+
     def match_observers(self,
-        keys:Iterable[str], # Names of saved tensors, like '8.lo' of an observer or '8.log_ratio' of a learned range
+        keys:Iterable[str], # Names of saved tensors: '8.lo' of an observer, '8.log_ratio' of a learned range
     ):
         "Make the observers of the kinds that were saved, so that their tensors can be loaded."
-        for b,k in (k.split('.') for k in sorted(keys) if k.endswith(('.lo','.log_ratio'))):
-            kind = EMAObserver if k=='lo' else LearnedRange
-            if type(self.observers[b] if b in self.observers else None) is kind: continue
-            self.observers[b] = (EMAObserver(self.switch.cfg.momentum) if k=='lo' else LearnedRange(torch.zeros(()), torch.zeros(()), self.switch.cfg.act_symmetric)).to(self.weight.device)
+        for key in sorted(keys):
+            if not key.endswith(('.lo','.log_ratio')): continue
+            b,what = key.split('.')
+            kind,make = (EMAObserver, self._new_observer) if what=='lo' else (LearnedRange, self._new_range)
+            if b in self.observers and type(self.observers[b]) is kind: continue
+            self.observers[b] = make().to(self.weight.device)
         self._acts = {}
 
     def _apply(self, fn, recurse=True):   # moved to a device or a type: what was derived is stale
@@ -217,7 +236,8 @@ class QuantLayer(nn.Module):
         self.match_observers(k[len(prefix)+10:] for k in state if k.startswith(f'{prefix}observers.'))
         super()._load_from_state_dict(state, prefix, *args)
 
-    def __getstate__(self): return self.__dict__ | dict(_weights={}, _made_of=None, _acts={}, _kernels={})   # a copy makes its own
+    def __getstate__(self):   # a copy makes its own
+        return self.__dict__ | dict(_weights={}, _made_of=None, _acts={}, _kernels={})
 
     def __setattr__(self, name, value):   # so that weight tying reaches the held layer
         if name in ('weight','bias'): setattr(self.base, name, value)
@@ -227,15 +247,17 @@ class QuantLayer(nn.Module):
     @property
     def bias(self): return getattr(self.base, 'bias', None)
     @property
-    def out_in(self)->tuple[int,int]: return tuple(self.weight.shape if self.axis==0 else self.weight.shape[::-1])
+    def out_in(self)->tuple[int,int]: return tuple(self.weight.shape[::-1] if self.axis else self.weight.shape)
     @property
     def in_features(self): return self.out_in[1]
     @property
     def out_features(self): return self.out_in[0]
-    def extra_repr(self): return f'{self.in_features} -> {self.out_features}, {self.switch.settings[self.index].bits}'
+    def extra_repr(self):
+        return f'{self.in_features} -> {self.out_features}, {self.switch.settings[self.index].bits}'
 
 def _base_keys_out(layer, state, prefix, meta):
-    for k in [k for k in state if k.startswith(f'{prefix}base.')]: state[prefix+k[len(prefix)+5:]] = state.pop(k)
+    held = f'{prefix}base.'
+    for k in [k for k in state if k.startswith(held)]: state[prefix+k.removeprefix(held)] = state.pop(k)
 
 def _base_keys_in(layer, state, prefix, *args):
     for n,_ in list(layer.base.named_parameters())+list(layer.base.named_buffers()):
@@ -270,7 +292,8 @@ class QuantEmbedding(QuantLayer):
         w:Tensor, # (vocabulary, features)
     )->Tensor: # (..., features)
         "Rows of the weight, looked up as the original does it: Gemma's scales them."
-        return F.embedding(x, w, self.base.padding_idx) if type(self.base) is nn.Embedding else functional_call(self.base, dict(weight=w), (x,))
+        if type(self.base) is nn.Embedding: return F.embedding(x, w, self.base.padding_idx)
+        return functional_call(self.base, dict(weight=w), (x,))
 
 LAYERS = {nn.Linear:QuantLinear, Conv1D:QuantConv1D, nn.Embedding:QuantEmbedding}
 
@@ -279,5 +302,5 @@ def fake_quant_product(
     x:Tensor,         # Its input, (..., in)
     bits:Bits,        # Its live bits, not both float
 )->Tensor: # (..., out)
-    "Product of quantized activations and quantized weight, in float arithmetic: the reference that every kernel must equal."
+    "Product of quantized activations and weight in float arithmetic: the reference that every kernel must equal."
     return layer.matmul(layer.quantize_input(x, bits.a), layer.weight_at(bits.w))

@@ -25,18 +25,21 @@ SITES = ('attn_qkv','attn_out','mlp_in','mlp_out','embedding','lm_head')
 def _family(*patterns): return {s:tuple('*.'+p for p in ps.split()) for s,ps in zip(SITES, patterns)}
 
 _gpt2  = _family('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
-_llama = _family('self_attn.q_proj self_attn.k_proj self_attn.v_proj', 'self_attn.o_proj', 'mlp.gate_proj mlp.up_proj', 'mlp.down_proj')
+_qkv   = 'self_attn.q_proj self_attn.k_proj self_attn.v_proj'
+_llama = _family(_qkv, 'self_attn.o_proj', 'mlp.gate_proj mlp.up_proj', 'mlp.down_proj')
 _bloom = _family('self_attention.query_key_value', 'self_attention.dense', 'mlp.dense_h_to_4h', 'mlp.dense_4h_to_h')
 FAMILIES = dict(   # `config.model_type` -> site -> patterns of module names
     gpt2=_gpt2, gpt_bigcode=_gpt2, bloom=_bloom, falcon=_bloom,
-    **dict.fromkeys('llama mistral qwen2 qwen3 gemma gemma2 gemma3_text granite olmo olmo2 olmo3 smollm3 stablelm'.split(), _llama),
-    gpt_neo    = _family('attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj', 'attn.attention.out_proj', 'mlp.c_fc', 'mlp.c_proj'),
+    **dict.fromkeys(('llama mistral qwen2 qwen3 gemma gemma2 gemma3_text granite '
+                     'olmo olmo2 olmo3 smollm3 stablelm').split(), _llama),
+    gpt_neo    = _family('attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj',
+                         'attn.attention.out_proj', 'mlp.c_fc', 'mlp.c_proj'),
     gpt_neox   = _family('attention.query_key_value', 'attention.dense', 'mlp.dense_h_to_4h', 'mlp.dense_4h_to_h'),
     gptj       = _family('attn.q_proj attn.k_proj attn.v_proj', 'attn.out_proj', 'mlp.fc_in', 'mlp.fc_out'),
-    opt        = _family('self_attn.q_proj self_attn.k_proj self_attn.v_proj', 'self_attn.out_proj', 'fc1', 'fc2'),
-    phi        = _family('self_attn.q_proj self_attn.k_proj self_attn.v_proj', 'self_attn.dense', 'mlp.fc1', 'mlp.fc2'),
+    opt        = _family(_qkv, 'self_attn.out_proj', 'fc1', 'fc2'),
+    phi        = _family(_qkv, 'self_attn.dense', 'mlp.fc1', 'mlp.fc2'),
     phi3       = _family('self_attn.qkv_proj', 'self_attn.o_proj', 'mlp.gate_up_proj', 'mlp.down_proj'),
-    starcoder2 = _family('self_attn.q_proj self_attn.k_proj self_attn.v_proj', 'self_attn.o_proj', 'mlp.c_fc', 'mlp.c_proj'))
+    starcoder2 = _family(_qkv, 'self_attn.o_proj', 'mlp.c_fc', 'mlp.c_proj'))
 
 # %% ../../nbs/core/profiles.ipynb #63c6f29f
 class Site(NamedTuple):
@@ -48,30 +51,45 @@ class Site(NamedTuple):
 def _layer_number(name): return next((int(p) for p in name.split('.') if p.isdigit()), None)
 
 def find_sites(
-    model:nn.Module,                      # A causal language model of transformers
-    sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names; by default the entry of `FAMILIES`
-    embedding:bool=False,                 # Include the input embedding
-    lm_head:bool=False,                   # Include the output head
+    model:nn.Module,      # A causal language model of transformers
+    sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names; by default of `FAMILIES`
+    embedding:bool=False, # Include the input embedding
+    lm_head:bool=False,   # Include the output head
 )->list[Site]: # In the order of the model
     "The layers of `model` that can be quantized; a `ValueError` says what to do if there are none."
     kind = getattr(getattr(model, 'config', None), 'model_type', type(model).__name__)
     if sites is None and kind not in FAMILIES:
-        raise ValueError(f"model type {kind!r} is not in FAMILIES ({', '.join(FAMILIES)}): add FAMILIES[{kind!r}] = dict(attn_qkv=('*.q_proj',...), attn_out=..., "
-                         f"mlp_in=..., mlp_out=...), or pass such a dict as `sites`; its layers are called {', '.join(_layer_names(model)) or '(none)'}")
+        raise ValueError(
+            f"model type {kind!r} is not in FAMILIES ({', '.join(FAMILIES)}): add FAMILIES[{kind!r}] = "
+            "dict(attn_qkv=('*.q_proj',...), attn_out=..., mlp_in=..., mlp_out=...), or pass such a dict as `sites`; "
+            f"its layers are called {_layer_names(model)}")
     table = FAMILIES[kind] if sites is None else sites
     for s in table: _check_site(s)
-    ends = {id(model.get_input_embeddings()):'embedding'} if embedding else {}
-    if lm_head and model.get_output_embeddings() is None: raise ValueError(f"lm_head=True: this {type(model).__name__} predicts no tokens, and has no such head")
-    if lm_head: ends[id(model.get_output_embeddings())] = 'lm_head'
+    ends = _ends(model, embedding, lm_head)
     found = []
     for name,m in model.named_modules():
-        site = ends.get(id(m)) or next((s for s,ps in table.items() if any(fnmatchcase(name, p) for p in ps)), None)
-        if site and isinstance(m, tuple(LAYERS)): found.append(Site(name, site, None if id(m) in ends else _layer_number(name)))
+        if not isinstance(m, tuple(LAYERS)): continue
+        if site := ends.get(id(m)): found.append(Site(name, site, None))
+        elif site := _site_of(name, table): found.append(Site(name, site, _layer_number(name)))
     if found: return found
-    raise ValueError(f"no layer matches {table}; the model's Linear, Conv1D and Embedding layers are called {', '.join(_layer_names(model)) or '(none)'}")
+    raise ValueError(f"no layer matches {table}; the model's Linear, Conv1D and Embedding layers "
+                     f"are called {_layer_names(model)}")
 
-def _layer_names(model):   # last two parts of the names, without numbers
-    return dict.fromkeys('.'.join([p for p in n.split('.') if not p.isdigit()][-2:]) for n,m in model.named_modules() if isinstance(m, tuple(LAYERS)))
+def _ends(model, embedding, lm_head):   # {id of a module: site}
+    ends = {id(model.get_input_embeddings()):'embedding'} if embedding else {}
+    if not lm_head: return ends
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"lm_head=True: this {type(model).__name__} predicts no tokens, and has no such head")
+    return ends | {id(head):'lm_head'}
+
+def _site_of(name, table):
+    return next((s for s,patterns in table.items() if any(fnmatchcase(name, p) for p in patterns)), None)
+
+def _layer_names(model):   # for an error: the last two parts of the names, without numbers
+    names = [n.split('.') for n,m in model.named_modules() if isinstance(m, tuple(LAYERS))]
+    short = ('.'.join([p for p in parts if not p.isdigit()][-2:]) for parts in names)
+    return ', '.join(dict.fromkeys(short)) or '(none)'
 
 def _check_site(site):
     if site not in SITES: raise ValueError(f"site={site!r}: unknown; the sites are {', '.join(SITES)}")
@@ -94,16 +112,23 @@ class Rule:
         "Read a rule; a `ValueError` names what is wrong and what would be right."
         _check_keys(d, ('bits','site','layers','glob'), 'rule')
         if 'bits' not in d: raise ValueError(f"rule {reprlib.repr(d)}: has no 'bits'")
-        if len(d)<2: raise ValueError(f"rule {reprlib.repr(d)}: needs 'site', 'layers' or 'glob'; use the profile's 'default' for all layers")
-        site,glob = (d['site'],) if isinstance(d.get('site'), str) else d.get('site'),d.get('glob')
-        if not isinstance(site, (list,tuple,type(None))): raise ValueError(f"site={site!r}: needs a site, or a list of sites")
-        if not isinstance(glob, (str,type(None))): raise ValueError(f"glob={glob!r}: needs a pattern of module names, like '*.c_fc'")
+        if len(d)<2:
+            raise ValueError(f"rule {reprlib.repr(d)}: needs 'site', 'layers' or 'glob'; "
+                             "use the profile's 'default' for all layers")
+        site,glob = d.get('site'),d.get('glob')
+        if isinstance(site, str): site = (site,)
+        if not isinstance(site, (list,tuple,type(None))):
+            raise ValueError(f"site={site!r}: needs a site, or a list of sites")
+        if not isinstance(glob, (str,type(None))):
+            raise ValueError(f"glob={glob!r}: needs a pattern of module names, like '*.c_fc'")
         for s in site or (): _check_site(s)
-        return cls(Bits.parse(d['bits']), None if site is None else tuple(site), _layer_range(d.get('layers')), glob)
+        site = None if site is None else tuple(site)
+        return cls(Bits.parse(d['bits']), site, _layer_range(d.get('layers')), glob)
 
     def to_dict(self):
         "As `from_dict` reads it."
-        d = dict(site=self.site and list(self.site), layers=self.layers and list(self.layers), glob=self.glob, bits=str(self.bits))
+        site,layers = self.site and list(self.site),self.layers and list(self.layers)
+        d = dict(site=site, layers=layers, glob=self.glob, bits=str(self.bits))
         return {k:v for k,v in d.items() if v is not None}
 
     def matches(self,
@@ -114,21 +139,25 @@ class Rule:
                 and (self.glob is None or s.name==self.glob or fnmatchcase(s.name, self.glob)))
 
 def _check_keys(d, ok, what):
-    if not isinstance(d, dict): raise ValueError(f"{what} {reprlib.repr(d)}: needs a mapping with {', '.join(ok)}")
-    if bad := [k for k in d if k not in ok]: raise ValueError(f"{what} {reprlib.repr(d)}: unknown key {bad[0]!r}; the keys are {', '.join(ok)}")
+    if not isinstance(d, dict):
+        raise ValueError(f"{what} {reprlib.repr(d)}: needs a mapping with {', '.join(ok)}")
+    if bad := [k for k in d if k not in ok]:
+        raise ValueError(f"{what} {reprlib.repr(d)}: unknown key {bad[0]!r}; the keys are {', '.join(ok)}")
 
 MOST_LAYERS = 10_000   # blocks that a rule can speak of; a file cannot ask for a longer list
 
 def _layer_range(v):
     if v is None: return None
-    wrong = ValueError(f"layers={reprlib.repr(v)}: write 3, '0-5' or [0, 2, 4], with blocks below {MOST_LAYERS:,}")
+    wrong = ValueError(
+        f"layers={reprlib.repr(v)}: write 3, '0-5' or [0, 2, 4], with blocks below {MOST_LAYERS:,}")
     if isinstance(v, str):
         a,_,b = v.partition('-')
         b = b or a
         if not (a.isdecimal() and b.isdecimal() and len(a+b)<20 and int(a)<=int(b)<MOST_LAYERS): raise wrong
         return tuple(range(int(a), int(b)+1))
     v = tuple(v) if isinstance(v, (list,tuple)) else (v,)
-    if not v or any(isinstance(i, bool) or not isinstance(i, int) or not 0<=i<MOST_LAYERS for i in v): raise wrong
+    def is_block(i): return isinstance(i, int) and not isinstance(i, bool) and 0<=i<MOST_LAYERS
+    if not v or not all(map(is_block, v)): raise wrong
     return v
 
 # %% ../../nbs/core/profiles.ipynb #800914f8
@@ -140,12 +169,14 @@ class Profile:
     rules:tuple[Rule,...]=()   # Later rules override earlier ones
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not self.name or not all(c.isalnum() or c in '-_' for c in self.name):
+        named = isinstance(self.name, str) and self.name and all(c.isalnum() or c in '-_' for c in self.name)
+        if not named:
             raise ValueError(f"profile name {reprlib.repr(self.name)}: use letters, digits, '-' and '_'")
         object.__setattr__(self, 'default', Bits.parse(self.default))   # 'w4a8' will do
         object.__setattr__(self, 'rules', tuple(self.rules))
         if odd := [r for r in self.rules if not isinstance(r, Rule)]:
-            raise ValueError(f"profile {self.name!r}: rules hold {reprlib.repr(odd[0])}: needs `Rule`s; Profile.from_dict reads mappings")
+            raise ValueError(f"profile {self.name!r}: rules hold {reprlib.repr(odd[0])}: "
+                             "needs `Rule`s; Profile.from_dict reads mappings")
 
     @classmethod
     def from_dict(cls,
@@ -156,7 +187,8 @@ class Profile:
         for k in ('name','default'):
             if k not in d: raise ValueError(f"profile {reprlib.repr(d)}: has no {k!r}")
         rules = d.get('rules') or []
-        if not isinstance(rules, (list,tuple)): raise ValueError(f"profile {d['name']!r}: rules={reprlib.repr(rules)}: needs a list of rules")
+        if not isinstance(rules, (list,tuple)):
+            raise ValueError(f"profile {d['name']!r}: rules={reprlib.repr(rules)}: needs a list of rules")
         return cls(d['name'], Bits.parse(d['default']), tuple(map(Rule.from_dict, rules)))
 
     def to_dict(self):
@@ -172,10 +204,12 @@ class Profile:
         out = {s.name:self.default for s in sites}
         blocks = {s.layer for s in sites}
         for r in self.rules:
+            rule = f"profile {self.name!r}: rule {_brief(r)}"
             if r.layers and (lost := [i for i in r.layers if i not in blocks]):
-                raise ValueError(f"profile {self.name!r}: rule {_brief(r)} speaks of layer {lost[0]}; {_describe(sites)}")
-            hit = [r.glob] if r.glob in out and r.site is None and r.layers is None else [s.name for s in sites if r.matches(s)]
-            if not hit: raise ValueError(f"profile {self.name!r}: rule {_brief(r)} matches no layer; {_describe(sites)}")
+                raise ValueError(f"{rule} speaks of layer {lost[0]}; {_describe(sites)}")
+            by_name = r.glob in out and r.site is None and r.layers is None
+            hit = [r.glob] if by_name else [s.name for s in sites if r.matches(s)]
+            if not hit: raise ValueError(f"{rule} matches no layer; {_describe(sites)}")
             for n in hit: out[n] = r.bits
         return out
 
@@ -186,8 +220,9 @@ def _brief(rule):   # a rule for an error: a range of layers as it was written
 
 def _describe(sites):
     blocks = [s.layer for s in sites if s.layer is not None]
-    return (f"the model has sites {', '.join(dict.fromkeys(s.site for s in sites))}"
-            + (f" in layers {min(blocks)}-{max(blocks)}" if blocks else '') + f" and names like {sites[0].name!r}")
+    roles = ', '.join(dict.fromkeys(s.site for s in sites))
+    where = f" in layers {min(blocks)}-{max(blocks)}" if blocks else ''
+    return f"the model has sites {roles}{where} and names like {sites[0].name!r}"
 
 # %% ../../nbs/core/profiles.ipynb #031658b9
 PROFILES = {p['name']:Profile.from_dict(p) for p in (
@@ -195,7 +230,9 @@ PROFILES = {p['name']:Profile.from_dict(p) for p in (
     dict(name='uniform8', default='w8a8'),
     dict(name='bw4', default='w4a4'), dict(name='bw6', default='w6a6'), dict(name='bw8', default='w8a8'),
     dict(name='w4a8', default='w4a8'),
-    dict(name='mixed8648', default='w8a8', rules=[dict(site=['attn_qkv','attn_out','mlp_out'], bits='w6a8'), dict(site='mlp_in', bits='w4a8')]))}
+    dict(name='mixed8648', default='w8a8', rules=[
+        dict(site=['attn_qkv','attn_out','mlp_out'], bits='w6a8'),
+        dict(site='mlp_in', bits='w4a8')]))}
 
 def as_profile(
     p:'str|Profile', # A profile, or the name of a built-in one
@@ -203,10 +240,15 @@ def as_profile(
     "Look up a built-in profile; a `ValueError` lists the names."
     if isinstance(p, Profile): return p
     if p in PROFILES: return PROFILES[p]
-    raise ValueError(f"profile {p!r}: unknown; built in are {', '.join(PROFILES)}. Give a Profile, or read a file with load_profiles")
+    raise ValueError(f"profile {p!r}: unknown; built in are {', '.join(PROFILES)}. "
+                     "Give a Profile, or read a file with load_profiles")
 
 # %% ../../nbs/core/profiles.ipynb #aef3a3af
 MOST_BYTES = 1_000_000   # of a file of profiles
+_ENDINGS = '.json','.yaml','.yml'
+
+def _check_ending(path):
+    if path.suffix not in _ENDINGS: raise ValueError(f"{path}: needs a name that ends in .json, .yaml or .yml")
 
 class _PlainLoader(yaml.SafeLoader):   # no aliases: nine lines of them can stand for a billion values
     def compose_node(self, parent, index):
@@ -219,22 +261,29 @@ def load_profiles(
 )->list[Profile]:  # At least one, with different names
     "Read profiles from a file; a `ValueError` names the file and the fault."
     path = Path(path)
-    if path.suffix not in ('.json','.yaml','.yml'): raise ValueError(f"{path}: needs a name that ends in .json, .yaml or .yml")
+    _check_ending(path)
     with path.open('rb') as f: data = f.read(MOST_BYTES+1)
-    if len(data)>MOST_BYTES: raise ValueError(f"{path}: larger than {MOST_BYTES:,} bytes, which no list of profiles is")
-    try: d = (json.loads if path.suffix=='.json' else partial(yaml.load, Loader=_PlainLoader))(data.decode('utf-8-sig'))
-    except (ValueError, yaml.YAMLError, RecursionError) as e: raise ValueError(f"{path}: not valid {path.suffix[1:]}: {e}") from e
+    if len(data)>MOST_BYTES:
+        raise ValueError(f"{path}: larger than {MOST_BYTES:,} bytes, which no list of profiles is")
+    parse = json.loads if path.suffix=='.json' else partial(yaml.load, Loader=_PlainLoader)
+    try: d = parse(data.decode('utf-8-sig'))
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
+        raise ValueError(f"{path}: not valid {path.suffix[1:]}: {e}") from e
     ds = d['profiles'] if isinstance(d, dict) and set(d)=={'profiles'} else d if isinstance(d, list) else [d]
     if not ds or not isinstance(ds, list): raise ValueError(f"{path}: holds no profile")
     try: return check_unique([Profile.from_dict(p) for p in ds])
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 def read_profiles(
-    names:Iterable[str],         # Names of profiles, and files that end in .json, .yaml or .yml
+    names:Iterable[str], # Names of profiles, and files that end in .json, .yaml or .yml
     known:dict[str,Profile]=PROFILES, # Profiles that go by name, beside the built-in ones
 )->list[Profile]: # At least as many
     "Profiles by name or from files."
-    return [p for n in names for p in (load_profiles(n) if Path(n).suffix in ('.json','.yaml','.yml') else [known.get(n) or as_profile(n)])]
+    found = []
+    for n in names:
+        if Path(n).suffix in _ENDINGS: found += load_profiles(n)
+        else: found.append(known.get(n) or as_profile(n))
+    return found
 
 def check_unique(
     profiles:Iterable[Profile], # Profiles
@@ -252,5 +301,6 @@ def save_profiles(
 ):
     "Write profiles so that `load_profiles` reads them back; the file appears whole or not at all."
     path,d = Path(path),dict(profiles=[p.to_dict() for p in check_unique(profiles)])
-    if path.suffix not in ('.json','.yaml','.yml'): raise ValueError(f"{path}: needs a name that ends in .json, .yaml or .yml")
-    write_whole(path, (json.dumps(d, indent=2) if path.suffix=='.json' else yaml.safe_dump(d, sort_keys=False)).encode())
+    _check_ending(path)
+    text = json.dumps(d, indent=2) if path.suffix=='.json' else yaml.safe_dump(d, sort_keys=False)
+    write_whole(path, text.encode())
