@@ -10,7 +10,8 @@ from switchable_llm.serving.lean import LiveStep, lean_tokens
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import Profile, make_switchable_
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.switching import make_switchable_
 
 WIDTHS = 8,6,4
 PROFILES = [Profile(f'w{w}{a and f"a{a}"}', Bits(w, a or None)) for a in ('', 8) for w in WIDTHS]

@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from common import gpt2, missing, ratio, swap_linears, table, take_turns, write
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import Profile, calibrate_, held_bytes, kernel_report, make_switchable_, switch_of
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import held_bytes, kernel_report, make_switchable_, switch_of
 
 FLOAT = 'peft float'
 PROFILES = ['bw4','bw6','bw8','w4a8','mixed8648']+[Profile(f'w{w}a{a}', Bits(w, a)) for w,a in ((5,8),(7,8),(3,8),(5,5),(7,7))]   # the first `--profiles` of them

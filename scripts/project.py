@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
 PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('', 'The book', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('core', 'Core', 'files modules native integer switching gates'),
+    ('core', 'Core', 'files integer profiles layers switching calibration gates'),
     ('data', 'Data', 'squad spans'),
     ('training', 'Training', 'settings resuming objectives'),
     ('search', 'Search', 'sensitivity allocation strategies'),

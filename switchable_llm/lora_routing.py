@@ -22,9 +22,10 @@ from torch import nn, Tensor
 from .quantizers import QuantConfig
 import switchable_llm.core.gates   # a checkpoint can hold its gates: it makes their types known
 from .core.files import check_target, whole_folder, writing_folder
-from .core.modules import check_plain
-from .core.switching import (ADDED, GATE_TYPES, Profile, Setting, added_params, base_params, check_unfrozen, check_unique,
-                                      make_switchable_, switch_of)
+from .core.switching import (
+    check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of)
+from .core.layers import ADDED, GATE_TYPES, Setting
+from .core.profiles import Profile, check_unique
 
 # %% ../nbs/01_lora_routing.ipynb #00241f98
 def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

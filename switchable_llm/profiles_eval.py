@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from .data.squad import Encoded, collate, encode
 from .quantizers import blocks
-from .core.switching import Profile, added_params, check_unique, switch_of, use_profile
+from .core.profiles import Profile, check_unique
+from .core.switching import added_params, switch_of, use_profile
 from .study.statistics import Interval, digits, interval, per_token
 
 # %% ../nbs/03_profiles_eval.ipynb #72776b18

@@ -34,7 +34,9 @@ def make_healthy(folder):
     from switchable_llm.lora_routing import add_adapters_
     from switchable_llm.serving.packed import freeze
     from switchable_llm.quantizers import QuantConfig
-    from switchable_llm.core.switching import Profile, calibrate_, make_switchable_
+    from switchable_llm.core.profiles import Profile
+    from switchable_llm.core.calibration import calibrate_
+    from switchable_llm.core.switching import make_switchable_
     half = Profile.from_dict(dict(name='half', default='w4a8', rules=[dict(layers=[1], bits='float')]))
     for name,model,profiles,cfg,ends,more in (
         ('gpt2', toy('gpt2'), ['bw4','bw8','mixed8648'], {}, True, {}),

@@ -11,7 +11,9 @@ from switchable_llm.profiles_eval import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.sensitivity import Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total
 from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model
-from switchable_llm.core.switching import Profile, Rule, calibrate_, make_switchable_
+from switchable_llm.core.profiles import Profile, Rule
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_
 
 def toy(kind='gpt2', act='per_token', adapters=False, tied=False, **kw):
     torch.manual_seed(0)

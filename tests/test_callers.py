@@ -8,7 +8,9 @@ from switchable_llm.lora_routing import add_adapters_, use_adapter
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.strategies import strategy, use_strategy
-from switchable_llm.core.switching import Profile, Rule, learn_ranges_, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile, Rule
+from switchable_llm.core.calibration import learn_ranges_, calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 REQUESTS = int(os.environ.get('SWITCHABLE_LLM_REQUESTS', 2000))   # 100,000 by hand
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)
@@ -252,7 +254,7 @@ def test_calibrated_ranges_that_are_set_by_hand():
     assert torch.equal(logits(m), logits(copy.deepcopy(m))) and not torch.equal(logits(m), before)
 
 def test_one_digest_for_equal_bytes_only():
-    from switchable_llm.core.switching import content_of
+    from switchable_llm.core.layers import content_of
     w = torch.randn(40, 30)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         a = w.to(dtype)

@@ -7,7 +7,10 @@ from torch import nn
 from switchable_llm.data.squad import load_model
 from switchable_llm.lora_routing import _sealed, adapter_params, add_adapters_, load_switchable, read_switchable, save_switchable
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.core.switching import ADDED, GATE_TYPES, added_params, base_params, calibrate_, learn_ranges_, make_switchable_, save_profiles, PROFILES
+from switchable_llm.core.layers import ADDED, GATE_TYPES
+from switchable_llm.core.switching import added_params, base_params, make_switchable_
+from switchable_llm.core.calibration import calibrate_, learn_ranges_
+from switchable_llm.core.profiles import save_profiles, PROFILES
 
 FILES = ('adapters.safetensors','switchable.json')
 ALL = [('small', f) for f in FILES] + [('large', f) for f in (*FILES, 'trained.safetensors')]

@@ -4,7 +4,7 @@ import numpy as np, pytest
 from scipy import stats
 from switchable_llm.study.statistics import (MARGIN, VERDICTS, Claim, Interval, as_good, better, crossed_mean, decide, exposure,
                                         read, same_exposure, show_exposure, side)
-from switchable_llm.core.switching import PROFILES, Profile
+from switchable_llm.core.profiles import PROFILES, Profile
 
 def by_eye(low, high, above, below):
     "What an interval shows, told by the numbers in it and nothing else."

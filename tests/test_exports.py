@@ -9,7 +9,10 @@ from switchable_llm.data.squad import gguf_overrides, load_model, tiny_tokenizer
 from switchable_llm.serving.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, logit_gap, merge, merged_weight, use_weights_only
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_, base_hash
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import PROFILES, Profile, QuantLayer, Rule, Setting, calibrate_, load_profiles, make_switchable_, use_profile
+from switchable_llm.core.profiles import PROFILES, Profile, Rule, load_profiles
+from switchable_llm.core.layers import QuantLayer, Setting
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 IDS = torch.randint(2, 200, (3, 12), generator=torch.Generator().manual_seed(2))
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))

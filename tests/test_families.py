@@ -9,7 +9,9 @@ from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import FAMILIES, Profile, Rule, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.profiles import FAMILIES, Profile, Rule
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 COMMON = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
               pad_token_id=0, bos_token_id=1, eos_token_id=2)

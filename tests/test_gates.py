@@ -12,7 +12,9 @@ from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.profiles_eval import evaluate, profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import Profile, Rule, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile, Rule
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 IDS = torch.randint(2, 90, (3, 12), generator=torch.Generator().manual_seed(0))
 

@@ -6,7 +6,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from switchable_llm.core.integer import KERNELS, int_linear, pick_kernel, signed_codes, try_kernel
 from switchable_llm.lora_routing import add_adapters_, adapter_params
 from switchable_llm.quantizers import Bits, QuantConfig, fake_quant, fake_quant_weight, qparams, token_qparams
-from switchable_llm.core.switching import Profile, calibrate_, held_bytes, kernel_report, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import held_bytes, kernel_report, make_switchable_, use_profile
 
 HERE = [n for n in KERNELS if try_kernel(n, 'cpu')[0]]
 
@@ -131,7 +133,7 @@ PROBE = """
 import json, torch
 from test_integer import gradients, small
 from switchable_llm.core.integer import pick_kernel
-from switchable_llm.core.native import native_report
+from switchable_llm.core.integer import native_report
 out = {}
 for act in ('per_tensor','per_token'):
     model = small(act=act, codes='nested')

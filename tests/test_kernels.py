@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from switchable_llm.serving import kernels
 from switchable_llm.serving.kernels import ActQuant, LinearPlan, code_sums, plan_report, pack_planes, plane_linear_reference, plane_rows, unpack_planes
 from switchable_llm.serving.lean import Cache, Step, Table, lean_tokens, parts_of, torch_step
-from switchable_llm.core.native import native_features
+from switchable_llm.core.integer import native_features
 from switchable_llm.quantizers import quantize
 
 native = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')

@@ -4,10 +4,11 @@ import pytest, torch
 from transformers import DynamicCache
 from switchable_llm.serving import lean
 from switchable_llm.serving.lean import LeanCache, LiveStep, Step, lean_tokens
-from switchable_llm.core.native import native_features
+from switchable_llm.core.integer import native_features
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits
-from switchable_llm.core.switching import Profile, use_profile
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.switching import use_profile
 from test_packed import switchable
 
 pytestmark = pytest.mark.skipif('decode' not in native_features(), reason='the compiled kernels are not built, or do not run on this processor')

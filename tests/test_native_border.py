@@ -5,7 +5,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from switchable_llm.serving import kernels; from switchable_llm.serving import lean
 from switchable_llm.serving.kernels import ActQuant, FAULTS, _BUFFERS, _Linear, _native
 from switchable_llm.serving.lean import Cache, Step, Table, _Cache, _Layer, _Model, parts_of
-from switchable_llm.core.native import native_features
+from switchable_llm.core.integer import native_features
 from test_kernels import packed, plan, plan_of
 
 pytestmark = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')

@@ -7,7 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.serving.packed import PackedLayer, freeze, load_packed, packed_size
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import Profile, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 COMMON = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 CLASSES = dict(gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4)),

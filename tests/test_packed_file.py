@@ -10,7 +10,9 @@ from switchable_llm.data.squad import tiny_tokenizer
 from switchable_llm.serving.packed import check_packed, freeze, load_packed, load_packed_tokenizer, packed_size
 from switchable_llm.serving.packed_file import BLANK, checksum, read_head, seal
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.core.switching import FAMILIES, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.profiles import FAMILIES
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 from test_families import toy
 from test_packed import CLASSES, inputs, layer_inputs, switchable
 

@@ -11,7 +11,8 @@ from switchable_llm.lora_routing import (PEFT_HARMLESS, adapter_keys, add_adapte
                                          load_switchable, save_switchable, use_adapter)
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.core.switching import Profile, base_params, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.switching import base_params, make_switchable_, use_profile
 from switchable_llm.quantizers import Bits
 
 IDS = torch.arange(20).view(1, -1)

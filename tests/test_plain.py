@@ -9,8 +9,10 @@ from switchable_llm.serving.exports import export_float, export_torchao, merge
 from switchable_llm.core.gates import add_gates_
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
 from switchable_llm.quantizers import Bits
-from switchable_llm.core.switching import (
-    Profile, QuantLayer, calibrate_, learn_ranges_, make_switchable_, use_profile)
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.layers import QuantLayer
+from switchable_llm.core.calibration import calibrate_, learn_ranges_
+from switchable_llm.core.switching import make_switchable_, use_profile
 from test_peft import IDS, gpt2, llama
 
 def injected(): return inject_adapter_in_model(LoraConfig(target_modules=['q_proj']), llama())

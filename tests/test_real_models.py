@@ -10,7 +10,9 @@ from switchable_llm.lora_routing import adapter_params, add_adapters_, load_swit
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.study.runs import evaluations, run_joint
-from switchable_llm.core.switching import PROFILES, Profile, calibrate_, make_switchable_, use_profile
+from switchable_llm.core.profiles import PROFILES, Profile
+from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 SQUAD = Path(__file__).resolve().parents[2]/'shared/data/squad'
 

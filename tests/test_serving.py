@@ -7,10 +7,11 @@ from switchable_llm.serving import lean
 from switchable_llm.serving.kernels import LinearPlan
 from switchable_llm.serving.lean import Cache, Dense, LeanCache, LiveStep, NotLean, Step, lean_class, lean_tokens
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.core.native import native_features
+from switchable_llm.core.integer import native_features
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import Profile, Rule, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile, Rule
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 native = pytest.mark.skipif('decode' not in native_features(), reason='the compiled kernels are not built, or do not run on this processor')
 REQUESTS = int(os.environ.get('SWITCHABLE_LLM_REQUESTS', 1500))   # more by hand

@@ -4,7 +4,8 @@ import pytest, torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.strategies import Strategy, strategy, use_strategy
-from switchable_llm.core.switching import FAMILIES, Profile, make_switchable_, use_profile
+from switchable_llm.core.profiles import FAMILIES, Profile
+from switchable_llm.core.switching import make_switchable_, use_profile
 from test_families import IDS, MASK, toy
 
 LIGHT = tuple(Profile(f'w{b}', Bits(b)) for b in (3, 4, 8))   # float activations: rounding of sums cannot move a code

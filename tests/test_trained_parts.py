@@ -11,7 +11,10 @@ from switchable_llm.joint_training import fixed_profile, random_layers, random_p
 from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight
-from switchable_llm.core.switching import Profile, added_params, base_params, calibrate_, held_bytes, kernel_report, learn_ranges_, make_switchable_, use_profile
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.switching import (
+    added_params, base_params, held_bytes, kernel_report, make_switchable_, use_profile)
+from switchable_llm.core.calibration import calibrate_, learn_ranges_
 
 IDS = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0))
 BATCH,DATA = dict(input_ids=IDS),[Encoded(tuple(row.tolist()), 10) for row in IDS]

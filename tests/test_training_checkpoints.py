@@ -10,7 +10,7 @@ from switchable_llm.lora_routing import adapter_params
 from switchable_llm.training.objectives import Distillation
 from switchable_llm.quantizers import Bits
 from switchable_llm.training.resuming import STATE, TENSORS, checkpoints, read_checkpoint, write_checkpoint
-from switchable_llm.core.switching import Profile
+from switchable_llm.core.profiles import Profile
 
 FILES = (STATE, TENSORS)
 forks = pytest.mark.skipif('fork' not in mp.get_all_start_methods(), reason='this system has no fork')

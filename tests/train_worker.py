@@ -14,7 +14,8 @@ from switchable_llm.joint_training import Policy, all_profiles, random_layers, r
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.switching import Profile, make_switchable_
+from switchable_llm.core.profiles import Profile
+from switchable_llm.core.switching import make_switchable_
 
 NAMES = ('bw4','bw6','bw8')
 POLICIES = dict(random_profile=lambda m: random_profile(NAMES, seed=3), random_layers=lambda m: random_layers(m, seed=3),

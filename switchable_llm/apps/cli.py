@@ -20,12 +20,14 @@ from torch import nn
 from transformers.utils import logging as hf_logging
 from ..quantizers import Bits
 from ..core.files import check_target, claim
-from ..core.switching import PROFILES, Profile, calibrate_, load_profiles, read_profiles, switch_of, use_profile
+from ..core.profiles import PROFILES, Profile, load_profiles, read_profiles
+from ..core.calibration import calibrate_
+from ..core.switching import switch_of, use_profile
 from ..lora_routing import check_save_target, load_switchable, read_switchable, save_switchable
 from ..data.squad import PRESETS, Preset, load_model, load_records, load_squad, save_record
 from ..study.figures import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
 from ..profiles_eval import answer, evaluate, profile_cost
-from ..core.native import native_report
+from ..core.integer import native_report
 from ..core.integer import KERNELS, try_kernel
 from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
 from ..serving.exports import GGUF_DTYPES, export_float, export_gguf, save_torchao

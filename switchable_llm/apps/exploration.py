@@ -22,7 +22,9 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from torch import nn, Tensor
 from ..quantizers import Bits
-from ..core.switching import SITES, Profile, QuantLayer, Setting, Site, as_profile, switch_of, use_profile
+from ..core.profiles import SITES, Profile, Site, as_profile
+from ..core.layers import QuantLayer, Setting
+from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
 from ..data.squad import PRESETS, Preset, encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style

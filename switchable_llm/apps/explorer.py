@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, Layout, Text, Textarea, ToggleButton, VBox
 from matplotlib.figure import Figure
 from ..quantizers import Bits
-from ..core.switching import Profile, switch_of
+from ..core.profiles import Profile
+from ..core.switching import switch_of
 from ..data.squad import PRESETS, tiny_squad, tiny_tokenizer
 from ..study.figures import figure_style
 from .cli import one_line

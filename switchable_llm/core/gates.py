@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..quantizers import Bits
-from .switching import GATE_TYPES, Profile, QuantLayer, Rule, Setting, Switch, check_unfrozen
+from .layers import GATE_TYPES, QuantLayer, Setting
+from .profiles import Profile, Rule
+from .switching import Switch, check_unfrozen
 
 # %% ../../nbs/core/gates.ipynb #57687b1d
 class Gate(nn.Module):

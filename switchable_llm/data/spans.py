@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import nn, Tensor
 from tqdm.auto import tqdm
-from ..core.switching import calibrate_, check_unique, switch_of, use_profile
+from ..core.calibration import calibrate_
+from ..core.profiles import check_unique
+from ..core.switching import switch_of, use_profile
 from ..lora_routing import base_hash, save_switchable
 from .squad import Encoded, Preset, collate, load_squad, prompt_texts, save_record, start_ids
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style

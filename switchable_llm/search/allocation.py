@@ -17,7 +17,9 @@ from scipy.sparse import kron, eye
 from torch import nn
 from tqdm.auto import tqdm
 from ..quantizers import Bits
-from ..core.switching import PROFILES, Profile, calibrate_, switch_of, use_profile
+from ..core.profiles import PROFILES, Profile
+from ..core.calibration import calibrate_
+from ..core.switching import switch_of, use_profile
 from ..lora_routing import base_hash, load_switchable, read_switchable, save_switchable
 from ..data.squad import Encoded, Preset, encode, load_model, save_record
 from ..joint_training import batch_rows

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from ..quantizers import Bits
-from ..core.switching import SITES, Profile, Rule, Site, as_profile, switch_of, use_profile
+from ..core.profiles import SITES, Profile, Rule, Site, as_profile
+from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
 from ..data.squad import Encoded, collate
 from ..joint_training import token_outputs, token_weights

@@ -14,7 +14,9 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core.switching import Profile, QuantLayer, check_unfrozen, switch_of
+from ..core.profiles import Profile
+from ..core.layers import QuantLayer
+from ..core.switching import check_unfrozen, switch_of
 from ..profiles_eval import answer, batches_by_length, em_f1, perplexity, scoring_rules
 from ..data.squad import encode
 

@@ -19,8 +19,9 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, quantize_weight
 from ..core.files import check_target, write_whole, writing_folder
-from ..core.modules import refuse_save_
-from ..core.switching import Profile, QuantLayer, Setting, save_profiles, switch_of, use_profile
+from ..core.switching import refuse_save_, switch_of, use_profile
+from ..core.profiles import Profile, save_profiles
+from ..core.layers import QuantLayer, Setting
 from ..lora_routing import LoRA
 from ..data.squad import optional
 

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
-from ..core.integer import try_kernel
-from ..core.native import library, native_features, native_report
+from ..core.integer import try_kernel, library, native_features, native_report
 from ..quantizers import QParams, qrange, quantize, token_qparams
 
 # %% ../../nbs/serving/kernels.ipynb #e91b026c

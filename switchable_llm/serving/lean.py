@@ -23,8 +23,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from .kernels import LinearPlan, _TYPES, _floats, _linear, _once, check_fault, plane_linear, plane_rows
-from ..core.native import library, native_features, native_report
-from ..core.switching import Setting, switch_of
+from ..core.integer import library, native_features, native_report
+from ..core.layers import Setting
+from ..core.switching import switch_of
 
 # %% ../../nbs/serving/lean.ipynb #de97a3d1
 class NotLean(ValueError):

@@ -23,11 +23,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, blocks, check_bits, fake_quant, nested_codes
-from ..core.switching import ADDED, LAYERS, Profile, Setting, Site, Switch, switch_of
+from ..core.layers import ADDED, LAYERS, Setting, Bank
+from ..core.profiles import Profile, Site
+from ..core.switching import Switch, switch_of
 from ..lora_routing import LoRA, router
 from ..data.squad import float32_head_
 from ..core.files import check_target, write_whole
-from ..core.modules import Bank
 from .lean import lean_class
 from .kernels import ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes
 from .packed_file import (BLANK, FLOATS, PACKED_VERSION, check_config, check_data, check_description, check_tensors, check_values,

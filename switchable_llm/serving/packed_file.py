@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 from xxhash import xxh3_64, xxh3_64_hexdigest
 from ..quantizers import QuantConfig
-from ..core.switching import SITES, Profile, check_unique
+from ..core.profiles import SITES, Profile, check_unique
 from ..lora_routing import ROUTES
 
 # %% ../../nbs/serving/packed_file.ipynb #08f7409e

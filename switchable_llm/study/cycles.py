@@ -19,7 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 from torch import nn
 from ..quantizers import Bits
-from ..core.switching import PROFILES, Profile, calibrate_, switch_of
+from ..core.profiles import PROFILES, Profile
+from ..core.calibration import calibrate_
+from ..core.switching import switch_of
 from ..lora_routing import base_hash
 from ..data.squad import Preset, known_record, save_record
 from .figures import figure_style

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 from ..quantizers import Bits
-from ..core.switching import Profile, Rule, base_params, calibrate_, learn_ranges_, read_profiles, switch_of, use_profile
+from ..core.profiles import Profile, Rule, read_profiles
+from ..core.switching import base_params, switch_of, use_profile
+from ..core.calibration import calibrate_, learn_ranges_
 from ..core.gates import BitBudget, add_gates_, calibrate_gates_, gate_profile, use_gates
 from ..lora_routing import base_hash
 from ..data.squad import PRESETS, Preset, known_record, load_records, save_record

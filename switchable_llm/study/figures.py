@@ -21,7 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from ..quantizers import Bits
 from ..core.files import write_whole
-from ..core.switching import Profile, Site, Switch, as_profile
+from ..core.profiles import Profile, Site, as_profile
+from ..core.switching import Switch
 
 # %% ../../nbs/study/figures.ipynb #107c79a1
 class ProfileStyle(NamedTuple):

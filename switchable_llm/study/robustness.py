@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 import numpy as np
 import torch
-from ..core.switching import calibrate_
+from ..core.calibration import calibrate_
 from ..lora_routing import base_hash, read_switchable, save_switchable
 from ..data.squad import Preset, collate, encode, known_record, save_record
 from ..joint_training import answering, high_to_low

@@ -21,7 +21,9 @@ from torch import nn
 from ..quantizers import Bits, QuantConfig
 from ..core.files import check_target, claim, write_whole
 from ..core.integer import KERNELS
-from ..core.switching import PROFILES, SITES, Profile, Rule, calibrate_, learn_ranges_, make_switchable_, read_profiles, switch_of, use_profile
+from ..core.profiles import PROFILES, SITES, Profile, Rule, read_profiles
+from ..core.calibration import calibrate_, learn_ranges_
+from ..core.switching import make_switchable_, switch_of, use_profile
 from ..lora_routing import add_adapters_, base_hash, save_switchable
 from ..data.squad import Preset, PRESETS, collate, encode, environment, load_model, load_squad, save_record
 from ..joint_training import (

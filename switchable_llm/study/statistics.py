@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy import stats
 from scipy.stats import bootstrap
-from ..core.switching import SITES, Profile, Site
+from ..core.profiles import SITES, Profile, Site
 from .figures import figure_style
 
 # %% ../../nbs/study/statistics.ipynb #4d79224c

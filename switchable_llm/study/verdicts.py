@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 import numpy as np
 from matplotlib.figure import Figure
-from ..core.switching import Profile, Site
+from ..core.profiles import Profile, Site
 from ..data.squad import PRESETS, load_records
 from .figures import plot_bits
 from .statistics import (ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean,
