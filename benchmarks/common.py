@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from switchable_llm.core.integer import KERNELS, try_kernel
-from switchable_llm.data.squad import environment
+from switchable_llm.study.records import environment
 from switchable_llm.core.native import native_report
 from switchable_llm.core.files import write_whole
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torchmetrics.functional.text import char_error_rate
-from .data.squad import encode, prompt_texts, start_ids
+from .data.encoding import encode, prompt_texts, start_ids
 from .joint_training import Task, answering
 from .training.settings import TrainConfig
 from .profiles_eval import stop_ids

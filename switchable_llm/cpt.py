@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from .quantizers import Bits
 from .core.switching import Profile, Rule, switch_of, use_profile
-from .data.squad import Preset
+from .study.presets import Preset
 from .study.figures import figure_style
 from .joint_training import Policy, fixed_profile, high_to_low, random_profile
 from .profiles_eval import perplexity, profile_cost

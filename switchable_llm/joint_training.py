@@ -23,7 +23,7 @@ from torch import nn, Tensor
 from tqdm.auto import tqdm
 from .quantizers import Bits
 from .core.switching import Profile, Rule, switch_of, use_profile
-from .data.squad import collate
+from .data.encoding import collate
 from .training.resuming import RunState, data_facts, kept, model_facts
 from .training.settings import TrainConfig, finite_number, whole_number
 

@@ -22,7 +22,7 @@ from torch import nn
 from torchmetrics.functional.text import squad
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
-from .data.squad import Encoded, collate, encode
+from .data.encoding import Encoded, collate, encode
 from .quantizers import blocks
 from .core.switching import Profile, added_params, check_unique, switch_of, use_profile
 from .study.statistics import Interval, digits, interval, per_token

@@ -24,7 +24,8 @@ from torch import nn, Tensor
 from ..quantizers import Bits
 from ..core.switching import SITES, Profile, QuantLayer, Setting, Site, as_profile, switch_of, use_profile
 from ..lora_routing import adapter_keys
-from ..data.squad import PRESETS, Preset, encode, prompt_texts, start_ids
+from ..study.presets import PRESETS, Preset
+from ..data.encoding import encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style
 from ..profiles_eval import Cost, answer, profile_cost, scoring_mode
 from ..search.sensitivity import compact_profile

@@ -14,7 +14,8 @@ from ipywidgets import HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, La
 from matplotlib.figure import Figure
 from ..quantizers import Bits
 from ..core.switching import Profile, switch_of
-from ..data.squad import PRESETS, tiny_squad, tiny_tokenizer
+from ..study.presets import PRESETS
+from ..data.embedded import tiny_squad, tiny_tokenizer
 from ..study.figures import figure_style
 from .cli import one_line
 from .exploration import Grid, Prompt, Source, bits_on_offer, has_float, open_model, plot_errors, plot_tokens, range_text, reference_profile, side_by_side, train_adapters

@@ -20,8 +20,11 @@ from matplotlib.lines import Line2D
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 from ..core.switching import calibrate_, check_unique, switch_of, use_profile
-from ..lora_routing import base_hash, save_switchable
-from .squad import Encoded, Preset, collate, load_squad, prompt_texts, save_record, start_ids
+from .checkpoints import base_hash, save_switchable
+from .encoding import Encoded, collate, prompt_texts, start_ids
+from ..study.presets import Preset
+from .squad import load_squad
+from ..study.records import save_record
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
 from ..joint_training import Outputs, Task
 from ..study.statistics import Interval, crossed_mean

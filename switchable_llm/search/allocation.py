@@ -18,8 +18,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from ..quantizers import Bits
 from ..core.switching import PROFILES, Profile, calibrate_, switch_of, use_profile
-from ..lora_routing import base_hash, load_switchable, read_switchable, save_switchable
-from ..data.squad import Encoded, Preset, encode, load_model, save_record
+from ..data.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
+from ..data.encoding import Encoded, encode
+from ..study.presets import Preset
+from ..data.models import load_model
+from ..study.records import save_record
 from ..joint_training import batch_rows
 from ..study.statistics import MARGIN, Interval, crossed_mean, interval, per_token, plural, side
 from ..profiles_eval import Cost, answer, em_f1, profile_cost

@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from ..core.switching import Profile, QuantLayer, check_unfrozen, switch_of
 from ..profiles_eval import answer, batches_by_length, em_f1, perplexity, scoring_rules
-from ..data.squad import encode
+from ..data.encoding import encode
 
 # %% ../../nbs/search/strategies.ipynb #2c337c3b
 PER = 'run','batch','example','token'

@@ -22,7 +22,7 @@ from ..core.files import check_target, write_whole, writing_folder
 from ..core.modules import refuse_save_
 from ..core.switching import Profile, QuantLayer, Setting, save_profiles, switch_of, use_profile
 from ..lora_routing import LoRA
-from ..data.squad import optional
+from ..data.models import optional
 
 # %% ../../nbs/serving/exports.ipynb #ba4feeb1
 @contextmanager

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, blocks, check_bits, fake_quant, nested_codes
 from ..core.switching import ADDED, LAYERS, Profile, Setting, Site, Switch, switch_of
 from ..lora_routing import LoRA, router
-from ..data.squad import float32_head_
+from ..data.models import float32_head_
 from ..core.files import check_target, write_whole
 from ..core.modules import Bank
 from .lean import lean_class

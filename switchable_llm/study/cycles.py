@@ -20,8 +20,9 @@ from scipy import stats
 from torch import nn
 from ..quantizers import Bits
 from ..core.switching import PROFILES, Profile, calibrate_, switch_of
-from ..lora_routing import base_hash
-from ..data.squad import Preset, known_record, save_record
+from ..data.checkpoints import base_hash
+from .presets import Preset
+from .records import known_record, save_record
 from .figures import figure_style
 from ..profiles_eval import evaluate
 from .runs import calibration_batches, check_single, chosen, fit, study_data, study_model

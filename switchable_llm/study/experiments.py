@@ -18,8 +18,9 @@ from torch import nn
 from ..quantizers import Bits
 from ..core.switching import Profile, Rule, base_params, calibrate_, learn_ranges_, read_profiles, switch_of, use_profile
 from ..core.gates import BitBudget, add_gates_, calibrate_gates_, gate_profile, use_gates
-from ..lora_routing import base_hash
-from ..data.squad import PRESETS, Preset, known_record, load_records, save_record
+from ..data.checkpoints import base_hash
+from .presets import PRESETS, Preset
+from .records import known_record, load_records, save_record
 from ..joint_training import Objective, Policy, random_layers
 from ..training.objectives import RangePenalty
 from .statistics import MARGIN, SIDES, Interval, basis, crossed_mean, plural, side

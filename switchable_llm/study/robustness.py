@@ -13,8 +13,10 @@ from typing import Callable, Iterable
 import numpy as np
 import torch
 from ..core.switching import calibrate_
-from ..lora_routing import base_hash, read_switchable, save_switchable
-from ..data.squad import Preset, collate, encode, known_record, save_record
+from ..data.checkpoints import base_hash, read_switchable, save_switchable
+from .presets import Preset
+from ..data.encoding import collate, encode
+from .records import known_record, save_record
 from ..joint_training import answering, high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode
 from .runs import calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model

@@ -22,8 +22,13 @@ from ..quantizers import Bits, QuantConfig
 from ..core.files import check_target, claim, write_whole
 from ..core.integer import KERNELS
 from ..core.switching import PROFILES, SITES, Profile, Rule, calibrate_, learn_ranges_, make_switchable_, read_profiles, switch_of, use_profile
-from ..lora_routing import add_adapters_, base_hash, save_switchable
-from ..data.squad import Preset, PRESETS, collate, encode, environment, load_model, load_squad, save_record
+from ..lora_routing import add_adapters_
+from ..data.checkpoints import base_hash, save_switchable
+from .presets import Preset, PRESETS
+from ..data.encoding import collate, encode
+from .records import environment, save_record
+from ..data.models import load_model
+from ..data.squad import load_squad
 from ..joint_training import (
     Objective, Policy, Task, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers,
     random_profile, train, with_highest)

@@ -17,7 +17,8 @@ from typing import Callable, Iterable
 import numpy as np
 from matplotlib.figure import Figure
 from ..core.switching import Profile, Site
-from ..data.squad import PRESETS, load_records
+from .presets import PRESETS
+from .records import load_records
 from .figures import plot_bits
 from .statistics import (ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean,
     decide, exposure, mean_exposure, paired, plural, same_exposure, show_exposure, side)
