@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torchmetrics.functional.text import char_error_rate
 from .data.encoding import encode, prompt_texts, start_ids
-from .joint_training import Task, answering
+from .data.tasks import Task, answering
 from .training.settings import TrainConfig
 from .profiles_eval import stop_ids
 from .search.strategies import Strategy, strategy, use_strategy

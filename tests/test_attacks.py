@@ -15,7 +15,8 @@ from switchable_llm.study.records import load_records
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
-from switchable_llm.joint_training import answering, fixed_profile, train
+from switchable_llm.data.tasks import answering
+from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed

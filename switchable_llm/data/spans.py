@@ -26,7 +26,7 @@ from ..study.presets import Preset
 from .squad import load_squad
 from ..study.records import save_record
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
-from ..joint_training import Outputs, Task
+from .tasks import Outputs, Task
 from ..study.statistics import Interval, crossed_mean
 from ..profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, scoring_rules, verdict
 from ..study.runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model

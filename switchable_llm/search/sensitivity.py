@@ -22,7 +22,7 @@ from ..quantizers import Bits
 from ..core.switching import SITES, Profile, Rule, Site, as_profile, switch_of, use_profile
 from ..lora_routing import adapter_keys
 from ..data.encoding import Encoded, collate
-from ..joint_training import token_outputs, token_weights
+from ..data.tasks import token_outputs, token_weights
 from ..study.statistics import Interval, interval, per_token, side
 from ..profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
 

@@ -17,7 +17,8 @@ from ..data.checkpoints import base_hash, read_switchable, save_switchable
 from .presets import Preset
 from ..data.encoding import collate, encode
 from .records import known_record, save_record
-from ..joint_training import answering, high_to_low
+from ..data.tasks import answering
+from ..joint_training import high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode
 from .runs import calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model
 from ..search.allocation import trained_model

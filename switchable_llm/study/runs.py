@@ -29,9 +29,10 @@ from ..data.encoding import collate, encode
 from .records import environment, save_record
 from ..data.models import load_model
 from ..data.squad import load_squad
-from ..joint_training import (
-    Objective, Policy, Task, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers,
-    random_profile, train, with_highest)
+from switchable_llm.joint_training import (
+    Objective, Policy, all_profiles, batch_rows, fixed_profile, high_to_low, random_layers, random_profile, train,
+    with_highest)
+from ..data.tasks import Task, answering
 from ..training.settings import TrainConfig
 from ..training.objectives import Distillation, RangePenalty, Stability
 from .statistics import interval
