@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torchmetrics.functional.text import char_error_rate
-from .data.squad import encode, prompt_texts, start_ids
-from .joint_training import Task, answering
+from .data.encoding import encode, prompt_texts, start_ids
+from .data.tasks import Task, answering
 from .training.settings import TrainConfig
 from .profiles_eval import stop_ids
 from .search.strategies import Strategy, strategy, use_strategy

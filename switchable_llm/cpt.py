@@ -9,9 +9,9 @@ __all__ = ['FIXED_CYCLE', 'ALTERNATION', 'SCHEDULES', 'cyclic_bits', 'add_unifor
 
 # %% ../nbs/04_cpt.ipynb #23c13e1a
 import copy, math
+import numpy as np
 from dataclasses import dataclass, replace
 from typing import Iterable
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,7 +19,7 @@ from torch import nn
 from .quantizers import Bits
 from .core.profiles import Profile, Rule
 from .core.switching import switch_of, use_profile
-from .data.squad import Preset
+from .study.presets import Preset
 from .study.figures import figure_style
 from .joint_training import Policy, fixed_profile, high_to_low, random_profile
 from .profiles_eval import perplexity, profile_cost

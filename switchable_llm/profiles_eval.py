@@ -8,21 +8,20 @@ __all__ = ['RULES', 'SCORES', 'scoring_mode', 'batches_by_length', 'Perplexity',
            'compare', 'verdict', 'ppl_ratio']
 
 # %% ../nbs/03_profiles_eval.ipynb #33209f8c
-import math
+import math, torch
+import numpy as np
+import torch.nn.functional as F
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from threading import Lock
 from typing import Callable, Iterable, Iterator, NamedTuple
 from weakref import WeakKeyDictionary
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torchmetrics.functional.text import squad
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
-from .data.squad import Encoded, collate, encode
+from .data.encoding import Encoded, collate, encode
 from .quantizers import blocks
 from .core.profiles import Profile, check_unique
 from .core.switching import added_params, switch_of, use_profile

@@ -12,7 +12,7 @@ import json, math
 from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
-from .data.squad import PRESETS
+from .study.presets import PRESETS
 from .study.statistics import MARGIN, Finding, Findings, Interval, plural
 from .study.cycles import CPT_QUESTIONS, cpt_findings
 from .study.defences import earlier_statements, sanity_checks

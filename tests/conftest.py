@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as hf_logging
-from switchable_llm.data.squad import tiny_tokenizer
+from switchable_llm.data.embedded import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))   # the workers

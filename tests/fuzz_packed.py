@@ -30,7 +30,7 @@ def toy(kind, **kw):
 def make_healthy(folder):
     "Files of several kinds in a folder."
     import torch
-    from switchable_llm.data.squad import tiny_tokenizer
+    from switchable_llm.data.embedded import tiny_tokenizer
     from switchable_llm.lora_routing import add_adapters_
     from switchable_llm.serving.packed import freeze
     from switchable_llm.quantizers import QuantConfig

@@ -5,8 +5,10 @@ import numpy as np
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.search.allocation import Choices, allocate, random_choice, run_allocation, search
-from switchable_llm.data.squad import PRESETS, Encoded
-from switchable_llm.lora_routing import add_adapters_, save_switchable
+from switchable_llm.study.presets import PRESETS
+from switchable_llm.data.encoding import Encoded
+from switchable_llm.lora_routing import add_adapters_
+from switchable_llm.data.checkpoints import save_switchable
 from switchable_llm.profiles_eval import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.sensitivity import Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total

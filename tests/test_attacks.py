@@ -8,10 +8,17 @@ from switchable_llm.adversarial import ATTACKS, KINDS, WHERE, adaptive, adversar
 from switchable_llm.apps.cli import main
 from switchable_llm.cpt import CycleConfig
 from switchable_llm.study.cycles import CPTPlan, run_cpt
-from switchable_llm.data.squad import PRESETS, collate, encode, load_model, load_records, load_squad, tiny_squad, tiny_tokenizer
+from switchable_llm.study.presets import PRESETS
+from switchable_llm.data.encoding import collate, encode
+from switchable_llm.data.models import load_model
+from switchable_llm.study.records import load_records
+from switchable_llm.data.squad import load_squad
+from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
-from switchable_llm.joint_training import answering, fixed_profile, train
-from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_, load_switchable, save_switchable
+from switchable_llm.data.tasks import answering
+from switchable_llm.joint_training import fixed_profile, train
+from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_
+from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.study.robustness import Plan, run_robustness

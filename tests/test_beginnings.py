@@ -4,9 +4,12 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from transformers import BatchEncoding
-from switchable_llm.data.squad import collate, encode, prompt_texts, span_model, start_ids, tiny_squad, tiny_tokenizer
+from switchable_llm.data.encoding import collate, encode, prompt_texts, start_ids
+from switchable_llm.data.models import span_model
+from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
-from switchable_llm.joint_training import fixed_profile, token_weights, train
+from switchable_llm.joint_training import fixed_profile, train
+from switchable_llm.data.tasks import token_weights
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import QuantConfig

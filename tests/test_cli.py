@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from conftest import heed_ctrl_c
 from switchable_llm.apps import cli as module
 from switchable_llm.apps.cli import main, make_parser, one_line
-from switchable_llm.data.squad import Preset
+from switchable_llm.study.presets import Preset
 from switchable_llm.core.files import claim
 from switchable_llm.study.runs import NUMBERS, WORDS
 

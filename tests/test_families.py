@@ -3,10 +3,11 @@ import pytest, torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CodeGenForCausalLM, MptForCausalLM
 from transformers.pytorch_utils import Conv1D
-from switchable_llm.data.squad import Encoded
+from switchable_llm.data.encoding import Encoded
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train
-from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
+from switchable_llm.lora_routing import adapter_params, add_adapters_
+from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import FAMILIES, Profile, Rule

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from switchable_llm.data.squad import tiny_tokenizer
+from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.serving.packed import check_packed, freeze, load_packed, load_packed_tokenizer, packed_size
 from switchable_llm.serving.packed_file import BLANK, checksum, read_head, seal
 from switchable_llm.quantizers import QuantConfig

@@ -7,8 +7,9 @@ from peft import (AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, 
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.lora_routing import (PEFT_HARMLESS, adapter_keys, add_adapters_, export_peft, import_peft,
-                                         load_switchable, save_switchable, use_adapter)
+from switchable_llm.lora_routing import (
+    PEFT_HARMLESS, adapter_keys, add_adapters_, export_peft, import_peft, use_adapter)
+from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.profiles import Profile

@@ -7,7 +7,8 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from transformers import AutoModelForCausalLM
 from switchable_llm.serving.exports import export_float, export_torchao, merge
 from switchable_llm.core.gates import add_gates_
-from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
+from switchable_llm.lora_routing import adapter_params, add_adapters_
+from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.quantizers import Bits
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.layers import QuantLayer

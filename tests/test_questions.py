@@ -3,7 +3,9 @@ import json, random, re, string, warnings
 from collections import Counter
 import datasets, pytest, torch
 from transformers import GPT2Config, GPT2ForQuestionAnswering, GPT2LMHeadModel
-from switchable_llm.data.squad import encode, load_squad, tiny_squad, tiny_tokenizer
+from switchable_llm.data.encoding import encode
+from switchable_llm.data.squad import load_squad
+from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import add_adapters_

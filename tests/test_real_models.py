@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from switchable_llm.data.squad import PRESETS, encode, load_model, load_records, load_squad, tiny_squad
-from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable
+from switchable_llm.study.presets import PRESETS
+from switchable_llm.data.encoding import encode
+from switchable_llm.data.models import load_model
+from switchable_llm.study.records import load_records
+from switchable_llm.data.squad import load_squad
+from switchable_llm.data.embedded import tiny_squad
+from switchable_llm.lora_routing import adapter_params, add_adapters_
+from switchable_llm.data.checkpoints import load_switchable
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.study.runs import evaluations, run_joint

@@ -3,7 +3,7 @@ import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import switchable_llm
-from switchable_llm.data.squad import environment, known_record, load_records, save_record
+from switchable_llm.study.records import environment, known_record, load_records, save_record
 
 PACKAGE = Path(switchable_llm.__file__).parent
 RECORD = dict(preset='p', experiment='e', name='n', seed=0, config={})
@@ -68,7 +68,7 @@ def test_whose_commit(tmp_path, monkeypatch):
     assert environment()['commit'] is None                                          # no git, no commit
     monkeypatch.undo()
     shutil.copytree(PACKAGE, other/'env/switchable_llm', ignore=shutil.ignore_patterns('__pycache__'))
-    code = "from switchable_llm.data.squad import environment; print(environment()['commit'])"
+    code = "from switchable_llm.study.records import environment; print(environment()['commit'])"
     env = {**os.environ, 'PYTHONPATH': str(other/'env'), 'OMP_NUM_THREADS': '1'}
     out = subprocess.run([sys.executable, '-c', code], cwd=other, capture_output=True, text=True, check=True, env=env).stdout
     assert out.split()[-1]=='None'                                                  # installed below a project, it is not of it

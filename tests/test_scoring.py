@@ -2,7 +2,8 @@
 import threading
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from switchable_llm.data.squad import Encoded, encode, tiny_squad, tiny_tokenizer
+from switchable_llm.data.encoding import Encoded, encode
+from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.profiles_eval import answer, perplexity, stop_ids
 
 TOK = tiny_tokenizer()

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest, torch
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, GPT2Config, GPT2ForQuestionAnswering, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
-from switchable_llm.data.squad import PRESETS, load_model, load_records, tiny_squad, tiny_tokenizer
+from switchable_llm.study.presets import PRESETS
+from switchable_llm.data.models import load_model
+from switchable_llm.study.records import load_records
+from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import Objective, fixed_profile, train
 from switchable_llm.training.settings import TrainConfig
-from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
+from switchable_llm.lora_routing import adapter_params, add_adapters_
+from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.training.objectives import Distillation, Stability
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig

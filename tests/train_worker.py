@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from switchable_llm.data.squad import encode, load_model, tiny_squad
+from switchable_llm.data.encoding import encode
+from switchable_llm.data.models import load_model
+from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.joint_training import Policy, all_profiles, random_layers, random_profile, train
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.lora_routing import adapter_params, add_adapters_

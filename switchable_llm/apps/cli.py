@@ -23,8 +23,11 @@ from ..core.files import check_target, claim
 from ..core.profiles import PROFILES, Profile, load_profiles, read_profiles
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
-from ..lora_routing import check_save_target, load_switchable, read_switchable, save_switchable
-from ..data.squad import PRESETS, Preset, load_model, load_records, load_squad, save_record
+from ..data.checkpoints import check_save_target, load_switchable, read_switchable, save_switchable
+from ..study.presets import PRESETS, Preset
+from ..data.models import load_model
+from ..study.records import load_records, save_record
+from ..data.squad import load_squad
 from ..study.figures import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
 from ..profiles_eval import answer, evaluate, profile_cost
 from ..core.integer import native_report

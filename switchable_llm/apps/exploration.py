@@ -8,10 +8,9 @@ __all__ = ['TWO_BITS', 'TOKENS', 'Source', 'open_model', 'has_float', 'reference
            'range_text', 'Grid', 'bits_on_offer']
 
 # %% ../../nbs/apps/exploration.ipynb #b49d16cf
-import time
+import time, torch
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,8 @@ from ..core.profiles import SITES, Profile, Site, as_profile
 from ..core.layers import QuantLayer, Setting
 from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
-from ..data.squad import PRESETS, Preset, encode, prompt_texts, start_ids
+from ..study.presets import PRESETS, Preset
+from ..data.encoding import encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style
 from ..profiles_eval import Cost, answer, profile_cost, scoring_mode
 from ..search.sensitivity import compact_profile

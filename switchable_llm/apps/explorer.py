@@ -10,15 +10,19 @@ import base64, html, io
 from contextlib import contextmanager
 from typing import Iterable
 from fastcore.basics import patch
-from ipywidgets import HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, Layout, Text, Textarea, ToggleButton, VBox
+from ipywidgets import (
+    HTML, BoundedIntText, Button, Dropdown, GridBox, HBox, Layout, Text, Textarea, ToggleButton, VBox)
 from matplotlib.figure import Figure
 from ..quantizers import Bits
 from ..core.profiles import Profile
 from ..core.switching import switch_of
-from ..data.squad import PRESETS, tiny_squad, tiny_tokenizer
+from ..study.presets import PRESETS
+from ..data.embedded import tiny_squad, tiny_tokenizer
 from ..study.figures import figure_style
 from .cli import one_line
-from .exploration import Grid, Prompt, Source, bits_on_offer, has_float, open_model, plot_errors, plot_tokens, range_text, reference_profile, side_by_side, train_adapters
+from .exploration import (
+    Grid, Prompt, Source, bits_on_offer, has_float, open_model, plot_errors, plot_tokens, range_text,
+    reference_profile, side_by_side, train_adapters)
 
 # %% ../../nbs/apps/explorer.ipynb #01a34e26
 def svg_picture(

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Iterable
 from transformers import PreTrainedModel
 from ..quantizers import QuantConfig
-from ..core.switching import calibrate_, make_switchable_, switch_of
-from ..lora_routing import add_adapters_, load_switchable, read_switchable
-from ..data.squad import encode, load_model
-from ..joint_training import Policy, TrainConfig, answering, batch_rows, random_profile
-from ..joint_training import train as train_loop
+from ..core.calibration import calibrate_
+from ..core.switching import make_switchable_, switch_of
+from ..lora_routing import add_adapters_
+from ..data.checkpoints import load_switchable, read_switchable
+from ..data.encoding import encode
+from ..data.models import load_model
+from ..joint_training import Policy, batch_rows, random_profile, train as train_loop
+from ..training.settings import TrainConfig
+from ..data.tasks import answering
 from ..serving.packed import is_packed, load_packed, load_packed_tokenizer
 
 # %% ../../nbs/apps/front_door.ipynb #c637c361

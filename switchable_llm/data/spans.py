@@ -8,13 +8,12 @@ __all__ = ['span_extraction', 'TASKS', 'Window', 'encode_windows', 'collate_wind
            'span_report', 'span_reports', 'plot_tasks']
 
 # %% ../../nbs/data/spans.ipynb #632f9006
-import itertools, json
+import itertools, json, torch
+import numpy as np
+import torch.nn.functional as F
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
-import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import nn, Tensor
@@ -22,13 +21,18 @@ from tqdm.auto import tqdm
 from ..core.calibration import calibrate_
 from ..core.profiles import check_unique
 from ..core.switching import switch_of, use_profile
-from ..lora_routing import base_hash, save_switchable
-from .squad import Encoded, Preset, collate, load_squad, prompt_texts, save_record, start_ids
+from .checkpoints import base_hash, save_switchable
+from .encoding import Encoded, collate, prompt_texts, start_ids
+from ..study.presets import Preset
+from .squad import load_squad
+from ..study.records import save_record
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
-from ..joint_training import Outputs, Task
+from .tasks import Outputs, Task
 from ..study.statistics import Interval, crossed_mean
-from ..profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, scoring_rules, verdict
-from ..study.runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model
+from ..profiles_eval import (
+    Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, scoring_rules, verdict)
+from ..study.runs import (
+    OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model)
 
 # %% ../../nbs/data/spans.ipynb #60ac23c3
 class Window(NamedTuple):

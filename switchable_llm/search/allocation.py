@@ -8,10 +8,10 @@ __all__ = ['Choices', 'Allocation', 'allocate', 'Step', 'search', 'best', 'Point
 
 # %% ../../nbs/search/allocation.ipynb #93757289
 import itertools, json
+import numpy as np
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
-import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import kron, eye
 from torch import nn
@@ -20,14 +20,18 @@ from ..quantizers import Bits
 from ..core.profiles import PROFILES, Profile
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
-from ..lora_routing import base_hash, load_switchable, read_switchable, save_switchable
-from ..data.squad import Encoded, Preset, encode, load_model, save_record
+from ..data.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
+from ..data.encoding import Encoded, encode
+from ..study.presets import Preset
+from ..data.models import load_model
+from ..study.records import save_record
 from ..joint_training import batch_rows
 from ..study.statistics import MARGIN, Interval, crossed_mean, interval, per_token, plural, side
 from ..profiles_eval import Cost, answer, em_f1, profile_cost
 from ..study.runs import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
-from .sensitivity import (Meter, Sensitivity, bit_options, cheaper, compact_profile, dropped, find_groups, highest,
-    sensitivity, tolerance, total, uniform)
+from switchable_llm.search.sensitivity import (
+    Meter, Sensitivity, bit_options, cheaper, compact_profile, dropped, find_groups, highest, sensitivity,
+    tolerance, total, uniform)
 
 # %% ../../nbs/search/allocation.ipynb #53c97dc3
 class Choices:

@@ -7,23 +7,22 @@ __all__ = ['GROUPINGS', 'Meter', 'Group', 'find_groups', 'compact_profile', 'bit
            'dropped', 'sensitivity', 'outliers', 'total', 'Tolerance', 'tolerance', 'cheaper']
 
 # %% ../../nbs/search/sensitivity.ipynb #53c8599a
-import hashlib, itertools, json
+import hashlib, itertools, json, torch
+import numpy as np
+import torch.nn.functional as F
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, NamedTuple
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from ..quantizers import Bits
 from ..core.profiles import SITES, Profile, Rule, Site, as_profile
 from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
-from ..data.squad import Encoded, collate
-from ..joint_training import token_outputs, token_weights
+from ..data.encoding import Encoded, collate
+from ..data.tasks import token_outputs, token_weights
 from ..study.statistics import Interval, interval, per_token, side
 from ..profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
 

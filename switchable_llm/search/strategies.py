@@ -6,19 +6,18 @@
 __all__ = ['PER', 'STRATEGIES', 'CACHES', 'Strategy', 'strategy', 'Drawn', 'use_strategy', 'StrategyScores', 'score_strategy']
 
 # %% ../../nbs/search/strategies.ipynb #3b02e1e0
-import inspect
+import inspect, torch
+import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Iterable, NamedTuple
 from zlib import crc32
-import numpy as np
-import torch
 from torch import nn, Tensor
 from ..core.profiles import Profile
 from ..core.layers import QuantLayer
 from ..core.switching import check_unfrozen, switch_of
 from ..profiles_eval import answer, batches_by_length, em_f1, perplexity, scoring_rules
-from ..data.squad import encode
+from ..data.encoding import encode
 
 # %% ../../nbs/search/strategies.ipynb #2c337c3b
 PER = 'run','batch','example','token'

@@ -8,12 +8,11 @@ __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logi
            'export_gguf']
 
 # %% ../../nbs/serving/exports.ipynb #1aa09584
-import copy, importlib, json, pickle
+import copy, importlib, json, pickle, torch
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
-import torch
 from torch import nn, Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +22,7 @@ from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile, save_profiles
 from ..core.layers import QuantLayer, Setting
 from ..lora_routing import LoRA
-from ..data.squad import optional
+from ..data.models import optional
 
 # %% ../../nbs/serving/exports.ipynb #ba4feeb1
 @contextmanager

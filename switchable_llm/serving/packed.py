@@ -7,31 +7,33 @@ __all__ = ['PackedLayer', 'PackedEmbedding', 'PackedSwitch', 'PackedModel', 'pac
            'check_packed', 'packed_size', 'load_packed_tokenizer']
 
 # %% ../../nbs/serving/packed.ipynb #dcc42c38
-import copy, json
+import copy, json, torch, transformers
+import torch.nn.functional as F
 from collections import defaultdict
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Iterable
-import torch, transformers
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn, Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, blocks, check_bits, fake_quant, nested_codes
 from ..core.layers import ADDED, LAYERS, Setting, Bank
 from ..core.profiles import Profile, Site
 from ..core.switching import Switch, switch_of
 from ..lora_routing import LoRA, router
-from ..data.squad import float32_head_
+from ..data.models import float32_head_
 from ..core.files import check_target, write_whole
 from .lean import lean_class
-from .kernels import ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes
-from .packed_file import (BLANK, FLOATS, PACKED_VERSION, check_config, check_data, check_description, check_tensors, check_values,
+from .kernels import (
+    ActQuant, LinearPlan, Planes, code_sums, nested_zero, pack_planes, plane_rows, unpack_planes)
+from .packed_file import (
+    BLANK, FLOATS, PACKED_VERSION, check_config, check_data, check_description, check_tensors, check_values,
     checksum, layer_tensors, make_tokenizer, naming, read_head, seal, tokenizer_parts)
 
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a

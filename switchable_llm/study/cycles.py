@@ -9,10 +9,10 @@ __all__ = ['CPT_ARMS', 'STUDIED', 'CPT_PLANS', 'BROKEN', 'CPT_QUESTIONS', 'SCORE
 
 # %% ../../nbs/study/cycles.ipynb #48feafc9
 import copy, json, math
+import numpy as np
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -22,15 +22,18 @@ from ..quantizers import Bits
 from ..core.profiles import PROFILES, Profile
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of
-from ..lora_routing import base_hash
-from ..data.squad import Preset, known_record, save_record
+from ..data.checkpoints import base_hash
+from .presets import Preset
+from .records import known_record, save_record
 from .figures import figure_style
 from ..profiles_eval import evaluate
 from .runs import calibration_batches, check_single, chosen, fit, study_data, study_model
 from .experiments import step_cost
-from .statistics import (ANSWERS, MARGIN, Claim, Findings, Interval, as_good, basis, better, crossed_mean,
-    decide, exposure, mean_exposure, paired, same_exposure, show_exposure)
-from ..cpt import SCHEDULES, CycleConfig, PrecisionRange, add_uniform_, precision_range_test, uniform_names
+from .statistics import (
+    ANSWERS, MARGIN, Claim, Findings, Interval, as_good, basis, better, crossed_mean, decide, exposure,
+    mean_exposure, paired, same_exposure, show_exposure)
+from ..cpt import (
+    SCHEDULES, CycleConfig, PrecisionRange, add_uniform_, precision_range_test, uniform_names)
 
 # %% ../../nbs/study/cycles.ipynb #c2e3d829
 @dataclass(frozen=True)

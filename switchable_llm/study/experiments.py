@@ -8,25 +8,26 @@ __all__ = ['GATE_BUDGET', 'SETUPS', 'ARMS', 'GROUPS', 'CALIBRATIONS', 'step_cost
            'gate_verdict', 'run_calibration', 'compare_calibrations', 'calibration_verdict']
 
 # %% ../../nbs/study/experiments.ipynb #d1153082
-import copy, json, math
+import copy, json, math, torch
+import numpy as np
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
-import numpy as np
-import torch
 from torch import nn
 from ..quantizers import Bits
 from ..core.profiles import Profile, Rule, read_profiles
 from ..core.switching import base_params, switch_of, use_profile
 from ..core.calibration import calibrate_, learn_ranges_
 from ..core.gates import BitBudget, add_gates_, calibrate_gates_, gate_profile, use_gates
-from ..lora_routing import base_hash
-from ..data.squad import PRESETS, Preset, known_record, load_records, save_record
+from ..data.checkpoints import base_hash
+from .presets import PRESETS, Preset
+from .records import known_record, load_records, save_record
 from ..joint_training import Objective, Policy, random_layers
 from ..training.objectives import RangePenalty
 from .statistics import MARGIN, SIDES, Interval, basis, crossed_mean, plural, side
 from ..profiles_eval import Evaluation, evaluate, perplexity, profile_cost
-from .runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model
+from .runs import (
+    OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model)
 
 # %% ../../nbs/study/experiments.ipynb #fa122dd5
 def step_cost(

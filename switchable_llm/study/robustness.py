@@ -6,21 +6,26 @@
 __all__ = ['PLANS', 'TRAININGS', 'Plan', 'short_plan', 'middle', 'attackers', 'run_robustness']
 
 # %% ../../nbs/study/robustness.ipynb #63248e00
-import json
+import json, torch
+import numpy as np
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable
-import numpy as np
-import torch
 from ..core.calibration import calibrate_
-from ..lora_routing import base_hash, read_switchable, save_switchable
-from ..data.squad import Preset, collate, encode, known_record, save_record
-from ..joint_training import answering, high_to_low
+from ..data.checkpoints import base_hash, read_switchable, save_switchable
+from .presets import Preset
+from ..data.encoding import collate, encode
+from .records import known_record, save_record
+from ..data.tasks import answering
+from ..joint_training import high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode
-from .runs import calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model
+from .runs import (
+    calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model)
 from ..search.allocation import trained_model
 from ..search.strategies import score_strategy, strategy, use_strategy
-from ..adversarial import ATTACKS, adaptive, adversarial_task, allowed_tokens, distortion, flip_tokens, perturbation, random_attacker, row_scores, stack_masks, token_mask, white_box, with_typos
+from ..adversarial import (
+    ATTACKS, adaptive, adversarial_task, allowed_tokens, distortion, flip_tokens, perturbation, random_attacker,
+    row_scores, stack_masks, token_mask, white_box, with_typos)
 
 # %% ../../nbs/study/robustness.ipynb #b09a3c71
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ __all__ = ['COUNT', 'SEED', 'QUESTIONS', 'NUMBERS', 'WORDS', 'POLICIES', 'OBJECT
            'run_ablation']
 
 # %% ../../nbs/study/runs.ipynb #74b8cd34
-import copy, json, math, os
+import copy, json, math, os, torch
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
-import torch
 from accelerate.utils import set_seed
 from torch import nn
 from ..quantizers import Bits, QuantConfig
@@ -24,11 +23,17 @@ from ..core.integer import KERNELS
 from ..core.profiles import PROFILES, SITES, Profile, Rule, read_profiles
 from ..core.calibration import calibrate_, learn_ranges_
 from ..core.switching import make_switchable_, switch_of, use_profile
-from ..lora_routing import add_adapters_, base_hash, save_switchable
-from ..data.squad import Preset, PRESETS, collate, encode, environment, load_model, load_squad, save_record
-from ..joint_training import (
-    Objective, Policy, Task, all_profiles, answering, batch_rows, fixed_profile, high_to_low, random_layers,
-    random_profile, train, with_highest)
+from ..lora_routing import add_adapters_
+from ..data.checkpoints import base_hash, save_switchable
+from .presets import Preset, PRESETS
+from ..data.encoding import collate, encode
+from .records import environment, save_record
+from ..data.models import load_model
+from ..data.squad import load_squad
+from switchable_llm.joint_training import (
+    Objective, Policy, all_profiles, batch_rows, fixed_profile, high_to_low, random_layers, random_profile,
+    train, with_highest)
+from ..data.tasks import Task, answering
 from ..training.settings import TrainConfig
 from ..training.objectives import Distillation, RangePenalty, Stability
 from .statistics import interval

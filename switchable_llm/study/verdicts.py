@@ -11,16 +11,18 @@ __all__ = ['PRESET_NAMES', 'COMMANDS', 'Study', 'load_study', 'no_record', 'trie
 
 # %% ../../nbs/study/verdicts.ipynb #4aabbe09
 import itertools, math, re
+import numpy as np
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
-import numpy as np
 from matplotlib.figure import Figure
 from ..core.profiles import Profile, Site
-from ..data.squad import PRESETS, load_records
+from .presets import PRESETS
+from .records import load_records
 from .figures import plot_bits
-from .statistics import (ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean,
-    decide, exposure, mean_exposure, paired, plural, same_exposure, show_exposure, side)
+from .statistics import (
+    ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean, decide, exposure,
+    mean_exposure, paired, plural, same_exposure, show_exposure, side)
 from .runs import run_name
 from ..search.sensitivity import cheaper, total
 from .experiments import calibration_verdict, gate_verdict, objective_verdicts

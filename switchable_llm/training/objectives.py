@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.switching import switch_of
-from ..joint_training import Outputs
+from ..data.tasks import Outputs
 from .settings import finite_number, one_of
 
 # %% ../../nbs/training/objectives.ipynb #1c08b39d
