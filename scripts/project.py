@@ -22,7 +22,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('core', 'Core', 'files modules native integer switching gates'),
     ('data', 'Data', 'squad spans'),
     ('training', 'Training', 'settings resuming objectives'),
-    ('search', 'Search', 'sensitivity allocation strategies'),
+    ('search', 'Search', 'intervals sensitivity allocation strategies'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
     ('study', 'Study', 'figures statistics runs experiments cycles robustness defences verdicts reasons earlier'),
     ('apps', 'Apps', 'cli page exploration explorer'))]

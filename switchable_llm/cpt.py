@@ -23,7 +23,7 @@ from .study.figures import figure_style
 from .joint_training import Policy, fixed_profile, high_to_low, random_profile
 from .profiles_eval import perplexity, profile_cost
 from .study.runs import fit
-from .study.statistics import crossed_mean, Interval
+from .search.intervals import crossed_mean, Interval
 
 # %% ../nbs/04_cpt.ipynb #343e0d3f
 def cyclic_bits(

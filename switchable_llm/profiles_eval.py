@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from .data.squad import Encoded, collate, encode
 from .quantizers import blocks
 from .core.switching import Profile, added_params, check_unique, switch_of, use_profile
-from .study.statistics import Interval, digits, interval, per_token
+from .search.intervals import Interval, digits, interval, per_token
 
 # %% ../nbs/03_profiles_eval.ipynb #72776b18
 _scored,_lock = WeakKeyDictionary(),Lock()   # model -> how many threads score it, and what puts it back

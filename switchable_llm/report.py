@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
 from .data.squad import PRESETS
-from .study.statistics import MARGIN, Finding, Findings, Interval, plural
+from .search.intervals import MARGIN, Interval
+from .study.statistics import Finding, Findings, plural
 from .study.cycles import CPT_QUESTIONS, cpt_findings
 from .study.defences import earlier_statements, sanity_checks
 from .study.verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,

@@ -2,8 +2,9 @@
 import math
 import numpy as np, pytest
 from scipy import stats
-from switchable_llm.study.statistics import (MARGIN, VERDICTS, Claim, Interval, as_good, better, crossed_mean, decide, exposure,
-                                        read, same_exposure, show_exposure, side)
+from switchable_llm.search.intervals import MARGIN, Interval, crossed_mean, side
+from switchable_llm.study.statistics import (
+    VERDICTS, Claim, as_good, better, decide, exposure, read, same_exposure, show_exposure)
 from switchable_llm.core.switching import PROFILES, Profile
 
 def by_eye(low, high, above, below):

@@ -24,7 +24,7 @@ from ..lora_routing import base_hash, save_switchable
 from .squad import Encoded, Preset, collate, load_squad, prompt_texts, save_record, start_ids
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
 from ..joint_training import Outputs, Task
-from ..study.statistics import Interval, crossed_mean
+from ..search.intervals import Interval, crossed_mean
 from ..profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, scoring_rules, verdict
 from ..study.runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model
 

@@ -21,7 +21,8 @@ from ..core.switching import PROFILES, Profile, calibrate_, switch_of, use_profi
 from ..lora_routing import base_hash, load_switchable, read_switchable, save_switchable
 from ..data.squad import Encoded, Preset, encode, load_model, save_record
 from ..joint_training import batch_rows
-from ..study.statistics import MARGIN, Interval, crossed_mean, interval, per_token, plural, side
+from .intervals import MARGIN, Interval, crossed_mean, interval, per_token, side
+from ..study.statistics import plural
 from ..profiles_eval import Cost, answer, em_f1, profile_cost
 from ..study.runs import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
 from .sensitivity import (Meter, Sensitivity, bit_options, cheaper, compact_profile, dropped, find_groups, highest,

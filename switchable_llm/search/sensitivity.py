@@ -23,7 +23,7 @@ from ..core.switching import SITES, Profile, Rule, Site, as_profile, switch_of, 
 from ..lora_routing import adapter_keys
 from ..data.squad import Encoded, collate
 from ..joint_training import token_outputs, token_weights
-from ..study.statistics import Interval, interval, per_token, side
+from .intervals import Interval, interval, per_token, side
 from ..profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
 
 # %% ../../nbs/search/sensitivity.ipynb #c5576013

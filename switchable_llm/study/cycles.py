@@ -26,8 +26,10 @@ from .figures import figure_style
 from ..profiles_eval import evaluate
 from .runs import calibration_batches, check_single, chosen, fit, study_data, study_model
 from .experiments import step_cost
-from .statistics import (ANSWERS, MARGIN, Claim, Findings, Interval, as_good, basis, better, crossed_mean,
-    decide, exposure, mean_exposure, paired, same_exposure, show_exposure)
+from switchable_llm.study.statistics import (
+    ANSWERS, Claim, Findings, as_good, basis, better, decide, exposure, mean_exposure, paired, same_exposure,
+    show_exposure)
+from ..search.intervals import MARGIN, Interval, crossed_mean
 from ..cpt import SCHEDULES, CycleConfig, PrecisionRange, add_uniform_, precision_range_test, uniform_names
 
 # %% ../../nbs/study/cycles.ipynb #c2e3d829

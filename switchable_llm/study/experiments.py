@@ -22,7 +22,8 @@ from ..lora_routing import base_hash
 from ..data.squad import PRESETS, Preset, known_record, load_records, save_record
 from ..joint_training import Objective, Policy, random_layers
 from ..training.objectives import RangePenalty
-from .statistics import MARGIN, SIDES, Interval, basis, crossed_mean, plural, side
+from ..search.intervals import MARGIN, SIDES, Interval, crossed_mean, side
+from .statistics import basis, plural
 from ..profiles_eval import Evaluation, evaluate, perplexity, profile_cost
 from .runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model
 

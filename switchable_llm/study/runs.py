@@ -29,7 +29,7 @@ from ..joint_training import (
     random_profile, train, with_highest)
 from ..training.settings import TrainConfig
 from ..training.objectives import Distillation, RangePenalty, Stability
-from .statistics import interval
+from ..search.intervals import interval
 from ..profiles_eval import Evaluation, evaluate, perplexity
 
 # %% ../../nbs/study/runs.ipynb #0368c49d

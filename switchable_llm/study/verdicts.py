@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from ..core.switching import Profile, Site
 from ..data.squad import PRESETS, load_records
 from .figures import plot_bits
-from .statistics import (ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean,
-    decide, exposure, mean_exposure, paired, plural, same_exposure, show_exposure, side)
+from switchable_llm.study.statistics import (
+    ANSWERS, VERDICTS, Findings, as_good, basis, better, decide, exposure, mean_exposure, paired, plural,
+    same_exposure, show_exposure)
+from ..search.intervals import MARGIN, Interval, crossed_mean, side
 from .runs import run_name
 from ..search.sensitivity import cheaper, total
 from .experiments import calibration_verdict, gate_verdict, objective_verdicts
