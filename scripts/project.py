@@ -20,7 +20,7 @@ class Part(NamedTuple):
 PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('', 'The book', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
     ('core', 'Core', 'files modules native integer switching gates'),
-    ('data', 'Data', 'squad spans'),
+    ('data', 'Data', 'squad squad_scores spans'),
     ('training', 'Training', 'settings resuming objectives'),
     ('search', 'Search', 'intervals sensitivity allocation strategies'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),

@@ -25,7 +25,9 @@ from .squad import Encoded, Preset, collate, load_squad, prompt_texts, save_reco
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
 from ..joint_training import Outputs, Task
 from ..search.intervals import Interval, crossed_mean
-from ..profiles_eval import Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, scoring_rules, verdict
+from ..profiles_eval import (
+    Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, verdict)
+from .squad_scores import scoring_rules
 from ..study.runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model
 
 # %% ../../nbs/data/spans.ipynb #60ac23c3

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from ..core.switching import Profile, QuantLayer, check_unfrozen, switch_of
-from ..profiles_eval import answer, batches_by_length, em_f1, perplexity, scoring_rules
+from ..profiles_eval import answer, batches_by_length, perplexity
+from ..data.squad_scores import em_f1, scoring_rules
 from ..data.squad import encode
 
 # %% ../../nbs/search/strategies.ipynb #2c337c3b
