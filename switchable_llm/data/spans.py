@@ -26,7 +26,8 @@ from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
 from ..joint_training import Outputs, Task
 from ..search.intervals import Interval, crossed_mean
 from ..profiles_eval import (
-    Evaluation, _pad_id, _resolve, batches_by_length, score_answers, scoring_mode, verdict)
+    Evaluation, batches_by_length, pad_id, profiles_of, score_answers, scoring_mode)
+from ..study.profile_findings import verdict
 from .squad_scores import scoring_rules
 from ..study.runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model
 
@@ -178,7 +179,7 @@ def extract(
     log_probs,device = [None]*len(windows),next(model.parameters()).device
     with scoring_mode(model):
         for group in tqdm(list(batches_by_length(windows, tokens_per_batch)), 'spans', disable=not progress, leave=False):
-            batch = {k:v.to(device) for k,v in collate_windows([windows[i] for i in group], _pad_id(tokenizer)).items()}
+            batch = {k:v.to(device) for k,v in collate_windows([windows[i] for i in group], pad_id(tokenizer)).items()}
             for i,lp in zip(group, F.log_softmax(span_outputs(model, batch, batch['weight']).logits, -1).cpu().unflatten(0, (-1, 2))): log_probs[i] = lp
     bad = next((w.question for w,lp in zip(windows, log_probs) if lp.isnan().any()), None)
     if bad is not None: raise ValueError(f"question {bad}: its scores are NaN: the model's weights or activation ranges hold NaN or infinite numbers")
@@ -203,7 +204,7 @@ def evaluate_spans(
     "Exact match, F1, likelihood and cost of span extraction at each profile."
     run = dict(max_length=max_length, stride=stride, max_answer_tokens=max_answer_tokens, tokens_per_batch=tokens_per_batch)
     settings = run | dict(n_resamples=n_resamples, seed=seed, float_bits=float_bits)
-    chosen,examples = check_unique(_resolve(model, profiles)),list(examples)
+    chosen,examples = check_unique(profiles_of(model, profiles)),list(examples)
     if not chosen or not examples: raise ValueError(f"{'examples' if chosen else 'profiles'} is empty: give at least one")
     settings['rules'] = scoring_rules(examples, rules)
     none,scores = settings['rules']=='squad_v2',[]
