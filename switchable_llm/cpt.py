@@ -21,7 +21,8 @@ from .core.switching import Profile, Rule, switch_of, use_profile
 from .data.squad import Preset
 from .study.figures import figure_style
 from .joint_training import Policy, fixed_profile, high_to_low, random_profile
-from .profiles_eval import perplexity, profile_cost
+from .profiles_eval import perplexity
+from .search.costs import profile_cost
 from .study.runs import fit
 from .search.intervals import crossed_mean, Interval
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'scoring_mode', 'batches_by_length', 'pad_id', 'Perplexity', 'bounded_exp', 'perplexity', 'stop_ids',
-           'answer', 'with_tokens', 'ppl_interval', 'Cost', 'profiles_of', 'profile_cost', 'ProfileScores',
-           'score_answers', 'Evaluation', 'evaluate', 'compare']
+           'answer', 'with_tokens', 'ppl_interval', 'ProfileScores', 'score_answers', 'Evaluation', 'evaluate',
+           'compare']
 
 # %% ../nbs/03_profiles_eval.ipynb #33209f8c
 import math
@@ -22,9 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from .data.squad import Encoded, collate, encode
-from .quantizers import blocks
 from .data.squad_scores import em_f1, scoring_rules
-from .core.switching import Profile, added_params, check_unique, switch_of, use_profile
+from .core.switching import Profile, check_unique, switch_of, use_profile
+from .search.costs import Cost, profile_cost, profiles_of
 from .search.intervals import Interval, digits, interval, per_token
 
 # %% ../nbs/03_profiles_eval.ipynb #72776b18
@@ -208,56 +208,6 @@ def ppl_interval(
     "A perplexity and its 95 % interval over examples."
     found = interval(per_token, *with_tokens(nll, n), n_resamples=n_resamples, seed=seed)
     return Interval(*map(bounded_exp, found))
-
-# %% ../nbs/03_profiles_eval.ipynb #e490d922
-@dataclass(frozen=True)
-class Cost:
-    "What one profile of one model takes."
-    w_bits:float       # Mean weight bits of the switchable layers, by number of weights
-    a_bits:float       # Mean activation bits, by multiplications
-    bytes:int          # Memory of the model, adapters aside
-    bops:int           # Bit-operations per token in the switchable layers
-    adapter_bytes:int  # Memory of the adapters that this profile uses
-    adapter_bops:int   # Their bit-operations per token
-    float_bits:int     # What float was counted as
-
-def _stored_bits(layer, w, cfg, float_bits):
-    n = layer.weight.numel()
-    if w is None: return n*float_bits
-    rows,groups,_ = blocks(torch.empty(layer.weight.shape, device='meta'), cfg, layer.axis).shape
-    return n*w + rows*groups*(32 if cfg.weight_symmetric else 32+w)   # scales in float32; a zero point is a code
-
-def profiles_of(
-    model:nn.Module, # A model after `make_switchable_`
-    profiles:'str|Profile|Iterable|None', # Profiles, or names of the model's (also just one); `None` for all of the model's
-)->list[Profile]: # In the same order
-    "Look up profiles by name; a `ValueError` names the one that the model lacks."
-    switch = switch_of(model)
-    chosen = list(switch.profiles if profiles is None else [profiles] if isinstance(profiles, (str,Profile)) else profiles)
-    for p in chosen:
-        if isinstance(p, str) and p not in switch.profiles:
-            raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(switch.profiles)}; add it with switch.add, or give a Profile")
-    return [switch.profiles[p] if isinstance(p, str) else p for p in chosen]
-
-# %% ../nbs/03_profiles_eval.ipynb #12a2f397
-def profile_cost(
-    model:nn.Module,        # A model after `make_switchable_`
-    profile:'str|Profile',  # A profile, or the name of one that the model has
-    float_bits:int=16,      # What an unquantized number counts as
-)->Cost: # Memory and bit-operations
-    "Cost of a profile, from shapes and bit-widths; nothing is run, and attention's own products and an unswitched head are left out of the operations."
-    switch,(profile,) = switch_of(model),profiles_of(model, profile)
-    rows = [(l, s.bits.w or float_bits, s.bits.a or float_bits, s) for l,s in zip(switch.layers, switch.bind(profile))]
-    kept = {}   # tied weights once, at the wider of their bits
-    for l,w,_,s in sorted(rows, key=lambda r: r[1]): kept[id(l.weight)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
-    macs = [(l.in_features*l.out_features, w, a) for l,w,a,_ in rows if l.multiplies]   # a look-up multiplies nothing
-    held = {id(p) for p in added_params(model).values()}   # adapters, gates, learned ranges
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in held and id(p) not in kept)
-    live = sum(p.numel() for l,*_,s in rows if s.adapter is not None for p in l.adapters[s.adapter].parameters())
-    return Cost(w_bits=sum(n*w for n,w,_ in kept.values())/sum(n for n,_,_ in kept.values()),
-                a_bits=sum(m*a for m,_,a in macs)/sum(m for m,*_ in macs) if macs else float_bits,
-                bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=sum(m*w*a for m,w,a in macs),
-                adapter_bytes=live*float_bits//8, adapter_bops=live*float_bits**2, float_bits=float_bits)
 
 # %% ../nbs/03_profiles_eval.ipynb #1844bee1
 SCORES = dict(   # key of a summary -> head of its column

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from switchable_llm.search.allocation import Choices, allocate, random_choice, run_allocation, search
 from switchable_llm.data.squad import PRESETS, Encoded
 from switchable_llm.lora_routing import add_adapters_, save_switchable
-from switchable_llm.profiles_eval import profile_cost
+from switchable_llm.search.costs import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.sensitivity import Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total
 from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model

@@ -24,7 +24,8 @@ from ..core.switching import PROFILES, Profile, calibrate_, load_profiles, read_
 from ..lora_routing import check_save_target, load_switchable, read_switchable, save_switchable
 from ..data.squad import PRESETS, Preset, load_model, load_records, load_squad, save_record
 from ..study.figures import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
-from ..profiles_eval import answer, evaluate, profile_cost
+from ..profiles_eval import answer, evaluate
+from ..search.costs import profile_cost
 from ..core.native import native_report
 from ..core.integer import KERNELS, try_kernel
 from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size

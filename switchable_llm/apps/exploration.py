@@ -26,7 +26,8 @@ from ..core.switching import SITES, Profile, QuantLayer, Setting, Site, as_profi
 from ..lora_routing import adapter_keys
 from ..data.squad import PRESETS, Preset, encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style
-from ..profiles_eval import Cost, answer, profile_cost, scoring_mode
+from ..search.costs import Cost, profile_cost
+from ..profiles_eval import answer, scoring_mode
 from ..search.sensitivity import compact_profile
 from ..study.runs import fit, study_data, study_model
 from .cli import load_checkpoint

@@ -25,8 +25,8 @@ from .squad import Encoded, Preset, collate, load_squad, prompt_texts, save_reco
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
 from ..joint_training import Outputs, Task
 from ..search.intervals import Interval, crossed_mean
-from ..profiles_eval import (
-    Evaluation, batches_by_length, pad_id, profiles_of, score_answers, scoring_mode)
+from ..profiles_eval import Evaluation, batches_by_length, pad_id, score_answers, scoring_mode
+from ..search.costs import profiles_of
 from ..study.profile_findings import verdict
 from .squad_scores import scoring_rules
 from ..study.runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, run_name, stage, study_model

@@ -23,7 +23,8 @@ from ..data.squad import Encoded, Preset, encode, load_model, save_record
 from ..joint_training import batch_rows
 from .intervals import MARGIN, Interval, crossed_mean, interval, per_token, side
 from ..study.statistics import plural
-from ..profiles_eval import Cost, answer, profile_cost
+from .costs import Cost, profile_cost
+from ..profiles_eval import answer
 from ..data.squad_scores import em_f1
 from ..study.runs import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
 from .sensitivity import (Meter, Sensitivity, bit_options, cheaper, compact_profile, dropped, find_groups, highest,

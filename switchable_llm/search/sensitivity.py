@@ -24,7 +24,8 @@ from ..lora_routing import adapter_keys
 from ..data.squad import Encoded, collate
 from ..joint_training import token_outputs, token_weights
 from .intervals import Interval, interval, per_token, side
-from ..profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
+from .costs import Cost, profile_cost
+from ..profiles_eval import batches_by_length, scoring_mode
 
 # %% ../../nbs/search/sensitivity.ipynb #c5576013
 def _blocks(model):   # the list of blocks that the sites' numbers count, or none

@@ -24,7 +24,8 @@ from ..joint_training import Objective, Policy, random_layers
 from ..training.objectives import RangePenalty
 from ..search.intervals import MARGIN, SIDES, Interval, crossed_mean, side
 from .statistics import basis, plural
-from ..profiles_eval import Evaluation, evaluate, perplexity, profile_cost
+from ..profiles_eval import Evaluation, evaluate, perplexity
+from ..search.costs import profile_cost
 from .runs import OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model
 
 # %% ../../nbs/study/experiments.ipynb #fa122dd5

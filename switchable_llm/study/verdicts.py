@@ -27,7 +27,7 @@ from .runs import run_name
 from ..search.sensitivity import cheaper, total
 from .experiments import calibration_verdict, gate_verdict, objective_verdicts
 from .cycles import cpt_score
-from ..profiles_eval import Cost
+from ..search.costs import Cost
 
 # %% ../../nbs/study/verdicts.ipynb #f08fd774
 PRESET_NAMES = dict(smollm2='SmolLM2-135M-Instruct', tiny='embedded model')   # in the order of the report
