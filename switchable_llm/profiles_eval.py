@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from threading import Lock
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch

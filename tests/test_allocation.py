@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.search.allocation import Choices, allocate, random_choice, run_allocation, search
+from switchable_llm.search.allocation import Choices, allocate, search
+from switchable_llm.study.searches import random_choice, run_allocation
 from switchable_llm.data.squad import PRESETS, Encoded
 from switchable_llm.lora_routing import add_adapters_, save_switchable
 from switchable_llm.search.costs import profile_cost

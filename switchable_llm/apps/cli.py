@@ -30,7 +30,7 @@ from ..core.native import native_report
 from ..core.integer import KERNELS, try_kernel
 from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
 from ..serving.exports import GGUF_DTYPES, export_float, export_gguf, save_torchao
-from ..search.allocation import run_allocation
+from ..study.searches import run_allocation
 from ..data.spans import run_spans, span_reports
 from ..study.experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
 from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt

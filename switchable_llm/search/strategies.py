@@ -9,12 +9,12 @@ __all__ = ['PER', 'STRATEGIES', 'CACHES', 'Strategy', 'strategy', 'Drawn', 'use_
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 from zlib import crc32
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..core.switching import Profile, QuantLayer, check_unfrozen, switch_of
+from ..core.switching import Profile, QuantLayer, check_unfrozen
 from ..profiles_eval import answer, batches_by_length, perplexity
 from ..data.squad_scores import em_f1, scoring_rules
 from ..data.squad import encode

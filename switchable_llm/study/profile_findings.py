@@ -9,7 +9,7 @@ __all__ = ['verdict', 'ppl_ratio', 'ProfileStudy', 'profile_study', 'what_was_ru
 # %% ../../nbs/study/profile_findings.ipynb #a366c1a1
 import math
 from dataclasses import asdict
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from ..data.squad import PRESETS, load_records
