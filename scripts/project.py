@@ -22,9 +22,9 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('core', 'Core', 'files modules native integer switching gates'),
     ('data', 'Data', 'squad squad_scores spans'),
     ('training', 'Training', 'settings resuming objectives'),
-    ('search', 'Search', 'intervals costs sensitivity allocation strategies'),
+    ('search', 'Search', 'intervals costs sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
-    ('study', 'Study', 'figures statistics runs experiments cycles robustness searches defences verdicts reasons earlier profile_findings'),
+    ('study', 'Study', 'figures statistics runs experiments cycles robustness searches comparisons defences verdicts reasons earlier profile_findings'),
     ('apps', 'Apps', 'cli page exploration explorer'))]
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb

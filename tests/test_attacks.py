@@ -15,7 +15,8 @@ from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapte
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.study.robustness import Plan, run_robustness
-from switchable_llm.data.spans import collate_windows, encode_windows, span_extraction
+from switchable_llm.data.spans import collate_windows, encode_windows
+from switchable_llm.search.extraction import span_extraction
 from switchable_llm.search.strategies import score_strategy, strategy, use_strategy
 from switchable_llm.core.switching import calibrate_, make_switchable_, use_profile
 from test_real_models import byte_bpe

@@ -12,7 +12,9 @@ from switchable_llm.lora_routing import adapter_params, add_adapters_, load_swit
 from switchable_llm.training.objectives import Distillation, Stability
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.data.spans import collate_windows, encode_windows, evaluate_spans, extract, run_spans, span_extraction, span_outputs, train_head_
+from switchable_llm.data.spans import collate_windows, encode_windows
+from switchable_llm.search.extraction import evaluate_spans, extract, span_extraction, span_outputs, train_head_
+from switchable_llm.study.experiments import run_spans
 from switchable_llm.core.switching import Profile, find_sites, make_switchable_, use_profile
 from test_real_models import byte_bpe, write_gguf
 

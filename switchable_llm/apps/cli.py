@@ -31,8 +31,10 @@ from ..core.integer import KERNELS, try_kernel
 from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
 from ..serving.exports import GGUF_DTYPES, export_float, export_gguf, save_torchao
 from ..study.searches import run_allocation
-from ..data.spans import run_spans, span_reports
-from ..study.experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
+from ..study.experiments import run_spans
+from ..study.comparisons import span_reports
+from ..study.experiments import ARMS, run_calibration, run_objectives
+from ..study.comparisons import calibration_verdict, gate_verdict, objective_verdicts
 from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
 from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..study.defences import robustness_verdicts

@@ -25,7 +25,7 @@ from switchable_llm.study.statistics import (
 from ..search.intervals import MARGIN, Interval, crossed_mean, side
 from .runs import run_name
 from ..search.sensitivity import cheaper, total
-from .experiments import calibration_verdict, gate_verdict, objective_verdicts
+from .comparisons import calibration_verdict, gate_verdict, objective_verdicts
 from .cycles import cpt_score
 from ..search.costs import Cost
 
