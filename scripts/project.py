@@ -24,7 +24,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('training', 'Training', 'settings resuming objectives'),
     ('search', 'Search', 'intervals costs sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
-    ('study', 'Study', 'figures statistics runs experiments cycles robustness searches comparisons defences verdicts reasons earlier profile_findings'),
+    ('study', 'Study', 'figures statistics runs experiments cycles robustness searches comparisons cycle_findings defences verdicts reasons earlier profile_findings'),
     ('apps', 'Apps', 'cli page exploration explorer'))]
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb

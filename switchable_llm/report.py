@@ -15,7 +15,7 @@ from typing import Iterable, NamedTuple
 from .data.squad import PRESETS
 from .search.intervals import MARGIN, Interval
 from .study.statistics import Finding, Findings, plural
-from .study.cycles import CPT_QUESTIONS, cpt_findings
+from .study.cycle_findings import CPT_QUESTIONS, cpt_findings
 from .study.defences import earlier_statements, sanity_checks
 from .study.verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
     allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer, objectives_brief, profile_names,

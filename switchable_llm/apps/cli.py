@@ -35,7 +35,8 @@ from ..study.experiments import run_spans
 from ..study.comparisons import span_reports
 from ..study.experiments import ARMS, run_calibration, run_objectives
 from ..study.comparisons import calibration_verdict, gate_verdict, objective_verdicts
-from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
+from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, run_cpt
+from ..study.cycle_findings import cpt_verdicts
 from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..study.defences import robustness_verdicts
 from ..study.verdicts import profile_labels, unequal_exposure

@@ -26,7 +26,7 @@ from ..search.intervals import MARGIN, Interval, crossed_mean, side
 from .runs import run_name
 from ..search.sensitivity import cheaper, total
 from .comparisons import calibration_verdict, gate_verdict, objective_verdicts
-from .cycles import cpt_score
+from .cycle_findings import cpt_score
 from ..search.costs import Cost
 
 # %% ../../nbs/study/verdicts.ipynb #f08fd774
