@@ -20,11 +20,12 @@ class Part(NamedTuple):
 PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('', 'The book', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
     ('core', 'Core', 'files integer profiles layers switching calibration gates'),
-    ('data', 'Data', 'squad embedded encoding tasks models checkpoints spans'),
+    ('data', 'Data', 'squad squad_scores embedded encoding tasks models checkpoints spans'),
     ('training', 'Training', 'settings resuming objectives'),
-    ('search', 'Search', 'sensitivity allocation strategies'),
+    ('search', 'Search', 'intervals costs sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
-    ('study', 'Study', 'presets records figures statistics runs experiments cycles robustness defences verdicts reasons earlier'),
+    ('study', 'Study', 'presets records figures statistics runs experiments cycles robustness searches comparisons '
+                       'cycle_findings defences verdicts reasons earlier profile_findings'),
     ('apps', 'Apps', 'front_door cli page exploration explorer'))]
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb

@@ -4,27 +4,18 @@
 
 # %% auto #0
 __all__ = ['FIXED_CYCLE', 'ALTERNATION', 'SCHEDULES', 'cyclic_bits', 'add_uniform_', 'uniform_names', 'cyclic_precision',
-           'cyclic_profiles', 'profile_ladder', 'cosine_restarts', 'CycleConfig', 'plot_schedules', 'PrecisionRange',
-           'precision_range_test']
+           'cyclic_profiles', 'profile_ladder', 'cosine_restarts', 'CycleConfig']
 
 # %% ../nbs/04_cpt.ipynb #23c13e1a
-import copy, math
+import math
 import numpy as np
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Iterable
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import nn
 from .quantizers import Bits
 from .core.profiles import Profile, Rule
-from .core.switching import switch_of, use_profile
-from .study.presets import Preset
-from .study.figures import figure_style
+from .core.switching import switch_of
 from .joint_training import Policy, fixed_profile, high_to_low, random_profile
-from .profiles_eval import perplexity, profile_cost
-from .study.runs import fit
-from .study.statistics import crossed_mean, Interval
 
 # %% ../nbs/04_cpt.ipynb #343e0d3f
 def cyclic_bits(
@@ -143,93 +134,3 @@ SCHEDULES = dict(   # name -> (model, steps, seed, CycleConfig) -> policy
     alternation  = lambda model, steps, seed, cfg: cyclic_profiles(ALTERNATION),
     random_three = lambda model, steps, seed, cfg: random_profile(FIXED_CYCLE, seed),
     random_two   = lambda model, steps, seed, cfg: random_profile(ALTERNATION, seed))
-
-# %% ../nbs/04_cpt.ipynb #7b451b8c
-def plot_schedules(
-    model:nn.Module, # A model after `make_switchable_`
-    policies:dict,   # Title -> policy, with one profile in each step
-    steps:int,       # Steps to draw
-)->Figure: # A row for each policy
-    "Mean weight bits of each step."
-    if not policies: raise ValueError("policies is empty: give at least one title with a policy")
-    known = {}
-    def bits(p):
-        if p not in known: known[p] = profile_cost(model, p).w_bits
-        return known[p]
-    with figure_style():
-        fig,axs = plt.subplots(len(policies), 1, figsize=(7, .6+.75*len(policies)), layout='constrained', sharex=True, sharey=True, squeeze=False)
-        plt.close(fig)
-        for ax,(title,policy) in zip(axs[:, 0], policies.items()):
-            ax.step(range(steps), [bits(policy(t)[0]) for t in range(steps)], where='post', c='#365E89', lw=1.3, gid=f'schedule-{title}')
-            ax.set_ylabel(title, rotation=0, ha='right', va='center'); ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axs[-1, 0].set(xlabel='step'); fig.suptitle('mean weight bits', fontsize=9, color='#7f7f7f')
-    return fig
-
-# %% ../nbs/04_cpt.ipynb #ee29cb82
-@dataclass(frozen=True)
-class PrecisionRange:
-    "What a precision range test measured, and the range it gives."
-    bits:tuple[int,...]         # Widths, ascending; the last is the static counterpart
-    before:tuple[float,...]     # Loss before the steps, nats per token of the answer
-    after:tuple[float,...]      # Loss after them
-    gap:tuple[Interval,...]     # Loss after, less the static counterpart's
-    steps:int                   # Steps at each width
-    threshold:float             # Share of the way that counts as progress
-    tolerance:float             # Nats per token by which a match may be worse
-
-    @property
-    def progress(self)->tuple[float,...]: return tuple((b-a)/(b-self.after[-1]) if b-self.after[-1]>self.tolerance else 1. for b,a in zip(self.before, self.after))
-    @property
-    def per_step(self)->tuple[float,...]: return tuple((b-a)/self.steps for b,a in zip(self.before, self.after))   # nats per token and step
-    @property
-    def b_min(self)->int: return next(b for b,p in zip(self.bits, self.progress) if p>=self.threshold)
-    @property
-    def b_max(self)->int: return next(b for b,g in zip(self.bits, self.gap) if b>=self.b_min and g.high<=self.tolerance)
-
-    def _repr_markdown_(self):
-        rows = [f'| {b} | {x:.3f} | {y:.3f} | {s:.2g} | {p:.0%} | {g.show()} |' for b,x,y,s,p,g in zip(self.bits, self.before, self.after, self.per_step, self.progress, self.gap)]
-        return '\n'.join(['| bits | loss before | after | nats per step | progress | above the static counterpart |', '|--:|--:|--:|--:|--:|--:|', *rows, '',
-                          f'*{self.steps} steps at each width. $B_{{\\min}}$ = **{self.b_min}** (first with {self.threshold:.0%} of the way), $B_{{\\max}}$ = **{self.b_max}** (first within {self.tolerance:g} nats of {self.bits[-1]} bits).*'])
-
-    def plot(self
-    )->Figure: # Loss before and after, and progress
-        "The measurements, and the range as a band."
-        with figure_style():
-            fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.8), layout='constrained', sharex=True); plt.close(fig)
-            axs[0].plot(self.bits, self.before, 'o--', c='#7f7f7f', mfc='none', label='before', gid='before'); axs[0].plot(self.bits, self.after, 'o-', c='#365E89', label='after', gid='after')
-            axs[1].plot(self.bits, [100*p for p in self.progress], 'o-', c='#365E89', gid='progress'); axs[1].axhline(100*self.threshold, ls=':', c='#7f7f7f')
-            for ax in axs: ax.axvspan(self.b_min, self.b_max, color='#BAB206', alpha=.18, lw=0); ax.set(xlabel='bits of weights and activations', xticks=self.bits)
-            axs[0].set(ylabel='loss of the answer (nats per token)', yscale='log'); axs[0].legend(); axs[1].set(ylabel='progress (%)')
-        return fig
-
-def precision_range_test(
-    preset:Preset,          # Adapters, learning rate, batch size, seed
-    model:nn.Module,        # With uniform profiles of all widths, calibrated, without adapters; stays as it is
-    tokenizer,              # Of the model
-    data:list,              # Training questions, encoded; the last `probes` are kept from training
-    bits:Iterable[int]=range(2, 9), # Widths to try; the highest is the static counterpart
-    steps:int=20,           # Steps at each
-    probes:int=64,          # Questions to measure the loss on
-    threshold:float=.5,     # Share of the way to the static counterpart's loss that counts as progress
-    tolerance:float=.02,    # Nats per token by which the upper end may miss the static counterpart
-    progress:bool=False,    # Show bars
-)->PrecisionRange: # Measurements and range
-    "Train a little at each width, from the lowest, with the quantizer on (Fu et al. 2021, section 3.3)."
-    bits = sorted(set(bits))
-    if len(bits)<2: raise ValueError(f"bits={bits}: a range test needs two widths or more")
-    if not 0<probes<len(data): raise ValueError(f"probes={probes}: needs 1 to {len(data)-1}, so that something is left to train on")
-    preset,names = replace(preset, steps=steps, warmup=min(preset.warmup, steps//4), ranges='calibrated'),{b:uniform_names(model, b, b)[b] for b in bits}
-    loss = {b:_probe(preset, copy.deepcopy(model), tokenizer, data[:-probes], data[-probes:], names[b], progress) for b in bits}
-    means = [[crossed_mean([p.nll_answer], p.n_answer).value for p in loss[b]] for b in bits]
-    if means[-1][1]>means[-1][0]+tolerance: raise ValueError(f"lr={preset.lr}: at {bits[-1]} bits the loss rises from {means[-1][0]:.3g} to {means[-1][1]:.3g} in {steps} steps, so there is no static counterpart to compare with: take a lower lr, or train longer")
-    best = loss[bits[-1]][1]
-    gap = [crossed_mean([np.subtract(loss[b][1].nll_answer, best.nll_answer)], best.n_answer).interval() for b in bits[:-1]]
-    gap.append(Interval(0., 0., 0.))   # of the static counterpart to itself
-    return PrecisionRange(tuple(bits), *map(tuple, zip(*means)), tuple(gap), steps, threshold, tolerance)
-
-def _probe(preset, model, tokenizer, data, probes, name, progress):   # before and after
-    def score():
-        with use_profile(model, name): return perplexity(model, tokenizer, probes, preset.max_length)
-    before = score()
-    fit(preset, model, tokenizer, data, lambda *_: fixed_profile(name), progress=progress, route='shared')
-    return before, score()

@@ -22,7 +22,8 @@ from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.study.robustness import Plan, run_robustness
-from switchable_llm.data.spans import collate_windows, encode_windows, span_extraction
+from switchable_llm.data.spans import collate_windows, encode_windows
+from switchable_llm.search.extraction import span_extraction
 from switchable_llm.search.strategies import score_strategy, strategy, use_strategy
 from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile

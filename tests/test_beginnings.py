@@ -13,7 +13,8 @@ from switchable_llm.data.tasks import token_weights
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.data.spans import encode_windows, extract, span_extraction
+from switchable_llm.data.spans import encode_windows
+from switchable_llm.search.extraction import extract, span_extraction
 from switchable_llm.core.switching import make_switchable_
 from test_real_models import byte_bpe
 

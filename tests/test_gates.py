@@ -14,7 +14,8 @@ from switchable_llm.data.tasks import answering, token_weights
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import base_hash, load_switchable, save_switchable
 from switchable_llm.serving.packed import freeze, load_packed
-from switchable_llm.profiles_eval import evaluate, profile_cost
+from switchable_llm.profiles_eval import evaluate
+from switchable_llm.search.costs import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile, Rule
 from switchable_llm.core.calibration import calibrate_

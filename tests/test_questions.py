@@ -9,9 +9,11 @@ from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.profiles_eval import Evaluation, em_f1, evaluate
+from switchable_llm.profiles_eval import Evaluation, evaluate
+from switchable_llm.data.squad_scores import em_f1
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.data.spans import encode_windows, evaluate_spans, extract, span_extraction, train_head_
+from switchable_llm.data.spans import encode_windows
+from switchable_llm.search.extraction import evaluate_spans, extract, span_extraction, train_head_
 from switchable_llm.search.strategies import score_strategy, strategy
 from switchable_llm.core.switching import make_switchable_
 

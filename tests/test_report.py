@@ -3,7 +3,7 @@ import copy, json, shutil
 import numpy as np, pytest
 from conftest import ROOT
 from switchable_llm.study.statistics import read, show_exposure
-from switchable_llm.study.cycles import cpt_faults, cpt_findings
+from switchable_llm.study.cycle_findings import cpt_faults, cpt_findings
 from switchable_llm.study.defences import attack_faults, defence_findings, is_question
 from switchable_llm.study.earlier import plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table
 from switchable_llm.study.reasons import cpt_parts, robustness_findings, robustness_parts, transfer_share

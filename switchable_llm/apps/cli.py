@@ -29,15 +29,19 @@ from ..data.models import load_model
 from ..study.records import load_records, save_record
 from ..data.squad import load_squad
 from ..study.figures import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
-from ..profiles_eval import answer, evaluate, profile_cost
+from ..profiles_eval import answer, evaluate
+from ..search.costs import profile_cost
 from ..core.integer import native_report
 from ..core.integer import KERNELS, try_kernel
 from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
 from ..serving.exports import GGUF_DTYPES, export_float, export_gguf, save_torchao
-from ..search.allocation import run_allocation
-from ..data.spans import run_spans, span_reports
-from ..study.experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
-from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
+from ..study.searches import run_allocation
+from ..study.experiments import run_spans
+from ..study.comparisons import span_reports
+from ..study.experiments import ARMS, run_calibration, run_objectives
+from ..study.comparisons import calibration_verdict, gate_verdict, objective_verdicts
+from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, run_cpt
+from ..study.cycle_findings import cpt_verdicts
 from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..study.defences import robustness_verdicts
 from ..study.verdicts import profile_labels, unequal_exposure

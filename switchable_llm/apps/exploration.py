@@ -28,7 +28,8 @@ from ..lora_routing import adapter_keys
 from ..study.presets import PRESETS, Preset
 from ..data.encoding import encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style
-from ..profiles_eval import Cost, answer, profile_cost, scoring_mode
+from ..search.costs import Cost, profile_cost
+from ..profiles_eval import answer, scoring_mode
 from ..search.sensitivity import compact_profile
 from ..study.runs import fit, study_data, study_model
 from .cli import load_checkpoint

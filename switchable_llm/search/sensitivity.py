@@ -23,8 +23,9 @@ from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
 from ..data.encoding import Encoded, collate
 from ..data.tasks import token_outputs, token_weights
-from ..study.statistics import Interval, interval, per_token, side
-from ..profiles_eval import Cost, batches_by_length, profile_cost, scoring_mode
+from .intervals import Interval, interval, per_token, side
+from .costs import Cost, profile_cost
+from ..profiles_eval import batches_by_length, scoring_mode
 
 # %% ../../nbs/search/sensitivity.ipynb #c5576013
 def _blocks(model):   # the list of blocks that the sites' numbers count, or none

@@ -10,13 +10,14 @@ import inspect, torch
 import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterable, NamedTuple
+from typing import Iterable, NamedTuple
 from zlib import crc32
 from torch import nn, Tensor
 from ..core.profiles import Profile
 from ..core.layers import QuantLayer
-from ..core.switching import check_unfrozen, switch_of
-from ..profiles_eval import answer, batches_by_length, em_f1, perplexity, scoring_rules
+from ..core.switching import check_unfrozen
+from ..profiles_eval import answer, batches_by_length, perplexity
+from ..data.squad_scores import em_f1, scoring_rules
 from ..data.encoding import encode
 
 # %% ../../nbs/search/strategies.ipynb #2c337c3b

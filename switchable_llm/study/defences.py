@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from .figures import figure_style, profile_style
-from .statistics import ANSWERS, MARGIN, Claim, Findings, as_good, basis, better, crossed_mean, decide, paired
+from .statistics import ANSWERS, Claim, Findings, as_good, basis, better, decide, paired
+from ..search.intervals import MARGIN, crossed_mean
 from .robustness import middle
 
 # %% ../../nbs/study/defences.ipynb #de286e78

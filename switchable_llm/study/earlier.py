@@ -12,9 +12,10 @@ from typing import Iterable, NamedTuple
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from .statistics import Interval, crossed_mean, paired
+from ..search.intervals import Interval, crossed_mean
+from .statistics import paired
 from .figures import figure_style
-from .cycles import cpt_findings, cpt_verdicts
+from .cycle_findings import cpt_findings, cpt_verdicts
 from .defences import earlier_statements
 from .verdicts import (PRESET_NAMES, Study, _title, cheaper_part, joint_score, markdown_table, no_record, profile_names,
     profile_scores, tried, unequal_exposure)

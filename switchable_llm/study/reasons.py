@@ -10,8 +10,10 @@ __all__ = ['CPT_STATIC', 'ROBUSTNESS', 'cpt_parts', 'cpt_answer', 'cpt_brief', '
 import math
 from typing import Iterable
 import numpy as np
-from .statistics import ANSWERS, MARGIN, Findings, Interval, basis, crossed_mean, decide, digits, paired, plural
-from .cycles import cpt_faults, cpt_findings, cpt_score, range_of
+from .statistics import ANSWERS, Findings, basis, decide, paired, plural
+from ..search.intervals import MARGIN, Interval, crossed_mean, digits
+from .cycle_findings import cpt_faults, cpt_findings, cpt_score
+from .cycles import range_of
 from .defences import (attack_faults, defence_claim, earlier_statements, is_question, robustness_verdicts, sanity_checks,
     threat_scores, transfer_claim)
 from .verdicts import Study, no_record, unequal_exposure

@@ -21,7 +21,7 @@ from ..joint_training import high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode
 from .runs import (
     calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model)
-from ..search.allocation import trained_model
+from .searches import trained_model
 from ..search.strategies import score_strategy, strategy, use_strategy
 from ..adversarial import (
     ATTACKS, adaptive, adversarial_task, allowed_tokens, distortion, flip_tokens, perturbation, random_attacker,

@@ -36,7 +36,7 @@ from switchable_llm.joint_training import (
 from ..data.tasks import Task, answering
 from ..training.settings import TrainConfig
 from ..training.objectives import Distillation, RangePenalty, Stability
-from .statistics import interval
+from ..search.intervals import interval
 from ..profiles_eval import Evaluation, evaluate, perplexity
 
 # %% ../../nbs/study/runs.ipynb #0368c49d

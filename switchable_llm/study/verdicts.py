@@ -20,14 +20,15 @@ from ..core.profiles import Profile, Site
 from .presets import PRESETS
 from .records import load_records
 from .figures import plot_bits
-from .statistics import (
-    ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean, decide, exposure,
-    mean_exposure, paired, plural, same_exposure, show_exposure, side)
+from switchable_llm.study.statistics import (
+    ANSWERS, VERDICTS, Findings, as_good, basis, better, decide, exposure, mean_exposure, paired, plural,
+    same_exposure, show_exposure)
+from ..search.intervals import MARGIN, Interval, crossed_mean, side
 from .runs import run_name
 from ..search.sensitivity import cheaper, total
-from .experiments import calibration_verdict, gate_verdict, objective_verdicts
-from .cycles import cpt_score
-from ..profiles_eval import Cost
+from .comparisons import calibration_verdict, gate_verdict, objective_verdicts
+from .cycle_findings import cpt_score
+from ..search.costs import Cost
 
 # %% ../../nbs/study/verdicts.ipynb #f08fd774
 PRESET_NAMES = dict(smollm2='SmolLM2-135M-Instruct', tiny='embedded model')   # in the order of the report
