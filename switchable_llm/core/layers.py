@@ -51,13 +51,17 @@ def _stamp(w):   # what torch itself notices of a change
 def content_of(
     w:Tensor, # A weight, two axes
 )->int: # Equal for equal bytes
-    "Digest of a tensor's bytes at the speed of memory: XXH3 on the CPU, sums of rows and of columns elsewhere."
+    "Digest of a tensor's bytes at the speed of memory: XXH3 on the CPU, a sum weighted by row and column elsewhere."
     w = w.detach()
     if w.device.type=='meta': return 0
     w = w.contiguous().view({1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}[w.element_size()])
     if w.device.type=='cpu': return xxhash.xxh3_64_intdigest(w.numpy())
-    def weighted(sums): return (sums*torch.arange(1, 2*len(sums), 2, device=w.device)).sum()   # by odd numbers
-    return int(weighted(w.sum(0, dtype=torch.int64)) + weighted(w.sum(1, dtype=torch.int64)))
+    return _sum_of_places(w)
+
+def _sum_of_places(w):   # integers, each times an odd number of its column and a number of its row; they may wrap
+    columns = torch.arange(1, 2*w.shape[1], 2, device=w.device).to(w.dtype)
+    rows = torch.arange(1, len(w)+1, device=w.device)*0x9E3779B97F4A7C1
+    return int(((w*columns).sum(1, dtype=torch.int64)*rows).sum())
 
 class QuantLayer(nn.Module):
     "A layer with switchable bits around an original layer."

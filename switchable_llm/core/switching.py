@@ -7,6 +7,7 @@ __all__ = ['FOREIGN', 'Live', 'Switch', 'Foreign', 'check_plain', 'refuse_save_'
            'check_unfrozen', 'added_params', 'base_params', 'use_profile', 'kernel_report', 'held_bytes']
 
 # %% ../../nbs/core/switching.ipynb #22d34355
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -34,6 +35,8 @@ class _Frame(NamedTuple):   # what is live in this thread or task
     passes:int=0                 # passes of the model that have begun and not ended; 0 for a `with` block
     below:'_Frame|None'=None     # what is live again when the pass has ended
     checked:bool=False           # whether kept weights were compared with their originals in this pass
+    module:nn.Module|None=None   # whose pass it is; `None` for a `with` block and for what is carried
+    told:object=None             # what a gate noted of the pass when it began
 
 class _Bound(dict):   # name -> settings; a profile that still lacks an adapter says which
     def __init__(self, switch, bound): super().__init__(bound); self.switch = switch
@@ -112,6 +115,13 @@ class Switch:
 
     @property
     def frame(self)->_Frame|None: return _FRAMES.get().get(self)
+
+    def _settled(self):   # the frame, without a pass that an interrupt ended: torch then calls no hooks
+        frame = self.frame
+        if frame is None or not frame.passes or frame.module is None or _runs(frame.module): return frame
+        self._put(frame.below)
+        return frame.below
+
     def _put(self, frame):   # in this thread or task
         frames = {s:f for s,f in _FRAMES.get().items() if s is not self}
         _FRAMES.set(frames if frame is None else frames | {self:frame})
@@ -126,14 +136,17 @@ class Switch:
         "The same, for a layer that is about to run; a `RuntimeError` where the caller cannot be known."
         frame = _FRAMES.get().get(self)
         if frame is not None and frame.passes: return frame.live
-        if torch._C._current_graph_task_id()!=-1 and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a layer is run again in the backward pass, and its profile is not known there: use "
-                "model.gradient_checkpointing_enable(), or checkpoint(model.switch.carry(function), ...)")
+        _refuse_recomputation()
         return self._default if frame is None else frame.live
 
-    def _set(self, **changes):   # in the innermost `with` block, or the default; a running pass keeps what it has
+    @property
+    def told(self):
+        "What the live gate noted when the pass that runs began."
         frame = self.frame
+        return None if frame is None else frame.told
+
+    def _set(self, **changes):   # in the innermost `with` block, or the default; a running pass keeps what it has
+        frame = self._settled()
         inside = frame is not None and frame.passes
         block = frame.below if inside else frame
         if block is None: self._default = self._default._replace(**changes)
@@ -146,7 +159,7 @@ class Switch:
         **changes, # Fields of `Live`, by name
     ): # Yields the switch
         "Change fields of `Live` for the calling thread or task, for the length of a `with` block."
-        before = self.frame
+        before = self._settled()
         self._put(_Frame(self.live._replace(**changes)))
         try: yield self
         finally: self._put(before)
@@ -164,7 +177,10 @@ class Switch:
         return dict(profile=p, settings=self.bind(p) if bound is None else bound)
 
     @property
-    def profile(self)->Profile: return self.live.profile
+    def profile(self)->Profile:
+        "The live profile."
+        self._settled()
+        return self.live.profile
     @profile.setter
     def profile(self, p): self._set(**self.find(p))
     @property
@@ -178,8 +194,10 @@ class Switch:
     @property
     def mask(self)->Tensor|None: return self.live.mask
 
-    def __getstate__(self):   # a copy starts at what is live where it is made
-        return self.__dict__ | dict(_default=self.live)
+    def __getstate__(self):   # a copy starts at the profile that is live where it is made, without gates and masks
+        live,own = self.live,{p for _,p,_ in self.live.own}
+        if live.profile in own: live = self._default
+        return self.__dict__ | dict(_default=Live(live.profile, live.settings))
 
     # -- passes of the model --
 
@@ -204,14 +222,15 @@ class Switch:
         if 'profile' in module.__dict__:
             raise AttributeError("model.profile does nothing: assign to model.switch.profile, "
                                  "and delete this attribute")
-        frame = self.frame
+        frame = self._settled()
         if frame is not None and frame.passes: return self._put(frame._replace(passes=frame.passes+1))
-        if checked := not _goes_on(kwargs): self.verify()
-        self._put(_Frame(self.live, 1, frame, checked))
+        _refuse_recomputation()
+        if not _goes_on(kwargs): self.verify()   # for the whole pass; one that goes on with a text is spared
+        self._put(_Frame(self.live, 1, frame, True, module))
 
-    def _look(self, module, args, kwargs):   # a gate that chooses by rows or tokens is told which are coming
-        look = getattr(self.live.gate, 'look', None)
-        if look is not None: look(module, args, kwargs)
+    def _look(self, module, args, kwargs):   # a gate that chooses by rows or tokens notes which are coming
+        frame,look = self.frame,getattr(self.live.gate, 'look', None)
+        if frame is not None and look is not None: self._put(frame._replace(told=look(module, args, kwargs)))
 
     def _end(self, module, args, output):
         frame = self.frame
@@ -222,7 +241,10 @@ class Switch:
         function:Callable, # Runs layers of the model
     )->Callable: # The same, at what is live now, whenever and wherever it is called
         "For `torch.utils.checkpoint.checkpoint(model.switch.carry(function), ...)`, and for other threads."
-        frame = _Frame(self.live, 1, None, True)
+        return self._carried(function, False)   # it may be kept, and called when the weights have changed
+
+    def _carried(self, function, checked):
+        frame = _Frame(self.live, 1, None, checked, None, self.told)
         def carried(*args, **kwargs):
             before = self.frame
             self._put(frame)
@@ -234,7 +256,23 @@ class Switch:
     def _checkpointing(self, model, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         carried = partial(self._checkpoint, gradient_checkpointing_func)
         type(model)._set_gradient_checkpointing(model, enable, carried, **kwargs)
-    def _checkpoint(self, how, function, *args, **kwargs): return how(self.carry(function), *args, **kwargs)
+    def _checkpoint(self, how, function, *args, **kwargs):
+        return how(self._carried(function, True), *args, **kwargs)
+
+def _refuse_recomputation():   # of what nobody carried along
+    if torch._C._current_graph_task_id()==-1 or not torch.is_grad_enabled(): return
+    raise RuntimeError(
+        "a layer is run again in the backward pass, and its profile is not known there: use "
+        "model.gradient_checkpointing_enable(), or checkpoint(model.switch.carry(function), ...)")
+
+_CALL = nn.Module._call_impl.__code__
+
+def _runs(module):   # whether this thread is in a call of it
+    f = sys._getframe(1)
+    while f is not None:
+        if f.f_code is _CALL and f.f_locals.get('self') is module: return True
+        f = f.f_back
+    return False
 
 def _goes_on(kwargs):   # whether a pass goes on with a text that a cache holds
     cache = next((kwargs[k] for k in ('past_key_values','cache') if kwargs.get(k) is not None), None)
