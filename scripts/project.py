@@ -23,7 +23,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('data', 'Data', 'squad spans'),
     ('training', 'Training', 'settings resuming objectives'),
     ('search', 'Search', 'sensitivity allocation strategies'),
-    ('serving', 'Serving', 'kernels lean packed_file packed exports'),
+    ('serving', 'Serving', 'kernels parts lean generating packed_file packed exports formats'),
     ('study', 'Study', 'figures statistics runs experiments cycles robustness defences verdicts reasons earlier'),
     ('apps', 'Apps', 'cli page exploration explorer'))]
 

@@ -6,7 +6,9 @@ from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2C
                           MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm.data.squad import gguf_overrides, load_model, tiny_tokenizer
-from switchable_llm.serving.exports import GGUF_DTYPES, LinearWithLoRA, export_float, export_gguf, export_torchao, logit_gap, merge, merged_weight, use_weights_only
+from switchable_llm.serving.formats import (
+    GGUF_DTYPES, LinearWithLoRA, export_gguf, export_torchao, logit_gap, use_weights_only)
+from switchable_llm.serving.exports import export_float, merge, merged_weight
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_, base_hash
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.switching import PROFILES, Profile, QuantLayer, Rule, Setting, calibrate_, load_profiles, make_switchable_, use_profile

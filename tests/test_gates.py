@@ -9,7 +9,8 @@ from switchable_llm.data.squad import encode, load_model, tiny_squad
 from switchable_llm.core.gates import BitBudget, add_gates_, calibrate_gates_, expected_bits, gate_params, gate_profile, mean_bits, realised_bits, remove_gates_, use_gates
 from switchable_llm.joint_training import Objective, all_profiles, answering, random_profile, token_weights, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.profiles_eval import evaluate, profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.switching import Profile, Rule, calibrate_, make_switchable_, use_profile

@@ -6,7 +6,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 from transformers import LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 from switchable_llm.data.squad import load_model, tiny_tokenizer
 from switchable_llm.lora_routing import save_switchable
-from switchable_llm.serving.packed import freeze
+from switchable_llm.serving.exports import freeze
 from switchable_llm.core.switching import make_switchable_
 from test_real_models import write_gguf
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.lora_routing import (PEFT_HARMLESS, adapter_keys, add_adapters_, export_peft, import_peft,
                                          load_switchable, save_switchable, use_adapter)
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.switching import Profile, base_params, make_switchable_, use_profile
 from switchable_llm.quantizers import Bits

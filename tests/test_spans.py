@@ -10,7 +10,8 @@ from switchable_llm.joint_training import Objective, fixed_profile, train
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.lora_routing import adapter_params, add_adapters_, load_switchable, save_switchable
 from switchable_llm.training.objectives import Distillation, Stability
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.data.spans import collate_windows, encode_windows, evaluate_spans, extract, run_spans, span_extraction, span_outputs, train_head_
 from switchable_llm.core.switching import Profile, find_sites, make_switchable_, use_profile

@@ -9,7 +9,8 @@ from switchable_llm.serving.exports import merge
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, random_layers, random_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, base_hash, load_switchable, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight
 from switchable_llm.core.switching import Profile, added_params, base_params, calibrate_, held_bytes, kernel_report, learn_ranges_, make_switchable_, use_profile
 

@@ -3,10 +3,12 @@ import errno, json, multiprocessing as mp, os, resource, shutil, signal
 import pytest, torch
 from safetensors import SafetensorError
 from switchable_llm.data.squad import load_model, tiny_tokenizer
-from switchable_llm.serving.exports import export_float, export_gguf, export_torchao, merge, save_torchao
+from switchable_llm.serving.exports import export_float, merge
+from switchable_llm.serving.formats import export_gguf, export_torchao, save_torchao
 from switchable_llm.core.files import named_errors
 from switchable_llm.lora_routing import adapter_params, add_adapters_, check_save_target, export_peft, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.switching import make_switchable_
 import test_resume
@@ -46,7 +48,7 @@ def content(folder):
 def no_work(monkeypatch):
     "Anything that costs time is an error."
     def spent(*a, **k): raise AssertionError('work was spent')
-    for name in ('exports.merge', 'exports.export_torchao', 'lora_routing.base_hash', 'lora_routing.save_tensors'):
+    for name in ('serving.exports.merge', 'serving.formats.merge', 'serving.formats.export_torchao', 'lora_routing.base_hash', 'lora_routing.save_tensors'):
         monkeypatch.setattr(f'switchable_llm.{name}', spent)
 
 def stays(writer, model, folder, monkeypatch, match, path=None):

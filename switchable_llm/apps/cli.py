@@ -27,8 +27,10 @@ from ..study.figures import plot_ablation, plot_cost, plot_curves, plot_profiles
 from ..profiles_eval import answer, evaluate, profile_cost
 from ..core.native import native_report
 from ..core.integer import KERNELS, try_kernel
-from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
-from ..serving.exports import GGUF_DTYPES, export_float, export_gguf, save_torchao
+from ..serving.packed import check_packed, is_packed, load_packed, load_packed_tokenizer, packed_size
+from ..serving.exports import freeze
+from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
+from ..serving.exports import export_float
 from ..search.allocation import run_allocation
 from ..data.spans import run_spans, span_reports
 from ..study.experiments import ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives
