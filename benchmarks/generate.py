@@ -8,7 +8,8 @@ import torch
 from common import gpt2, missing, ratio, swap_linears, table, take_turns, write
 from switchable_llm.serving.lean import LiveStep, lean_tokens
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import make_switchable_

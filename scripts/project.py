@@ -23,7 +23,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('data', 'Data', 'squad squad_scores embedded encoding tasks models checkpoints spans'),
     ('training', 'Training', 'settings resuming objectives'),
     ('search', 'Search', 'intervals costs sensitivity allocation strategies extraction'),
-    ('serving', 'Serving', 'kernels lean packed_file packed exports'),
+    ('serving', 'Serving', 'kernels parts lean generating packed_file packed exports formats'),
     ('study', 'Study', 'presets records figures statistics runs experiments cycles robustness searches comparisons '
                        'cycle_findings defences verdicts reasons earlier profile_findings'),
     ('apps', 'Apps', 'front_door cli page exploration explorer'))]

@@ -32,7 +32,7 @@ def make_healthy(folder):
     import torch
     from switchable_llm.data.embedded import tiny_tokenizer
     from switchable_llm.lora_routing import add_adapters_
-    from switchable_llm.serving.packed import freeze
+    from switchable_llm.serving.exports import freeze
     from switchable_llm.quantizers import QuantConfig
     from switchable_llm.core.profiles import Profile
     from switchable_llm.core.calibration import calibrate_
@@ -241,7 +241,8 @@ def try_case(path, verify, heap):
 
 def use(model):
     import torch
-    from switchable_llm.serving.lean import PARTS, LiveStep, lean_tokens
+    from switchable_llm.serving.parts import PARTS
+    from switchable_llm.serving.lean import LiveStep, lean_tokens
     ids = torch.tensor([[1, 2, 3]])
     for p in [*model.switch.profiles][:2]:
         model.switch.profile = p

@@ -19,7 +19,8 @@ from switchable_llm.data.tasks import answering
 from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.study.robustness import Plan, run_robustness
 from switchable_llm.data.spans import collate_windows, encode_windows

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.core.gates import add_gates_, use_gates
 from switchable_llm.lora_routing import add_adapters_, use_adapter
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.strategies import strategy, use_strategy
 from switchable_llm.core.profiles import Profile, Rule

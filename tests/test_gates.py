@@ -13,7 +13,8 @@ from switchable_llm.joint_training import Objective, all_profiles, random_profil
 from switchable_llm.data.tasks import answering, token_weights
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import base_hash, load_switchable, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.profiles_eval import evaluate
 from switchable_llm.search.costs import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig

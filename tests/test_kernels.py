@@ -6,7 +6,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 from switchable_llm.serving import kernels
 from switchable_llm.serving.kernels import ActQuant, LinearPlan, code_sums, plan_report, pack_planes, plane_linear_reference, plane_rows, unpack_planes
-from switchable_llm.serving.lean import Cache, Step, Table, lean_tokens, parts_of, torch_step
+from switchable_llm.serving.parts import Cache, Table, parts_of
+from switchable_llm.serving.lean import Step, lean_tokens, torch_step
 from switchable_llm.core.integer import native_features
 from switchable_llm.quantizers import quantize
 
@@ -106,7 +107,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=said): f()
 
 def test_without_the_library(child_env):
-    code = ("import torch; from switchable_llm import kernels as K; p=K.LinearPlan(K.pack_planes(torch.arange(200,dtype=torch.uint8).view(10,20)),4,torch.ones(10),act=K.ActQuant(8,False));"
+    code = ("import torch; from switchable_llm.serving import kernels as K; p=K.LinearPlan(K.pack_planes(torch.arange(200,dtype=torch.uint8).view(10,20)),4,torch.ones(10),act=K.ActQuant(8,False));"
             "x=torch.linspace(-1,1,40).view(2,20); print(K.plan_report(p)); assert torch.equal(p(x), K.plane_linear_reference(x,p).float())")
     out = subprocess.run([sys.executable, '-c', code], env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'}, capture_output=True, text=True)
     assert out.returncode==0, out.stderr

@@ -3,9 +3,11 @@ import gc
 import pytest, torch
 from transformers import DynamicCache
 from switchable_llm.serving import lean
-from switchable_llm.serving.lean import LeanCache, LiveStep, Step, lean_tokens
+from switchable_llm.serving.generating import LeanCache
+from switchable_llm.serving.lean import LiveStep, Step, lean_tokens, live_of
 from switchable_llm.core.integer import native_features
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import use_profile
@@ -80,9 +82,9 @@ def test_a_cache_in_use_is_not_taken(packed):
 
 def test_the_buffer_is_used_again(packed):
     natively(packed); gc.collect()
-    before = lean._live_of(packed).free[-1]
+    before = live_of(packed).free[-1]
     natively(packed); gc.collect()
-    assert lean._live_of(packed).free[-1] is before
+    assert live_of(packed).free[-1] is before
 
 def test_modules_and_steps_take_turns_on_one_cache(packed):
     cache = LeanCache(packed)

@@ -1,7 +1,8 @@
 "GGUF files where they are to run: in llama.cpp itself, where `xllamacpp` is installed."
 import json, urllib.request
 import pytest, torch
-from switchable_llm.serving.exports import export_gguf, merge
+from switchable_llm.serving.formats import export_gguf
+from switchable_llm.serving.exports import merge
 from test_exports import TEXTS, around, bpe, switchable
 
 llama_cpp = pytest.importorskip('xllamacpp', reason='the package `xllamacpp` (llama.cpp) is not installed')

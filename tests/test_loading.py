@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, LlamaModel, T5Config, T5ForConditiona
 from switchable_llm.data.models import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.data.checkpoints import save_switchable
-from switchable_llm.serving.packed import freeze
+from switchable_llm.serving.exports import freeze
 from switchable_llm.core.switching import make_switchable_
 from test_real_models import write_gguf
 

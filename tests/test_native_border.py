@@ -2,9 +2,9 @@
 import copy, ctypes, os, random
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.serving import kernels; from switchable_llm.serving import lean
-from switchable_llm.serving.kernels import ActQuant, FAULTS, _BUFFERS, _Linear, _native
-from switchable_llm.serving.lean import Cache, Step, Table, _Cache, _Layer, _Model, parts_of
+from switchable_llm.serving.kernels import ActQuant, FAULTS, _BUFFERS, _Linear, _native, LinearPlan
+from switchable_llm.serving.parts import Cache, Table, _Cache, _Layer, _Model, parts_of, Dense, native_calls
+from switchable_llm.serving.lean import Step, torch_step
 from switchable_llm.core.integer import native_features
 from test_kernels import packed, plan, plan_of
 
@@ -75,7 +75,7 @@ def entries_of(table):
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 @pytest.mark.parametrize('ends', [True, False])
 def test_a_model_that_lies(kind, ends):
-    rng,calls,where = random.Random(1),lean._native_calls(),(ctypes.c_int64*2)()
+    rng,calls,where = random.Random(1),native_calls(),(ctypes.c_int64*2)()
     model = packed(small(kind).eval(), 6, ActQuant(8, False), ends=ends)
     parts,faults = parts_of(model),{}
     for i in range(CASES//4):
@@ -97,7 +97,7 @@ def test_a_model_that_lies(kind, ends):
 
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 def test_a_cache_that_lies(kind):
-    rng,calls = random.Random(2),lean._native_calls()
+    rng,calls = random.Random(2),native_calls()
     model = packed(small(kind).eval(), 8, None)
     parts = parts_of(model)
     table,cache,logits = Table(parts, plan_of),Cache(parts),torch.empty(61)
@@ -112,7 +112,7 @@ def test_a_cache_that_lies(kind):
         assert bool(code)!=(same or of_angles), (name, code)
 
 def test_places_and_tokens():
-    calls,model = lean._native_calls(),packed(small('llama').eval(), 8, None)
+    calls,model = native_calls(),packed(small('llama').eval(), 8, None)
     parts = parts_of(model)
     table,cache,out = Table(parts, plan_of),Cache(parts),torch.empty(61).data_ptr
     logits = torch.empty(61)
@@ -150,10 +150,10 @@ def test_float_layers_are_read_where_they_lie(dtype, kind):
     step,again = Step(table, cache),Step(table, Cache(parts))
     plain.reserve(20)
     for i,t in enumerate(torch.randint(0, 61, (20,)).tolist()):
-        right = lean.torch_step(table, plain, t, i)
+        right = torch_step(table, plain, t, i)
         assert (step(t)-right).abs().max() <= 1e-5*right.abs().max()
     ids = torch.randint(0, 61, (20,), generator=torch.Generator().manual_seed(3)).tolist()
     cache.length = 0
     assert torch.equal(again.prompt(ids), [step(t) for t in ids][-1])
-    held = {m.weight.data_ptr() for m in model.modules() if torch.is_tensor(getattr(m, 'weight', None)) and not isinstance(m.weight, lean.LinearPlan)}
-    assert all(p.weight.data_ptr() in held for p in table.linears.values() if isinstance(p, lean.Dense))
+    held = {m.weight.data_ptr() for m in model.modules() if torch.is_tensor(getattr(m, 'weight', None)) and not isinstance(m.weight, LinearPlan)}
+    assert all(p.weight.data_ptr() in held for p in table.linears.values() if isinstance(p, Dense))

@@ -5,7 +5,8 @@ import pytest, torch
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.serving.packed import PackedLayer, freeze, load_packed, packed_size
+from switchable_llm.serving.packed import PackedLayer, load_packed, packed_size
+from switchable_llm.serving.exports import freeze
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.calibration import calibrate_
@@ -133,11 +134,11 @@ def test_killed_while_writing(tmp_path):
     code = f"""
 import os, signal
 from test_packed import freeze, switchable
-import switchable_llm.serving.packed as packed
-real = packed.save_file
+import switchable_llm.serving.exports as exports
+real = exports.save_file
 def dies(*args, **kw): real(*args, **kw); os.kill(os.getpid(), signal.SIGKILL)
 model = switchable(adapters=False); freeze(model, '{tmp_path}/m.safetensors')
-packed.save_file = dies
+exports.save_file = dies
 freeze(switchable(), '{tmp_path}/m.safetensors')
 """
     p = subprocess.run([sys.executable, '-c', code], env=os.environ|dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])), capture_output=True)

@@ -7,7 +7,8 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from switchable_llm.data.embedded import tiny_tokenizer
-from switchable_llm.serving.packed import check_packed, freeze, load_packed, load_packed_tokenizer, packed_size
+from switchable_llm.serving.packed import check_packed, load_packed, load_packed_tokenizer, packed_size
+from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed_file import BLANK, checksum, read_head, seal
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.profiles import FAMILIES

@@ -6,7 +6,7 @@ from switchable_llm.core import layers
 from switchable_llm.core.layers import content_of
 from switchable_llm.core.switching import use_profile
 from switchable_llm.search.strategies import Strategy, use_strategy
-from switchable_llm.serving.packed import freeze
+from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from test_callers import IDS, at_each, logits, switchable
 

@@ -10,11 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from switchable_llm.lora_routing import (
     PEFT_HARMLESS, adapter_keys, add_adapters_, export_peft, import_peft, use_adapter)
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
-from switchable_llm.quantizers import QuantConfig
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
+from switchable_llm.quantizers import QuantConfig, Bits
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import base_params, make_switchable_, use_profile
-from switchable_llm.quantizers import Bits
 
 IDS = torch.arange(20).view(1, -1)
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)

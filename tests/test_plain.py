@@ -5,7 +5,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from transformers import AutoModelForCausalLM
-from switchable_llm.serving.exports import export_float, export_torchao, merge
+from switchable_llm.serving.exports import export_float, merge
+from switchable_llm.serving.formats import export_torchao
 from switchable_llm.core.gates import add_gates_
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import load_switchable, save_switchable

@@ -3,12 +3,15 @@ import copy, gc, os, pickle, random, subprocess, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from switchable_llm.serving import lean
+from switchable_llm.serving import generating, lean
 from switchable_llm.serving.kernels import LinearPlan
-from switchable_llm.serving.lean import Cache, Dense, LeanCache, LiveStep, NotLean, Step, lean_class, lean_tokens
+from switchable_llm.serving.parts import Cache, Dense, NotLean
+from switchable_llm.serving.generating import LeanCache, lean_class
+from switchable_llm.serving.lean import LiveStep, Step, lean_tokens, live_of
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.core.integer import native_features
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile, Rule
 from switchable_llm.core.switching import make_switchable_, use_profile
@@ -77,7 +80,7 @@ def test_why_not_is_said_once(packed, kw, why):
 def test_each_reason_and_each_model_is_told(packed, tmp_path):
     two = IDS.repeat(2, 1)
     assert 'more than one row' in reasons_of(packed, two)[0][0]
-    assert 'a cache was given, a DynamicCache' in reasons_of(packed, **{lean._GIVES: DynamicCache(config=packed.config)})[0][0]
+    assert 'a cache was given, a DynamicCache' in reasons_of(packed, **{generating._GIVES: DynamicCache(config=packed.config)})[0][0]
     assert reasons_of(packed, two.repeat(2, 1))[0]==[]
     assert 'more than one row' in reasons_of(frozen(tmp_path/'n.safetensors'), two)[0][0]
 
@@ -127,8 +130,8 @@ def test_names_of_the_framework_that_are_gone(packed, cls, why):
 
 def test_a_hook_with_other_arguments(packed):
     hook = lean_class(OtherHook)._prepare_cache_for_generation
-    assert lean._asked(OtherHook, (1, 2, 3), {})[1]=='generation_config'
-    assert lean._asked(LlamaForCausalLM, (), dict(generation_config=0, model_kwargs=0, generation_mode=0, batch_size=0, max_cache_length=0))[1] is None
+    assert generating._asked(OtherHook, (1, 2, 3), {})[1]=='generation_config'
+    assert generating._asked(LlamaForCausalLM, (), dict(generation_config=0, model_kwargs=0, generation_mode=0, batch_size=0, max_cache_length=0))[1] is None
     packed.__class__ = lean_class(OtherHook)
     with pytest.raises(AssertionError, match='not be reached'): packed.generate(IDS)   # it comes through to the framework's own
 
@@ -172,10 +175,10 @@ def test_two_at_once_have_two_caches(packed):
 
 def test_a_cache_that_somebody_looked_at_is_not_used_again(packed):
     out = write(packed, return_dict_in_generate=True)
-    cache = out[lean._GIVES]
+    cache = out[generating._GIVES]
     if not isinstance(cache, LeanCache):                   # without kernels: one of transformers' own
         cache = LeanCache(packed)
-        with torch.no_grad(): packed(IDS, **{lean._GIVES: cache})
+        with torch.no_grad(): packed(IDS, **{generating._GIVES: cache})
     keys = cache.layers[0].keys
     kept = keys.clone()
     del out, cache; gc.collect()
@@ -183,7 +186,7 @@ def test_a_cache_that_somebody_looked_at_is_not_used_again(packed):
     assert torch.equal(keys, kept)
 
 def test_large_caches_are_let_go(packed, monkeypatch):
-    live = lean._live_of(packed)
+    live = live_of(packed)
     monkeypatch.setattr(live, 'LARGEST', 100, raising=False)
     cache = LeanCache(packed); cache.step.cache.reserve(1)
     del cache; gc.collect()
@@ -202,7 +205,7 @@ def test_a_model_that_is_gone_leaves_nothing(packed):
 
 @torch.no_grad()
 def test_crop_and_copies(packed):
-    cache,name = LeanCache(packed),lean._GIVES
+    cache,name = LeanCache(packed),generating._GIVES
     packed(IDS, **{name: cache})
     right = packed(torch.cat([IDS[:, :6], IDS[:, :2]], 1)).logits[:, -2:]
     other = copy.deepcopy(cache)
@@ -212,7 +215,7 @@ def test_crop_and_copies(packed):
         out = packed(IDS[:, :2], **{name: c}).logits
         assert (out-right).abs().max() <= 1e-5*right.abs().max()
     assert other.step.cache is not cache.step.cache
-    if lean._CROPS_TO:
+    if generating._CROPS_TO:
         cache.crop(5); assert cache.get_seq_length()==5
         cache.crop(50); assert cache.get_seq_length()==5
     else:
@@ -224,7 +227,7 @@ def test_a_cache_of_another_model(packed, tmp_path):
     other = frozen(tmp_path/'o.safetensors', num_hidden_layers=2)
     for p in other.parameters(): p.data = p.data*1.5
     cache = LeanCache(packed)
-    out = other(IDS[:, :1], **{lean._GIVES: cache}).logits
+    out = other(IDS[:, :1], **{generating._GIVES: cache}).logits
     right = other(IDS[:, :1]).logits
     assert (out-right).abs().max() <= 1e-5*right.abs().max()
 
@@ -232,10 +235,10 @@ def test_modes_of_autograd(packed):
     with torch.inference_mode(): a = write(packed)
     gc.collect()
     cache = LeanCache(packed)                                       # the buffer that inference mode made
-    with torch.no_grad(): packed(IDS, **{lean._GIVES: cache})
+    with torch.no_grad(): packed(IDS, **{generating._GIVES: cache})
     assert torch.equal(write(packed), a)
     x = packed.get_input_embeddings()(IDS).detach().requires_grad_()
-    with pytest.raises(NotImplementedError, match='no gradient'): packed(inputs_embeds=x, **{lean._GIVES: LeanCache(packed)})
+    with pytest.raises(NotImplementedError, match='no gradient'): packed(inputs_embeds=x, **{generating._GIVES: LeanCache(packed)})
 
 def test_pickles_and_copies_of_a_model_serve(tmp_path):
     model = frozen(tmp_path/'m.safetensors', adapters=False)
@@ -282,12 +285,12 @@ def test_eight_threads(tmp_path, make):
         return sum(ask(k)!=right[k] for k in rng.choices(keys, k=REQUESTS//8))
     with ThreadPoolExecutor(8) as pool: wrong = sum(pool.map(caller, range(8)))
     assert wrong==0
-    live = lean._live_of(model)
+    live = live_of(model)
     assert len(live.tables.kept)<=6 and len(live.free)<=live.MOST
     if 'decode' in native_features(): assert not live.told
 
 def test_profiles_made_anew_find_the_table_of_the_one_before(packed):
-    step,tables = LiveStep(packed),lean._live_of(packed).tables
+    step,tables = LiveStep(packed),live_of(packed).tables
     made = []
     for seed in (0, 1, 0, 1, 0):
         with use_profile(packed, mixed(seed)): made.append(step.now().table)
@@ -295,7 +298,7 @@ def test_profiles_made_anew_find_the_table_of_the_one_before(packed):
 
 def test_tables_are_bounded(tmp_path):
     packed = frozen(tmp_path/'m.safetensors', adapters=False)
-    tables = lean._live_of(packed).tables
+    tables = live_of(packed).tables
     for i in range(60):
         with use_profile(packed, Profile('p', Bits(2+i%7), (Rule(Bits(2+i//7%7), layers=(0,)),))): LiveStep(packed).now()
     assert len(tables.kept)==tables.most
@@ -350,11 +353,11 @@ def test_layers_that_a_damaged_file_would_bring(tmp_path):
     layer = packed.model.layers[1].mlp.down_proj
     for name,bad in dict(high=layer.high[:1], middle=torch.empty(0, dtype=torch.uint8), bias=torch.ones(3), sums8=torch.ones(5, dtype=torch.int32)).items():
         keep = getattr(layer, name, None)
-        lean._live_of(packed).tables.forget(); layer._plans = {}
+        live_of(packed).tables.forget(); layer._plans = {}
         setattr(layer, name, bad)
         with pytest.raises(ValueError, match=r'plane: |bias of shape|sums of shape'): ask()
         setattr(layer, name, keep)
-    layer._plans = {}; lean._live_of(packed).tables.forget()
+    layer._plans = {}; live_of(packed).tables.forget()
     ask()
 
 @native

@@ -4,11 +4,13 @@ import pytest, torch
 from safetensors import SafetensorError
 from switchable_llm.data.models import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
-from switchable_llm.serving.exports import export_float, export_gguf, export_torchao, merge, save_torchao
+from switchable_llm.serving.exports import export_float, merge
+from switchable_llm.serving.formats import export_gguf, export_torchao, save_torchao
 from switchable_llm.core.files import named_errors
 from switchable_llm.lora_routing import adapter_params, add_adapters_, export_peft
 from switchable_llm.data.checkpoints import check_save_target, save_switchable
-from switchable_llm.serving.packed import freeze, load_packed
+from switchable_llm.serving.exports import freeze
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.switching import make_switchable_
 import test_resume
@@ -48,7 +50,8 @@ def content(folder):
 def no_work(monkeypatch):
     "Anything that costs time is an error."
     def spent(*a, **k): raise AssertionError('work was spent')
-    for name in ('serving.exports.merge', 'serving.exports.export_torchao', 'data.checkpoints.base_hash', 'lora_routing.save_tensors'):
+    for name in ('serving.exports.merge', 'serving.formats.merge', 'serving.formats.export_torchao',
+                 'data.checkpoints.base_hash', 'lora_routing.save_tensors'):
         monkeypatch.setattr(f'switchable_llm.{name}', spent)
 
 def stays(writer, model, folder, monkeypatch, match, path=None):

@@ -33,8 +33,10 @@ from ..profiles_eval import answer, evaluate
 from ..search.costs import profile_cost
 from ..core.integer import native_report
 from ..core.integer import KERNELS, try_kernel
-from ..serving.packed import check_packed, freeze, is_packed, load_packed, load_packed_tokenizer, packed_size
-from ..serving.exports import GGUF_DTYPES, export_float, export_gguf, save_torchao
+from ..serving.packed import check_packed, is_packed, load_packed, load_packed_tokenizer, packed_size
+from ..serving.exports import freeze
+from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
+from ..serving.exports import export_float
 from ..study.searches import run_allocation
 from ..study.experiments import run_spans
 from ..study.comparisons import span_reports
