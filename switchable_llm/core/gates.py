@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..quantizers import Bits
-from .layers import GATE_TYPES, QuantLayer, Setting
-from .profiles import Profile, Rule
+from .layers import GATE_TYPES, QuantLayer
+from .profiles import Profile
 from .switching import Switch, check_unfrozen
 
 # %% ../../nbs/core/gates.ipynb #57687b1d
@@ -28,7 +28,7 @@ class Gate(nn.Module):
     ):
         super().__init__()
         self.bits,self.in_features = tuple(Bits.parse(b) for b in bits),in_features
-        self.register_buffer('offset', torch.zeros(len(self.bits)))   # taken off the logits where the choice is hard: set by calibrate_gates_
+        self.register_buffer('offset', torch.zeros(len(self.bits)))   # off the logits of a hard choice
         self._start(len(self.bits), in_features)
 
     def hard(self,
@@ -52,8 +52,8 @@ class TokenGate(Gate):
     "A choice for each token, from the layer's own input."
     lr_factor = 20.
     def _start(self, k, n): self.weight,self.bias = nn.Parameter(torch.zeros(k, n)),nn.Parameter(torch.zeros(k))
-    def forward(self, x:Tensor)->Tensor:
-        with torch.autocast(x.device.type, enabled=False):   # in float32 whatever the model's type: a choice must not hang on rounding
+    def forward(self, x:Tensor)->Tensor:   # in float32, whatever the model's type: no choice hangs on rounding
+        with torch.autocast(x.device.type, enabled=False):
             return F.linear(F.normalize(x.detach().float(), dim=-1), self.weight.float(), self.bias.float())
 
 GATES = dict(layer=LayerGate, token=TokenGate)
@@ -66,27 +66,32 @@ def _rows(switch):   # (layer, gate) of each layer that has one
     return rows
 
 def _settings(switch, layers, bits):   # {bits: setting of each layer}; an error if some option cannot run
-    if switch.route_name=='profile': raise ValueError("the model routes adapters by profile name, and a gate has only bits to route by: use add_adapters_(model, route='bits')")
+    if switch.route_name=='profile':
+        raise ValueError("the model routes adapters by profile name, and a gate has only bits to route by: "
+                         "use add_adapters_(model, route='bits')")
     bound = {b:switch.bind(Profile(f'gates-{b}', b)) for b in bits}
-    if switch.cfg.act=='per_tensor':
-        for l in layers:
-            for b in bits:
-                if b.a is not None: l.act_qparams(b.a)
+    static = [b.a for b in bits if b.a is not None] if switch.cfg.act=='per_tensor' else []
+    for l in layers:
+        for a in static: l.act_qparams(a)
     return bound
 
 def add_gates_(
-    model:nn.Module,                        # A model after `make_switchable_`; changed in place
-    bits:Iterable=('w4a4','w6a6','w8a8'),   # Options, two or more; of equally likely ones the first is chosen
-    per:str='layer',                        # One choice for each 'layer', or one for each 'token' in it
-    sites:Iterable[str]|None=None,          # Only layers of these sites; by default all that multiply, so not the embedding
+    model:nn.Module,                      # A model after `make_switchable_`; changed in place
+    bits:Iterable=('w4a4','w6a6','w8a8'), # Options, two or more; of equally likely ones the first is chosen
+    per:str='layer',                      # One choice for each 'layer', or one for each 'token' in it
+    sites:Iterable[str]|None=None,        # Only layers of these sites; by default all that multiply
 )->list[str]: # Names of the layers that got a gate
     "Give layers a trainable choice among bit-widths."
     switch,bits = check_unfrozen(model),tuple(Bits.parse(b) for b in bits)
     if per not in GATES: raise ValueError(f"per={per!r}: choose one of {', '.join(GATES)}")
-    if len(set(bits))<2 or len(set(bits))<len(bits): raise ValueError(f"bits={', '.join(map(str, bits))}: a choice needs two or more, all different")
-    chosen = [(l, s) for l,s in zip(switch.layers, switch.sites) if l.multiplies and (sites is None or s.site in sites)]
-    if not chosen: raise ValueError(f"sites={sites}: the model has {', '.join(dict.fromkeys(s.site for s in switch.sites))}")
-    if twice := [s.name for l,s in chosen if l.gates]: raise ValueError(f"layer {twice[0]} has a gate already: call remove_gates_(model) first")
+    if len(set(bits))<2 or len(set(bits))<len(bits):
+        raise ValueError(f"bits={', '.join(map(str, bits))}: a choice needs two or more, all different")
+    def wanted(l, s): return l.multiplies and (sites is None or s.site in sites)
+    chosen = [(l, s) for l,s in zip(switch.layers, switch.sites) if wanted(l, s)]
+    if not chosen:
+        raise ValueError(f"sites={sites}: the model has {', '.join(dict.fromkeys(s.site for s in switch.sites))}")
+    if twice := [s.name for l,s in chosen if l.gates]:
+        raise ValueError(f"layer {twice[0]} has a gate already: call remove_gates_(model) first")
     _settings(switch, [l for l,_ in chosen], bits)
     for l,_ in chosen: l.gates[per] = GATES[per](bits, l.in_features).to(l.weight.device).train(l.training)
     return [s.name for _,s in chosen]
@@ -102,10 +107,12 @@ def gate_params(
 )->dict[str,nn.Parameter]: # Name -> parameter
     "The gates' parameters."
     switch = check_unfrozen(model)
-    return {f'{s.name}.gates.{k}.{n}':p for l,s in zip(switch.layers, switch.sites) for k,g in l.gates.items() for n,p in g.named_parameters()}
+    return {f'{s.name}.gates.{k}.{n}':p for l,s in zip(switch.layers, switch.sites)
+            for k,g in l.gates.items() for n,p in g.named_parameters()}
 
 # %% ../../nbs/core/gates.ipynb #f232d40b
-SAMPLES = dict(hard=lambda logits, t: F.gumbel_softmax(logits, t), soft=lambda logits, t: F.gumbel_softmax(logits, t), mean=lambda logits, t: (logits/t).softmax(-1))
+# (logits, temperature) -> shares of the options
+SAMPLES = dict(hard=F.gumbel_softmax, soft=F.gumbel_softmax, mean=lambda logits, t: (logits/t).softmax(-1))
 
 class _StraightThrough(torch.autograd.Function):   # the output that was chosen; the gradient of the mixture
     @staticmethod
@@ -115,7 +122,8 @@ class _StraightThrough(torch.autograd.Function):   # the output that was chosen;
 
     @staticmethod
     def backward(ctx, g):
-        along = [(g.float()*y.float()).sum(-1) if ctx.per_token else (g.float()*y.float()).sum() for y in ctx.saved_tensors]
+        products = [g.float()*y.float() for y in ctx.saved_tensors]
+        along = [p.sum(-1) if ctx.per_token else p.sum() for p in products]
         return g, torch.stack(along, -1), *[None]*len(along)
 
 def _chosen(layer, x, picks, settings):   # each option on the tokens that chose it
@@ -143,12 +151,15 @@ def _mixed(layer, x, shares, settings):
     return sum(z.unsqueeze(-1).to(o.dtype)*o for z,o in zip(shares.unbind(-1), outs))
 
 # %% ../../nbs/core/gates.ipynb #b70a2f4d
-MEASURES = dict(weight=lambda b: b.w or 16, activation=lambda b: b.a or 16, operations=lambda b: (b.w or 16)*(b.a or 16))
+MEASURES = dict(   # Bits -> what a budget counts
+    weight=lambda b: b.w or 16, activation=lambda b: b.a or 16, operations=lambda b: (b.w or 16)*(b.a or 16))
 GATED = 'gates'   # name of the profile at which gates decide
 
-def _costs(gate, measure):   # (options,)
+def _cost(bits, measure):
     if measure not in MEASURES: raise ValueError(f"measure={measure!r}: choose one of {', '.join(MEASURES)}")
-    return torch.tensor([float(MEASURES[measure](b)) for b in gate.bits])
+    return float(MEASURES[measure](bits))
+
+def _costs(gate, measure): return torch.tensor([_cost(b, measure) for b in gate.bits])   # (options,)
 
 class Gating:
     "The gates of a model at work."
@@ -163,7 +174,7 @@ class Gating:
         bound = _settings(switch, [l for l,_ in rows], {b for _,g in rows for b in g.bits})
         self.switch,self.sample,self.temperature,self.mask = switch,sample,temperature,None
         self.settings = {l.index:[bound[b][l.index] for b in g.bits] for l,g in rows}
-        self.shares,self.counts = {},{}   # layer -> mean share of each option in the last training pass; layer -> times chosen in evaluation
+        self.shares,self.counts = {},{}   # layer -> mean shares in the last training pass; choices in evaluation
 
     def look(self,
         module:nn.Module, # The model's decoder, whose pass begins
@@ -171,55 +182,57 @@ class Gating:
         kwargs:dict,      # By name
     ):
         "Note which tokens of the coming pass count."
-        self.mask = _mask_of(args, kwargs)
+        given = *args[:1],kwargs.get('input_ids'),kwargs.get('inputs_embeds')
+        ids,mask = next((t for t in given if t is not None), None),kwargs.get('attention_mask')
+        fits = ids is not None and torch.is_tensor(mask) and mask.dim()==2 and len(mask)==len(ids)
+        self.mask = mask[:, -ids.shape[1]:].bool() if fits else None   # with a cache: only the new tokens
 
     def __call__(self,
         layer:QuantLayer, # A layer of the model
         x:Tensor,         # Its input, (..., in)
     )->Tensor: # Its output, (..., out)
         "What a layer does."
-        if layer.index not in self.settings or self.switch.profile.name!=GATED: return layer.at(x, self.switch.settings[layer.index])
+        if layer.index not in self.settings or self.switch.profile.name!=GATED:
+            return layer.at(x, self.switch.settings[layer.index])
         gate,settings = next(iter(layer.gates.values())),self.settings[layer.index]
         logits = gate(x)
         if not gate.training:
             picks = gate.hard(logits)
             self._count(layer.index, picks, x.shape[:-1], len(settings))
             return _chosen(layer, x, picks, settings) if picks.dim() else layer.at(x, settings[int(picks)])
-        self.shares[layer.index] = self._counted(logits.softmax(-1), 1).mean(0) if logits.dim()>1 else logits.softmax(-1)
-        return (_sampled if self.sample=='hard' else _mixed)(layer, x, SAMPLES[self.sample](logits, self.temperature), settings)
+        shares = logits.softmax(-1)
+        self.shares[layer.index] = self._counted(shares, 1).mean(0) if logits.dim()>1 else shares
+        drawn,run = SAMPLES[self.sample](logits, self.temperature),_sampled if self.sample=='hard' else _mixed
+        return run(layer, x, drawn, settings)
 
     def _counted(self, t, tail):   # (tokens that count, ...); `tail` last axes of `t` are not tokens
         flat,mask = t.flatten(0, t.dim()-tail-1),self.mask
-        return flat if mask is None or mask.numel()!=len(flat) or not mask.any() else flat[mask.flatten().to(t.device)]
+        if mask is None or mask.numel()!=len(flat) or not mask.any(): return flat
+        return flat[mask.flatten().to(t.device)]
 
     def _count(self, index, picks, shape, options):
-        chosen = torch.bincount(self._counted(picks.expand(shape) if not picks.dim() else picks, 0), minlength=options).cpu()
+        if not picks.dim(): picks = picks.expand(shape)
+        chosen = torch.bincount(self._counted(picks, 0), minlength=options).cpu()
         self.counts[index] = self.counts.get(index, 0)+chosen
 
     def mean_bits(self,
         measure:str='weight', # One of `MEASURES`
     )->float: # Mean over layers and tokens
         "Realised mean of the hard choices counted so far."
-        rows = [(l.weight.numel(), self.counts[l.index].double(), _costs(g, measure).double()) for l,g in _rows(self.switch) if l.index in self.counts]
-        if not rows: raise ValueError("no choice was counted: run the model in evaluation mode inside use_gates first")
+        rows = [(l.weight.numel(), self.counts[l.index].double(), _costs(g, measure).double())
+                for l,g in _rows(self.switch) if l.index in self.counts]
+        if not rows:
+            raise ValueError("no choice was counted: run the model in evaluation mode inside use_gates first")
         return float(sum(n*(c@cost) for n,c,cost in rows)/sum(n*c.sum() for n,c,_ in rows))
 
 # %% ../../nbs/core/gates.ipynb #17348e5a
 def _own_profile(switch):   # what the gates choose without a look at tokens; other layers as they are
     bits = {s.name:b for s,(b,_) in zip(switch.sites, switch.settings)}
     for l,g in _rows(switch):
-        bits[switch.sites[l.index].name] = g.bits[int(g.hard(g.logits))] if isinstance(g, LayerGate) else max(g.bits, key=MEASURES['operations'])
-    return _as_profile(GATED, bits)
-
-def _as_profile(name, bits):   # most layers by default, the others by name
-    counts = list(bits.values())
-    default = max(dict.fromkeys(counts), key=counts.count)
-    return Profile(name, default, tuple(Rule(b, glob=n) for n,b in bits.items() if b!=default))
-
-def _mask_of(args, kwargs):   # (batch, length) of this pass, or None
-    ids = next((t for t in (*args[:1], kwargs.get('input_ids'), kwargs.get('inputs_embeds')) if t is not None), None)
-    mask = kwargs.get('attention_mask')
-    return mask[:, -ids.shape[1]:].bool() if ids is not None and torch.is_tensor(mask) and mask.dim()==2 and len(mask)==len(ids) else None   # a cache: only the new tokens
+        if isinstance(g, LayerGate): chosen = g.bits[int(g.hard(g.logits))]
+        else: chosen = max(g.bits, key=MEASURES['operations'])   # an upper bound
+        bits[switch.sites[l.index].name] = chosen
+    return Profile.from_bits(GATED, bits)
 
 @contextmanager
 def use_gates(
@@ -231,8 +244,8 @@ def use_gates(
     switch = check_unfrozen(model)
     gating,own = Gating(switch, sample, temperature),_own_profile(switch)
     settings = switch.bind(own)
-    others = tuple(o for o in switch.live.own if o[0]!=GATED)
-    with switch.block(profile=own, settings=settings, gate=gating, own=(*others, (GATED, own, settings))): yield gating
+    profiles = *(o for o in switch.live.own if o[0]!=GATED),(GATED, own, settings)
+    with switch.block(profile=own, settings=settings, gate=gating, own=profiles): yield gating
 
 # %% ../../nbs/core/gates.ipynb #9b9c52d2
 def expected_bits(
@@ -243,14 +256,18 @@ def expected_bits(
     switch = check_unfrozen(model)
     rows,shares = _rows(switch),getattr(switch.gate, 'shares', {})
     if any(isinstance(g, TokenGate) and l.index not in shares for l,g in rows):
-        raise ValueError("gates per token expect bits of tokens, and none were seen: run the model in training mode inside use_gates first")
-    parts = [(l.weight.numel(), (g.logits.float().softmax(-1) if isinstance(g, LayerGate) else shares[l.index])@_costs(g, measure).to(g.offset.device)) for l,g in rows]
+        raise ValueError("gates per token expect bits of tokens, and none were seen: "
+                         "run the model in training mode inside use_gates first")
+    def share(l, g): return g.logits.float().softmax(-1) if isinstance(g, LayerGate) else shares[l.index]
+    parts = [(l.weight.numel(), share(l, g)@_costs(g, measure).to(g.offset.device)) for l,g in rows]
     return sum(n*b for n,b in parts)/sum(n for n,_ in parts)
 
-def _reach(switch, budget, measure):   # means of the cheapest and the dearest options; an error if the cheapest exceed the budget
+def _reach(switch, budget, measure):   # means of the cheapest and of the dearest options, if the budget is in reach
     rows = [(l.weight.numel(), _costs(g, measure).tolist()) for l,g in _rows(switch)]
     low,high = (sum(n*f(c) for n,c in rows)/sum(n for n,_ in rows) for f in (min, max))
-    if not budget>=low: raise ValueError(f"budget={budget}: the gates' options reach from {low:.4g} to {high:.4g} ({measure}); give them lower bits, or a higher budget")
+    if not budget>=low:
+        raise ValueError(f"budget={budget}: the gates' options reach from {low:.4g} to {high:.4g} ({measure}); "
+                         "give them lower bits, or a higher budget")
     return low, high
 
 @dataclass(frozen=True)
@@ -260,8 +277,7 @@ class BitBudget:
     measure:str='weight'   # One of `MEASURES`
     weight:float=1.        # Nats for 100 % of overshoot
 
-    def __post_init__(self):
-        if self.measure not in MEASURES: raise ValueError(f"measure={self.measure!r}: choose one of {', '.join(MEASURES)}")
+    def __post_init__(self): _cost(Bits(), self.measure)
 
     def __call__(self,
         model:nn.Module, # A model with gates, inside `use_gates`
@@ -283,9 +299,10 @@ def mean_bits(
 )->float: # Mean over the gated layers, by number of weights
     "What a profile takes in the layers that have gates, in the unit of a budget."
     switch = check_unfrozen(model)
-    bits,rows = (switch.profiles[profile] if isinstance(profile, str) else profile).bits(switch.sites),_rows(switch)
-    if measure not in MEASURES: raise ValueError(f"measure={measure!r}: choose one of {', '.join(MEASURES)}")
-    return sum(l.weight.numel()*MEASURES[measure](bits[switch.sites[l.index].name]) for l,_ in rows)/sum(l.weight.numel() for l,_ in rows)
+    if isinstance(profile, str): profile = switch.profiles[profile]
+    bits,rows = profile.bits(switch.sites),_rows(switch)
+    def cost(l): return _cost(bits[switch.sites[l.index].name], measure)
+    return sum(l.weight.numel()*cost(l) for l,_ in rows)/sum(l.weight.numel() for l,_ in rows)
 
 @torch.no_grad()
 def gate_profile(
@@ -298,20 +315,27 @@ def gate_profile(
     "The hard choices of gates per layer as a profile that meets a budget."
     switch = check_unfrozen(model); rows = _rows(switch)
     if odd := [switch.sites[l.index].name for l,g in rows if not isinstance(g, LayerGate)]:
-        raise ValueError(f"layer {odd[0]} chooses for each token, which is no profile: run it inside use_gates(model), within a budget by calibrate_gates_, or use gates per layer")
+        raise ValueError(f"layer {odd[0]} chooses for each token, which is no profile: run it inside "
+                         "use_gates(model), within a budget by calibrate_gates_, or use gates per layer")
     picks = [int(g.hard(g.logits)) for _,g in rows]
     if budget is not None and _reach(switch, budget, measure): _fit(rows, picks, budget, measure, fill)
     bits = {s.name:b for s,(b,_) in zip(switch.sites, switch.settings)}
-    return _as_profile(name, bits | {switch.sites[l.index].name:g.bits[k] for (l,g),k in zip(rows, picks)})
+    chosen = {switch.sites[l.index].name:g.bits[k] for (l,g),k in zip(rows, picks)}
+    return Profile.from_bits(name, bits | chosen)
 
-def _fit(rows, picks, budget, measure, fill):   # in place; each move loses least log-probability for the bits it moves
-    n,costs,logs = [l.weight.numel() for l,_ in rows],[_costs(g, measure).tolist() for _,g in rows],[(g.logits.float()-g.offset).tolist() for _,g in rows]
+def _fit(rows, picks, budget, measure, fill):   # in place, down to the budget and then, to fill it, up
+    n,costs = [l.weight.numel() for l,_ in rows],[_costs(g, measure).tolist() for _,g in rows]
+    logs = [(g.logits.float()-g.offset).tolist() for _,g in rows]
     total,limit = sum(m*c[k] for m,c,k in zip(n, costs, picks)),budget*sum(n)*(1+1e-9)
-    def best(sign, room):
-        return min((((logs[i][picks[i]]-logs[i][k])/abs(d), i, k, d) for i,c in enumerate(costs) for k in range(len(c))
-                    if sign*(d := n[i]*(c[k]-c[picks[i]]))>0 and d<=room), default=None)
-    while total>limit: _,i,k,d = best(-1, 0); picks[i],total = k,total+d
-    while fill and (move := best(1, limit-total)): _,i,k,d = move; picks[i],total = k,total+d
+    def moves(sign, room):   # (log-probability lost for each bit, layer, option, bits)
+        for i,c in enumerate(costs):
+            for k in range(len(c)):
+                d = n[i]*(c[k]-c[picks[i]])
+                if sign*d>0 and d<=room: yield (logs[i][picks[i]]-logs[i][k])/abs(d), i, k, d
+    while total>limit: _,i,k,d = min(moves(-1, 0)); picks[i],total = k,total+d
+    while fill and (move := min(moves(1, limit-total), default=None)):
+        _,i,k,d = move
+        picks[i],total = k,total+d
 
 # %% ../../nbs/core/gates.ipynb #073b1f38
 @torch.no_grad()
@@ -322,11 +346,14 @@ def realised_bits(
 )->float: # Mean over layers and tokens
     "Mean bits of the hard choices on some text."
     training,device = [m for m in model.modules() if m.training],next(model.parameters()).device
-    run = model if any(s.site=='lm_head' for s in check_unfrozen(model).sites) else getattr(model, 'base_model', model)
+    whole = any(s.site=='lm_head' for s in check_unfrozen(model).sites)
+    run = model if whole else getattr(model, 'base_model', model)
     try:
         model.eval()
         with use_gates(model) as gates:
-            for b in batches: run(**{k:b[k].to(device) for k in ('input_ids','attention_mask') if k in b}, use_cache=False)
+            for b in batches:
+                inputs = {k:b[k].to(device) for k in ('input_ids','attention_mask') if k in b}
+                run(**inputs, use_cache=False)
         return gates.mean_bits(measure)
     finally:
         for m in training: m.training = True
@@ -346,7 +373,8 @@ def calibrate_gates_(
     if not batches: raise ValueError("batches is empty: calibration needs at least one training batch")
     if not 0<=margin<1: raise ValueError(f"margin={margin!r}: needs a share from 0 to below 1")
     typical,target = sum(l.weight.numel() for l,_ in rows)/len(rows),max(budget*(1-margin), low)*(1+1e-9)
-    if not all(p.isfinite().all() for p in gate_params(model).values()): raise ValueError("the gates hold NaN or infinite numbers: no price orders their choices; train them anew")
+    if not all(p.isfinite().all() for p in gate_params(model).values()):
+        raise ValueError("the gates hold NaN or infinite numbers: no price orders their choices; train them anew")
     def at(price):
         for l,g in rows: g.offset.copy_(price*_costs(g, measure)*l.weight.numel()/typical)
         return realised_bits(model, batches, measure)
@@ -360,10 +388,11 @@ def _price(at, target, high, fill, halvings):   # the lowest price that meets th
     got,below,above = at(0.),0.,0.
     if got<=target and not fill: return 0.
     step = 1. if got>target else -1.
-    while got>target if step>0 else got<=target and got<high*(1-1e-9):   # in the end the cheapest option wins everywhere, or the dearest
+    # In the end the cheapest option wins everywhere, or the dearest.
+    while got>target if step>0 else got<=target and got<high*(1-1e-9):
         below,above = (above,step) if step>0 else (step,below)
         got,step = at(step),2*step
-    if got<=target and step<0: return below                              # all at the dearest option: within the budget
+    if got<=target and step<0: return below   # all at the dearest option: within the budget
     for _ in range(halvings):
         middle = (below+above)/2
         below,above = (below,middle) if at(middle)<=target else (middle,above)

@@ -26,7 +26,8 @@ def _open(folder):   # (library or None, reason)
     try: lib = ctypes.CDLL(str(found[0]))
     except OSError as e: return None, f'does not load: {e}'
     version = lib.sl_abi_version() if hasattr(lib, 'sl_abi_version') else None
-    if version!=ABI: return None, f'is of interface version {version}, this package needs {ABI}: install the package again'
+    if version!=ABI:
+        return None, f'is of interface version {version}, this package needs {ABI}: install the package again'
     return lib, 'loaded'
 
 @lru_cache
@@ -38,21 +39,27 @@ def library(
     return _opened()[0]
 
 # %% ../../nbs/core/integer.ipynb #4f35e53c
-FEATURES = dict(sl_train_features=('quantize','int8 forward','exact backward'), sl_packed_features=('decode','int8 prompt','float prompt'))
+FEATURES = dict(   # function of the library -> names of its bits
+    sl_train_features=('quantize','int8 forward','exact backward'),
+    sl_packed_features=('decode','int8 prompt','float prompt'))
 
 @lru_cache
 def native_features(
 )->frozenset[str]: # Names from `FEATURES`; empty without the library
     "Kernels that are built and that this processor can run."
-    lib = library()
-    return frozenset(n for f,names in FEATURES.items() if lib is not None and hasattr(lib, f) for i,n in enumerate(names) if getattr(lib, f)()>>i & 1)
+    lib,found = library(),set()
+    for f,names in FEATURES.items():
+        runs = getattr(lib, f)() if hasattr(lib, f) else 0
+        found |= {n for i,n in enumerate(names) if runs>>i & 1}
+    return frozenset(found)
 
 def native_report(
 )->dict: # Kernel -> 'native', or why it is not
     "Which compiled kernels run on this machine, and why others do not."
     lib,why = _opened()
     missing = why if lib is None else 'this processor, or its system, lacks the instructions'
-    return {n:'native' if n in native_features() else f'PyTorch operators: {missing}' for names in FEATURES.values() for n in names}
+    runs,names = native_features(),[n for names in FEATURES.values() for n in names]
+    return {n:'native' if n in runs else f'PyTorch operators: {missing}' for n in names}
 
 # %% ../../nbs/core/integer.ipynb #c0d38e76
 class SignedCodes(NamedTuple):
@@ -68,7 +75,9 @@ def signed_codes(
     axis:int=0,       # Output-channel axis: 0 for `nn.Linear`, 1 for `Conv1D`
 )->SignedCodes: # In the orientation of `nn.Linear`
     "The quantized weight as int8 codes."
-    if bits>8 or cfg.weight=='per_group' or not cfg.weight_symmetric: raise ValueError(f"bits={bits}, {cfg}: integer products need at most 8 bits, and symmetric codes with a scale per channel or tensor")
+    if bits>8 or cfg.weight=='per_group' or not cfg.weight_symmetric:
+        raise ValueError(f"bits={bits}, {cfg}: integer products need at most 8 bits, "
+                         "and symmetric codes with a scale per channel or tensor")
     q,qp = quantize_weight(w, bits, cfg, axis)
     q,scale = (q.T if axis==1 else q).to(torch.int16), qp.scale.flatten()
     zero = float(qp.zero_point.flatten()[0])
@@ -110,7 +119,8 @@ class ReferenceKernel:
         q = x.float().mul(1/scale).round_()
         lo,hi = (p.qmin-zero).float(),(p.qmax-zero).float()
         mask = (q>=lo)&(q<=hi) if clip and qp is not None else None
-        return ActCodes(q.clamp_(lo, hi).add_(zero+up).nan_to_num_(0.).to(torch.uint8), scale, zero+up, mask, bits)
+        codes = q.clamp_(lo, hi).add_(zero+up).nan_to_num_(0.).to(torch.uint8)
+        return ActCodes(codes, scale, zero+up, mask, bits)
 
     def forward(self,
         x:ActCodes,         # Activations
@@ -134,7 +144,9 @@ class ReferenceKernel:
         return g if mask is None else g*mask
 
 # %% ../../nbs/core/integer.ipynb #4b627444
-def _correct(raw, x, moved, prepared, bias, dtype):   # raw[m,o] = scale[o]*sum_k codes[o,k]*(q[m,k]-moved), float32: zero points, offset, scale of the token, bias
+# From raw[m,o] = scale[o]*sum_k codes[o,k]*(q[m,k]-moved), float32, the product: with zero points, offset, scale of
+# the token, and bias.
+def _correct(raw, x, moved, prepared, bias, dtype):
     scale,offset,sums = prepared
     left,right = [(moved-x.zero).float().expand(raw.shape[0], 1)],[scale*sums]
     if offset:
@@ -154,8 +166,11 @@ class OneDNNKernel(ReferenceKernel):
         packed,zeros,rest,_ = prepared
         scale,offset,_ = rest
         if x.codes.shape[0]==0: return torch.empty(0, len(scale), dtype=dtype)
-        def product(sx, zx, b, dtype): return torch.ops.onednn.qlinear_pointwise(x.codes, sx, zx, packed, scale, zeros, b, 1., 0, dtype, 'none', [], '')
-        if x.scale.numel()==1 and not offset: return product(float(x.scale), int(x.zero), bias if bias is None else bias.float(), dtype)
+        def product(sx, zx, b, dtype):
+            return torch.ops.onednn.qlinear_pointwise(
+                x.codes, sx, zx, packed, scale, zeros, b, 1., 0, dtype, 'none', [], '')
+        if x.scale.numel()==1 and not offset:   # oneDNN takes one scale and one zero point, and can do all of it
+            return product(float(x.scale), int(x.zero), bias if bias is None else bias.float(), dtype)
         return _correct(product(1., 0, None, torch.float32), x, 0, rest, bias, dtype)
 
 class IntMMKernel(ReferenceKernel):
@@ -170,16 +185,22 @@ class IntMMKernel(ReferenceKernel):
         codes,rest,_ = prepared
         (m,k),n = x.codes.shape,len(rest[0])
         down = 128 if x.bits==8 else 0   # into the range of int8
-        q = torch.nn.functional.pad((x.codes^down).view(torch.int8), (0, codes.shape[0]-k, 0, max(0, 32-m)))   # CUDA wants 17 rows or more
+        more = (0, codes.shape[0]-k, 0, max(0, 32-m))   # CUDA wants 17 rows or more
+        q = torch.nn.functional.pad((x.codes^down).view(torch.int8), more)
         return _correct(torch._int_mm(q, codes)[:m, :n].float()*rest[0], x, down, rest, bias, dtype)
 
 # %% ../../nbs/core/integer.ipynb #31173445
 _DTYPES = {torch.float32:0, torch.bfloat16:1}
 
 def _call(f, *args):
-    if (rc := f(*args))<0: raise RuntimeError(f"kernel {f.__name__} returned {rc}: set switch.kernel = 'float' and report this")
+    rc = f(*args)
+    if rc<0: raise RuntimeError(f"kernel {f.__name__} returned {rc}: set switch.kernel = 'float' and report this")
 
 def _rows(x): return x if x.stride(-1)==1 and x.stride(0)>=x.shape[1] else x.contiguous()
+
+def _ptr(t): return None if t is None else t.data_ptr()
+
+def _bytes_of(x): return 4 if x.dtype==torch.float32 else 2   # for each float, as a fixed-point number
 
 class NativeKernel(ReferenceKernel):
     "The compiled kernels, of CPUs with AMX."
@@ -199,17 +220,17 @@ class NativeKernel(ReferenceKernel):
         per_row = torch.empty(3, m, dtype=torch.int32)   # scale (float32), zero point, sum
         mask = torch.empty(m, wide//8, dtype=torch.uint8) if clip and not dynamic else None
         at = per_row.data_ptr()
+        scale,zero = (None, None) if dynamic else (qp.scale, qp.zero_point)
         _call(self.lib.sl_quantize, x.data_ptr(), _DTYPES[x.dtype], m, k, x.stride(0), bits, symmetric, dynamic,
-              None if dynamic else qp.scale.data_ptr(), None if dynamic else qp.zero_point.data_ptr(), codes.data_ptr(), wide, at, at+4*m, at+8*m,
-              None if mask is None else mask.data_ptr(), wide//8, None, None)
+              _ptr(scale), _ptr(zero), codes.data_ptr(), wide, at, at+4*m, at+8*m, _ptr(mask), wide//8, None, None)
         return ActCodes(codes, per_row[0].view(torch.float32), per_row, mask, bits)
 
     def forward(self, x, prepared, bias, dtype):
         (packed,scale,offset,k),m,at = prepared,x.codes.shape[0],x.zero.data_ptr()
         y = torch.empty(m, len(scale), dtype=dtype)
         bias = None if bias is None else bias.float()
-        _call(self.lib.sl_forward, x.codes.data_ptr(), x.codes.stride(0), at, at+4*m, at+8*m, m, len(scale), k, packed.data_ptr(), scale.data_ptr(), offset,
-              None if bias is None else bias.data_ptr(), y.data_ptr(), _DTYPES[dtype], len(scale))
+        _call(self.lib.sl_forward, x.codes.data_ptr(), x.codes.stride(0), at, at+4*m, at+8*m, m, len(scale), k,
+              packed.data_ptr(), scale.data_ptr(), offset, _ptr(bias), y.data_ptr(), _DTYPES[dtype], len(scale))
         return y
 
     def forward_float(self,
@@ -222,22 +243,30 @@ class NativeKernel(ReferenceKernel):
         (packed,scale,offset,k),x = prepared,_rows(x)
         y = torch.empty(x.shape[0], len(scale), dtype=dtype)
         bias = None if bias is None else bias.float()
-        _call(self.lib.sl_forward_float, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), *x.shape[:1], len(scale), k, packed.data_ptr(), scale.data_ptr(), offset, 4 if x.dtype==torch.float32 else 2,
-              None if bias is None else bias.data_ptr(), y.data_ptr(), _DTYPES[dtype], len(scale))
+        _call(self.lib.sl_forward_float, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), x.shape[0], len(scale), k,
+              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(x), _ptr(bias), y.data_ptr(), _DTYPES[dtype],
+              len(scale))
         return y
 
     def backward(self, g, prepared, mask, dtype):
         (packed,scale,offset,k),g = prepared,_rows(g)
         gx = torch.empty(g.shape[0], k, dtype=dtype)
-        _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k, packed.data_ptr(), scale.data_ptr(), offset, 4 if g.dtype==torch.float32 else 2,
-              None if mask is None else mask.data_ptr(), 0 if mask is None else mask.stride(0), gx.data_ptr(), _DTYPES[dtype], k, 0)
+        mask_stride = 0 if mask is None else mask.stride(0)
+        _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k,
+              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(g), _ptr(mask), mask_stride, gx.data_ptr(),
+              _DTYPES[dtype], k, 0)
         return gx
 
 # %% ../../nbs/core/integer.ipynb #8463871b
 def _declare(lib):   # argument types: what is a pointer must not be cut to 32 bits
     from_letters = dict(p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int, f=ctypes.c_float)
-    for name,letters in dict(sl_train_pack='pllllp', sl_quantize='pilll iii pp pl ppp pl pp', sl_forward='pl ppp lll ppfp pil',
-                             sl_forward_float='pil lll ppf ip pil', sl_backward='pil lll ppf i pl pil i').items():
+    calls = dict(
+        sl_train_pack='pllllp',
+        sl_quantize='pilll iii pp pl ppp pl pp',
+        sl_forward='pl ppp lll ppfp pil',
+        sl_forward_float='pil lll ppf ip pil',
+        sl_backward='pil lll ppf i pl pil i')
+    for name,letters in calls.items():
         getattr(lib, name).argtypes = [from_letters[c] for c in letters.replace(' ', '')]
     lib.sl_train_packed_bytes.argtypes,lib.sl_train_packed_bytes.restype = [ctypes.c_int64]*2,ctypes.c_int64
     return lib
@@ -249,12 +278,26 @@ _AUTO = dict(cpu=('native','onednn'), cuda=('int_mm',))   # in this order
 
 def _lacks(name, device):   # why a kernel cannot even be tried
     if device not in _FOR[name].split(): return f'not for {device}'
-    if name=='native' and (off := [f for f in ('quantize','int8 forward','exact backward') if f not in native_features()]): return f'{off[0]}: {native_report()[off[0]]}'
-    if name=='onednn' and not torch.cpu._is_vnni_supported(): return 'this processor has no VNNI: byte products would be slow, or saturate'
+    off = [f for f in FEATURES['sl_train_features'] if f not in native_features()]
+    if name=='native' and off: return f'{off[0]}: {native_report()[off[0]]}'
+    if name=='onednn' and not torch.cpu._is_vnni_supported():
+        return 'this processor has no VNNI: byte products would be slow, or saturate'
 
 def _largest(device):   # int8 (16, 80): neighbours of one sign, whose sum saturates in 16 bits, and of both
     pairs = torch.tensor([[127,127],[-128,-128],[127,-127],[-128,127]], dtype=torch.int8, device=device)
     return pairs.repeat(4, 40)
+
+def _is_right(kernel, device):   # forward and backward, and with float activations where the kernel takes them
+    w = SignedCodes(_largest(device), torch.ones(16, device=device), .5)
+    x = torch.full((33, 80), 255., device=device); x[::2] = 127
+    f,g = x-130.7,x[:, :16]-130.7
+    qp = QParams(torch.ones((), device=device), torch.zeros((), dtype=torch.int32, device=device), 0, 255)
+    dense = w.codes.float()+.5
+    prepared,rest = kernel.prepare(w, lambda: dense),(None, torch.float32)
+    pairs = [(kernel.forward(kernel.quantize(x, 8, False, qp), prepared, *rest), x@dense.T),
+             (kernel.backward(g, prepared, *rest), g@dense)]
+    if hasattr(kernel, 'forward_float'): pairs.append((kernel.forward_float(f, prepared, *rest), f@dense.T))
+    return all((a-b).abs().max()<=1e-4*b.abs().max() for a,b in pairs)
 
 @lru_cache
 def try_kernel(
@@ -265,13 +308,7 @@ def try_kernel(
     if why := _lacks(name, device): return None, why
     try:
         kernel = KERNELS[name]()
-        w = SignedCodes(_largest(device), torch.ones(16, device=device), .5)
-        x = torch.full((33, 80), 255., device=device); x[::2] = 127
-        qp,dense = QParams(torch.ones((), device=device), torch.zeros((), dtype=torch.int32, device=device), 0, 255),w.codes.float()+.5
-        prepared,g = kernel.prepare(w, lambda: dense),x[:, :16]-130.7
-        pairs = [(kernel.forward(kernel.quantize(x, 8, False, qp), prepared, None, torch.float32), x@dense.T), (kernel.backward(g, prepared, None, torch.float32), g@dense)]
-        if hasattr(kernel, 'forward_float'): pairs.append((kernel.forward_float(x-130.7, prepared, None, torch.float32), (x-130.7)@dense.T))
-        if all((a-b).abs().max()<=1e-4*b.abs().max() for a,b in pairs): return kernel, 'right on the largest codes'
+        if _is_right(kernel, device): return kernel, 'right on the largest codes'
         return None, 'wrong on the largest codes: byte products saturate here'
     except Exception as e: return None, f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
 
@@ -281,11 +318,13 @@ def pick_kernel(
 )->tuple[ReferenceKernel|None,str]: # The kernel, or `None` for float arithmetic; and why
     "The integer kernel to use; one asked for by name that is not to be had is a `ValueError`."
     if wanted=='float': return None, "switched off by kernel='float'"
-    if wanted!='auto' and wanted not in KERNELS: raise ValueError(f"kernel={wanted!r}: choose 'auto', 'float' or one of {', '.join(KERNELS)}")
+    if wanted!='auto' and wanted not in KERNELS:
+        raise ValueError(f"kernel={wanted!r}: choose 'auto', 'float' or one of {', '.join(KERNELS)}")
     tried = {n:try_kernel(n, device) for n in (_AUTO.get(device, ()) if wanted=='auto' else (wanted,))}
     for n,(kernel,why) in tried.items():
         if kernel is not None: return kernel, why
-    if wanted!='auto': raise ValueError(f"kernel={wanted!r}: not to be had here ({tried[wanted][1]}); leave kernel='auto'")
+    if wanted!='auto':
+        raise ValueError(f"kernel={wanted!r}: not to be had here ({tried[wanted][1]}); leave kernel='auto'")
     return None, '; '.join(f'{n}: {why}' for n,(_,why) in tried.items()) or f'no integer kernel for {device}'
 
 # %% ../../nbs/core/integer.ipynb #50c227fb
@@ -307,7 +346,7 @@ def int_linear(
     x:Tensor,                # Activations, (..., in), float32 or bfloat16
     prepared:tuple,          # The weight, from `kernel.prepare`
     kernel:ReferenceKernel,  # From `pick_kernel`
-    bits:int|None,           # Activation bits, 2 to 8; `None` leaves them float, where the kernel has `forward_float`
+    bits:int|None,           # Activation bits, 2 to 8; `None` leaves them float, for kernels with `forward_float`
     symmetric:bool,          # Symmetric activation codes
     qp:QParams|None=None,    # Static range; `None` for a dynamic one per token
     bias:Tensor|None=None,   # (out,), without gradient

@@ -196,6 +196,16 @@ class Profile:
         d = dict(name=self.name, default=str(self.default))
         return d | dict(rules=[r.to_dict() for r in self.rules]) if self.rules else d
 
+    @classmethod
+    def from_bits(cls,
+        name:str,             # Letters, digits, '-' and '_'
+        bits:dict[str,Bits],  # Module name -> bits
+    )->'Profile': # Most layers by default, the others by name
+        "The profile that gives these layers these bits."
+        counts = list(bits.values())
+        default = max(dict.fromkeys(counts), key=counts.count)
+        return cls(name, default, tuple(Rule(b, glob=n) for n,b in bits.items() if b!=default))
+
     def bits(self,
         sites:Iterable[Site], # Layers of a model, from `find_sites`
     )->dict[str,Bits]: # Module name -> bits
