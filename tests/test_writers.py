@@ -48,7 +48,8 @@ def content(folder):
 def no_work(monkeypatch):
     "Anything that costs time is an error."
     def spent(*a, **k): raise AssertionError('work was spent')
-    for name in ('serving.exports.merge', 'serving.exports.export_torchao', 'data.checkpoints.base_hash', 'lora_routing.save_tensors'):
+    for name in ('serving.exports.merge', 'serving.exports.export_torchao', 'data.checkpoints.base_hash',
+                 'lora_routing.save_tensors'):
         monkeypatch.setattr(f'switchable_llm.{name}', spent)
 
 def stays(writer, model, folder, monkeypatch, match, path=None):
