@@ -17,15 +17,17 @@ def toy_folder(tmp_path_factory):
     "A GPT-2 of two narrow layers that knows nothing, as `save_pretrained` writes it."
     folder,tok = tmp_path_factory.mktemp('toy')/'base',tiny_tokenizer()
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+    sizes = dict(vocab_size=len(tok), n_positions=256, n_embd=32, n_layer=2, n_head=4)
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(folder); tok.save_pretrained(folder)
     return folder
 
 @pytest.fixture(scope='session')
 def child_env():
     "Environment of a child process: this library, no hub, one thread."
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1',
+            'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
 
 def heed_ctrl_c():
-    "In a child before it starts: interrupts have their usual effect, also where these tests run in the background of a shell."
+    "In a child before it starts: interrupts have their usual effect, also in the background of a shell."
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,8 +2,8 @@
 import pytest, torch
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
-from transformers import BatchEncoding
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from switchable_llm.data.encoding import collate, encode, prompt_texts, start_ids
 from switchable_llm.data.models import span_model
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
@@ -14,7 +14,7 @@ from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.data.spans import encode_windows
-from switchable_llm.search.extraction import extract, span_extraction
+from switchable_llm.search.extraction import extract
 from switchable_llm.core.switching import make_switchable_
 from test_real_models import byte_bpe
 
@@ -108,7 +108,8 @@ def model_of(family, tokenizer):
     n = dict(vocab_size=len(tokenizer))
     small = n | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
     if family=='gpt2': m = GPT2LMHeadModel(GPT2Config(**n, n_positions=512, n_embd=32, n_layer=2, n_head=4))
-    if family=='gemma': m = GemmaForCausalLM(GemmaConfig(**small, intermediate_size=48, num_key_value_heads=1, head_dim=8))
+    if family=='gemma':
+        m = GemmaForCausalLM(GemmaConfig(**small, intermediate_size=48, num_key_value_heads=1, head_dim=8))
     if family=='opt': m = OPTForCausalLM(OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32))
     if family=='llama': m = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=48))
     return m.eval()

@@ -9,16 +9,19 @@ from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import _sealed, load_switchable, read_switchable, save_switchable
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.layers import ADDED, GATE_TYPES
+from switchable_llm.core.profiles import PROFILES, save_profiles
 from switchable_llm.core.switching import added_params, base_params, make_switchable_
 from switchable_llm.core.calibration import calibrate_, learn_ranges_
-from switchable_llm.core.profiles import save_profiles, PROFILES
 
 FILES = ('adapters.safetensors','switchable.json')
 ALL = [('small', f) for f in FILES] + [('large', f) for f in (*FILES, 'trained.safetensors')]
 
 class ToyGate(nn.Module):
     "The least that a gate is for a checkpoint."
-    def __init__(self, n): super().__init__(); self.n,self.w = n,nn.Parameter(torch.zeros(n)); self.register_buffer('offset', torch.zeros(()))
+    def __init__(self, n):
+        super().__init__()
+        self.n,self.w = n,nn.Parameter(torch.zeros(n))
+        self.register_buffer('offset', torch.zeros(()))
     def spec(self): return dict(n=self.n)
 
 @pytest.fixture(autouse=True)
@@ -26,19 +29,23 @@ def toy_gate(monkeypatch): monkeypatch.setitem(GATE_TYPES, 'ToyGate', ToyGate)
 
 def content(model):
     "All that a checkpoint holds, as one comparable value."
-    s = model.switch
-    tensors = {f'{site.name}.{part}.{k}':v.numpy().tobytes() for l,site in zip(s.layers, s.sites) for part in ADDED for k,v in getattr(l, part).state_dict().items()}
-    tensors |= {n:p.detach().numpy().tobytes() for n,p in base_params(model).items()}
+    s,tensors = model.switch,{}
+    for l,site in zip(s.layers, s.sites):
+        for part in ADDED: tensors |= getattr(l, part).state_dict(prefix=f'{site.name}.{part}.')
+    tensors = {n:t.detach().numpy().tobytes() for n,t in (tensors | base_params(model)).items()}
     grads = {n:p.requires_grad for n,p in [*added_params(model).items(), *base_params(model).items()]}
-    loras = [(site.name, k, m.r, m.alpha, m.dropout.p) for l,site in zip(s.layers, s.sites) for k,m in l.adapters.items()]
-    return tensors, grads, loras, asdict(s.cfg), s.route_name, s.sites, {n:p.to_dict() for n,p in s.profiles.items()}, s.bound
+    rows = zip(s.layers, s.sites)
+    loras = [(site.name, k, m.r, m.alpha, m.dropout.p) for l,site in rows for k,m in l.adapters.items()]
+    profiles = {n:p.to_dict() for n,p in s.profiles.items()}
+    return tensors, grads, loras, asdict(s.cfg), s.route_name, s.sites, profiles, s.bound
 
 @pytest.fixture(scope='module')
 def base(toy_folder): return load_model(toy_folder)[0]
 
 @pytest.fixture(scope='module')
 def checkpoints(base, tmp_path_factory):
-    "Name -> a checkpoint with static ranges, two adapters and a mixed profile, and what it holds; the large one also learned ranges, a gate, and a trained part of the base."
+    """Name -> a checkpoint with static ranges, two adapters and a mixed profile, and what it holds.
+    The large one also has learned ranges, a gate, and a trained part of the base."""
     found = {}
     for name in ('small','large'):
         model = copy.deepcopy(base)
@@ -46,7 +53,8 @@ def checkpoints(base, tmp_path_factory):
         calibrate_(model, [dict(input_ids=torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0)))])
         torch.manual_seed(0); add_adapters_(model, r=4)
         if name=='large':
-            learn_ranges_(model); model.switch.layers[1].gates['bits'] = ToyGate(3); model.transformer.ln_f.requires_grad_(True)
+            learn_ranges_(model); model.switch.layers[1].gates['bits'] = ToyGate(3)
+            model.transformer.ln_f.requires_grad_(True)
             model.switch.layers[2].observers['8'].requires_grad_(False)
             with torch.no_grad():
                 for n,p in added_params(model).items(): p.add_(.1*torch.randn_like(p))
@@ -74,19 +82,24 @@ def attempt(checkpoint, base, tmp_path, name, data):
     return model
 
 @pytest.mark.parametrize('kind', ('small','large'))
-def test_the_sound_one_loads(kind, checkpoints, base, tmp_path): assert attempt(checkpoints[kind], base, tmp_path, None, None) is not None
+def test_the_sound_one_loads(kind, checkpoints, base, tmp_path):
+    assert attempt(checkpoints[kind], base, tmp_path, None, None) is not None
 
 @pytest.mark.parametrize('kind,name', ALL)
 def test_changed_bytes(kind, name, checkpoints, base, tmp_path):
     checkpoint,many = checkpoints[kind],4 if kind=='small' else 1
     good,rng,harmless = (checkpoint[0]/name).read_bytes(),random.Random(name),0
-    places = {0, 1, 7, 8, 9, len(good)-1, len(good)-2} | {rng.randrange(len(good)) for _ in range(75*many)} | {rng.randrange(min(len(good), 600)) for _ in range(25*many)}
+    places = {0, 1, 7, 8, 9, len(good)-1, len(good)-2}
+    places |= {rng.randrange(len(good)) for _ in range(75*many)}
+    places |= {rng.randrange(min(len(good), 600)) for _ in range(25*many)}
     for at in sorted(places):
         for new in (good[at]^(1<<rng.randrange(8)), rng.randrange(256)):
             if new==good[at]: continue
             data = good[:at]+bytes([new])+good[at+1:]
             if attempt(checkpoint, base, tmp_path, name, data) is None: continue
-            assert name=='switchable.json' and json.loads(data)==json.loads(good), f'byte {at}: {good[at]} became {new}'   # one kind of white space for another
+            # what loads has one kind of white space for another
+            changed = f'byte {at}: {good[at]} became {new}'
+            assert name=='switchable.json' and json.loads(data)==json.loads(good), changed
             harmless += 1
     assert harmless<len(places)/4
 
@@ -101,7 +114,9 @@ def test_cut_off(kind, name, checkpoints, base, tmp_path):
 def test_too_long_or_foreign(kind, name, checkpoints, base, tmp_path):
     checkpoint = checkpoints[kind]
     good = (checkpoint[0]/name).read_bytes()
-    for data in (good+b'x', good+b'{}', b'\0'*len(good), b'null', b'[]', b'{}', b'{"format_version": "1"}', b'{"format_version": null}', bytes(range(256)), (checkpoint[0]/FILES[name==FILES[0]]).read_bytes()):
+    other = (checkpoint[0]/FILES[name==FILES[0]]).read_bytes()
+    for data in (good+b'x', good+b'{}', b'\0'*len(good), b'null', b'[]', b'{}', b'{"format_version": "1"}',
+                 b'{"format_version": null}', bytes(range(256)), other):
         assert attempt(checkpoint, base, tmp_path, name, data) is None, data[:40]
 
 @pytest.mark.parametrize('kind', ('small','large'))
@@ -134,7 +149,8 @@ def rewritten(folder, to, change):
 def test_one_of_the_first_format(checkpoint, base, tmp_path):
     "Without the keys that the first format did not have."
     old = rewritten(checkpoint[0], tmp_path/'old', lambda d: [d.pop(k) for k in ('gates','frozen')])
-    assert read_switchable(old)['format_version']==1 and content(load_switchable(old, copy.deepcopy(base)))==checkpoint[1]
+    assert read_switchable(old)['format_version']==1
+    assert content(load_switchable(old, copy.deepcopy(base)))==checkpoint[1]
 
 # --- from a stranger: sealed, and wrong ------------------------------------------------------------------------------
 
@@ -144,8 +160,8 @@ def places(x, path=()):
         yield (*path, k)
         yield from places(v, (*path, k))
 
-ODD = [None, True, False, -1, 0, 1, 3.5, 10**12, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '*', '../x', 'a'*5000, [], {}, [[]],
-       ['x'], [['x', 'y']], dict(x=1), [None]*3]
+ODD = [None, True, False, -1, 0, 1, 3.5, 10**12, 10**30, 1e308, float('nan'), float('inf'), '', 'x', '*', '../x',
+       'a'*5000, [], {}, [[]], ['x'], [['x', 'y']], dict(x=1), [None]*3]
 
 def change_at(d, path, value):
     "Put a value there, or take out what is there."
@@ -231,9 +247,10 @@ def test_a_gate_of_an_unknown_type(checkpoints, base, monkeypatch):
 
 def test_a_base_of_another_shape(checkpoints, base, toy_folder):
     folder = checkpoints['large'][0]
-    with pytest.raises(ValueError, match='has transformer.ln_f.bias as .*bfloat16'): load_switchable(folder, copy.deepcopy(base).to(torch.bfloat16))
+    with pytest.raises(ValueError, match='has transformer.ln_f.bias as .*bfloat16'):
+        load_switchable(folder, copy.deepcopy(base).to(torch.bfloat16))
     other = copy.deepcopy(base)
-    with torch.no_grad(): other.transformer.ln_f.weight.mul_(3)                 # it is replaced: nothing is wrong with it
+    with torch.no_grad(): other.transformer.ln_f.weight.mul_(3)         # it is replaced: nothing is wrong with it
     assert content(load_switchable(folder, other))==checkpoints['large'][1]
     other = copy.deepcopy(base)
     with torch.no_grad(): other.transformer.h[0].ln_1.weight.mul_(3)

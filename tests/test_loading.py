@@ -1,4 +1,4 @@
-"A model that cannot be loaded: what is wrong with it is said, nothing is drawn at random instead, and no code of it runs."
+"A model that cannot be loaded: the error names what is wrong, nothing is drawn at random, no code of it runs."
 import json, shutil
 import pytest, torch
 from tokenizers import pre_tokenizers
@@ -13,7 +13,8 @@ from test_real_models import write_gguf
 
 TOK = tiny_tokenizer()
 GPT2 = GPT2Config(vocab_size=len(TOK), n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
-LLAMA = LlamaConfig(vocab_size=len(TOK), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+LLAMA = LlamaConfig(vocab_size=len(TOK), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                    num_attention_heads=4)
 
 def saved(folder, model):
     model.save_pretrained(folder); TOK.save_pretrained(folder)
@@ -80,7 +81,8 @@ def test_no_code_is_run(folder, also, monkeypatch):
     classes = 'class Cfg: pass\nclass LM: pass\nclass T: pass\n'
     (folder/'own.py').write_text(f"import pathlib\npathlib.Path({str(folder/'ran')!r}).touch()\n{classes}")
     autos = dict(AutoConfig='own.Cfg', AutoModelForCausalLM='own.LM', AutoTokenizer=['own.T', 'own.T'])
-    for f,more in (('config.json', dict(model_type='own_type') | also), ('tokenizer_config.json', dict(tokenizer_class='T'))):
+    for f,more in (('config.json', dict(model_type='own_type') | also),
+                   ('tokenizer_config.json', dict(tokenizer_class='T'))):
         (folder/f).write_bytes(config(auto_map=autos, **more)((folder/f).read_bytes()))
     asked = []
     monkeypatch.setattr('builtins.input', lambda *a: asked.append(a) or 'yes')
@@ -90,7 +92,8 @@ def test_no_code_is_run(folder, also, monkeypatch):
 
 @pytest.mark.parametrize('source', ['', '  ', None, 7, b'tiny', ['tiny']])
 def test_no_source(source):
-    with pytest.raises(ValueError, match="give 'tiny', a folder, a .gguf file, or a name on the hub"): load_model(source)
+    why = "give 'tiny', a folder, a .gguf file, or a name on the hub"
+    with pytest.raises(ValueError, match=why): load_model(source)
 
 def test_places(tmp_path, folder, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)            # no hub is waited for
@@ -99,7 +102,8 @@ def test_places(tmp_path, folder, monkeypatch):
     for source,why in ((tmp_path/'empty', 'a folder without config.json'), (tmp_path/'none.gguf', 'no such file'),
                        (tmp_path/'m.gguf', 'cannot be read'), (tmp_path/'x.gguf', 'cannot be read'),
                        (folder/'model.safetensors', 'a packed file is opened with `load_packed`'),
-                       (tmp_path/'none', 'no folder or .gguf file here'), ('no/such-model', 'the hub could not give it')):
+                       (tmp_path/'none', 'no folder or .gguf file here'),
+                       ('no/such-model', 'the hub could not give it')):
         with pytest.raises(ValueError, match=why) as e: load_model(source)
         assert str(source) in str(e.value)
     shutil.copytree(folder, tmp_path/'named.gguf')                                   # a folder whatever it is called
@@ -124,4 +128,5 @@ def test_gguf_with_a_weight_less(tmp_path):
         state_dict = staticmethod(llama.state_dict)
     write_gguf(tmp_path/'m.gguf', llama, tokens); load_model(tmp_path/'m.gguf')
     write_gguf(tmp_path/'less.gguf', Less, tokens)
-    with pytest.raises(ValueError, match='weights are missing, such as model.layers.2'): load_model(tmp_path/'less.gguf')
+    with pytest.raises(ValueError, match='weights are missing, such as model.layers.2'):
+        load_model(tmp_path/'less.gguf')

@@ -2,8 +2,8 @@
 import json, math, shutil
 from dataclasses import fields
 import pytest, torch
-from peft import (AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, PromptTuningConfig,
-                  VeraConfig, get_peft_model)
+from peft import (AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel,
+                  PromptTuningConfig, VeraConfig, get_peft_model)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -12,9 +12,9 @@ from switchable_llm.lora_routing import (
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
-from switchable_llm.quantizers import QuantConfig, Bits
+from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile
-from switchable_llm.core.switching import base_params, make_switchable_, use_profile
+from switchable_llm.core.switching import make_switchable_, use_profile
 
 IDS = torch.arange(20).view(1, -1)
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)
@@ -259,8 +259,9 @@ def test_a_live_profile_that_would_be_left_without(plain):
 def test_what_lacks_an_adapter_says_so_wherever_it_is_asked_for(plain):
     m = llama(); make_switchable_(m, ['bw6','bw8'], QuantConfig(act='per_token')); import_peft(m, '8', plain)
     bw6 = m.switch.profiles['bw6']
-    for f in (lambda: m.switch.bound['bw6'], lambda: m.switch.find('bw6'), lambda: m.switch.find(bw6), lambda: m.switch.bind(bw6),
-              lambda: m.switch.add('bw6'), lambda: use_profile(m, 'bw6').__enter__(), lambda: setattr(m.switch, 'profile', bw6)):
+    for f in (lambda: m.switch.bound['bw6'], lambda: m.switch.find('bw6'), lambda: m.switch.find(bw6),
+              lambda: m.switch.bind(bw6), lambda: m.switch.add('bw6'), lambda: use_profile(m, 'bw6').__enter__(),
+              lambda: setattr(m.switch, 'profile', bw6)):
         with pytest.raises(ValueError, match="profile 'bw6'.* needs adapter '6'"): f()
     with pytest.raises(ValueError, match="profile 'bw5': not on this model"): m.switch.bound['bw5']
     assert m.switch.profile.name=='float'
@@ -304,8 +305,9 @@ def test_a_packed_model_refuses(plain, tmp_path):
 def test_ranks_and_scalings_by_layer_come_back(make, tmp_path):
     targets = ['q_proj','down_proj'] if make is llama else ['c_attn','c_fc']
     ranks = {targets[0]:2, rf'.*\.1\..*{targets[1]}':3}
-    saved(tmp_path/'in', make, LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=True,
-                                          rank_pattern=ranks, alpha_pattern={targets[1]:5}, fan_in_fan_out=make is gpt2))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=True, rank_pattern=ranks,
+                        alpha_pattern={targets[1]:5}, fan_in_fan_out=make is gpt2)
+    saved(tmp_path/'in', make, config)
     m,_ = imported(tmp_path/'in', make)
     export_peft(m, '8', tmp_path/'out')
     with torch.no_grad(): theirs = PeftModel.from_pretrained(make(), tmp_path/'out').eval()(IDS).logits

@@ -64,7 +64,8 @@ def test_version_2(tmp_path):
     assert load_squad(write(tmp_path/'u.json', official(V2, marked=False)))==V2
     for i,says in ((0, False), (1, True)):
         wrong = official(V2[:3]); wrong['data'][i]['paragraphs'][0]['qas'][0]['is_impossible'] = says
-        with pytest.raises(ValueError, match=f"{V2[i]['id']}': is_impossible is {says}"): load_squad(write(tmp_path/'x.json', wrong))
+        file = write(tmp_path/'x.json', wrong)
+        with pytest.raises(ValueError, match=f"{V2[i]['id']}': is_impossible is {says}"): load_squad(file)
 
 def nested(**kw):
     q = dict(id='q1', question='What?', answers=[]) | kw
@@ -72,7 +73,8 @@ def nested(**kw):
 def answered(**kw): return nested(answers=[kw])
 @pytest.mark.parametrize('data, why', [
     *((t, 'not valid JSON') for t in ('', '{"data":', '['*100_000)),
-    *((d, 'official format') for d in ([], 3, {}, dict(data=None), dict(data=[3]), dict(data=QUESTIONS[:2]), QUESTIONS[:2])),
+    *((d, 'official format') for d in ([], 3, {}, dict(data=None), dict(data=[3]), QUESTIONS[:2])),
+    (dict(data=QUESTIONS[:2]), 'official format'),
     (dict(data=[dict(title='T', paragraphs=dict(context='c', qas=[]))]), 'official format'),
     *((dict(data=d), 'holds no questions') for d in ([], {}, [dict(title='T', paragraphs=[])])),
     (nested(question=None), "question 'q1' has no question"), (nested(id=None), 'question None has no id'),
@@ -80,7 +82,8 @@ def answered(**kw): return nested(answers=[kw])
     (nested(id=[1]), r'\[1\] is not a text'), (answered(text=3, answer_start=0), '3 is not a text'),
     (nested(answers=None), 'has no answers'), (nested(answers='Rome'), "its answers, 'Rome', are not texts"),
     (nested(answers=['Rome']), 'are not texts'), (answered(text='Rome'), 'are not texts, each with its answer_start'),
-    (answered(text='Rome', answer_start='0'), "answer_start='0'"), (answered(text='Rome', answer_start=True), 'answer_start=True')])
+    (answered(text='Rome', answer_start='0'), "answer_start='0'"),
+    (answered(text='Rome', answer_start=True), 'answer_start=True')])
 def test_faults_of_a_file(tmp_path, data, why):
     (file := tmp_path/'q.json').write_text(data if isinstance(data, str) else json.dumps(data))
     with pytest.raises(ValueError, match=why) as e: load_squad(file)
@@ -102,7 +105,8 @@ def test_answers_elsewhere_are_counted(tmp_path):
 def test_ids_are_of_one_question(tmp_path):
     twice = [*QUESTIONS[:3], dict(QUESTIONS[4], id=QUESTIONS[1]['id'])]
     file = write(tmp_path/'q.json', official(twice))
-    with pytest.raises(ValueError, match=f"1 ids occur more than once, such as '{twice[1]['id']}', 2 times"): load_squad(file)
+    why = f"1 ids occur more than once, such as '{twice[1]['id']}', 2 times"
+    with pytest.raises(ValueError, match=why): load_squad(file)
     numbers = [q | dict(id=i) for i,q in enumerate(QUESTIONS[:3])]
     assert [q['id'] for q in load_squad(write(tmp_path/'n.json', official(numbers)))]==['0','1','2']
 
@@ -133,8 +137,9 @@ def test_tables(tmp_path):
     with pytest.raises(ValueError, match='it is the split train'): load_squad(tmp_path/'one', 'validation')
 
 def test_tables_of_another_shape(tmp_path):
-    rows = [dict(q, answers=[dict(text=t, answer_start=s) for t,s in zip(*q['answers'].values())]) for q in QUESTIONS[:4]]
-    (tmp_path/'list.jsonl').write_text('\n'.join(map(json.dumps, rows)))            # answers one by one: the same
+    def one_by_one(answers): return [dict(text=t, answer_start=s) for t,s in zip(*answers.values())]
+    rows = [dict(q, answers=one_by_one(q['answers'])) for q in QUESTIONS[:4]]
+    (tmp_path/'list.jsonl').write_text('\n'.join(map(json.dumps, rows)))            # the same
     assert load_squad(tmp_path/'list.jsonl')==QUESTIONS[:4]
     table([dict(text='a', label=0)]).to_parquet(tmp_path/'other.parquet')
     table([dict(QUESTIONS[0], answers='Rome')]).to_parquet(tmp_path/'text.parquet')
@@ -153,7 +158,9 @@ def test_tables_of_another_shape(tmp_path):
 
 # --- version 2's rules ----------------------------------------------------------------------------------------------
 
-def words(s): return re.sub(r'\b(a|an|the)\b', ' ', ''.join(c for c in s.lower() if c not in string.punctuation)).split()
+def words(s):
+    bare = ''.join(c for c in s.lower() if c not in string.punctuation)
+    return re.sub(r'\b(a|an|the)\b', ' ', bare).split()
 
 def rules_v2(said, references):
     "Exact match and F1 of a question by SQuAD v2's rules, written out."
@@ -166,7 +173,8 @@ def rules_v2(said, references):
 
 def test_rules_of_version_2():
     rng = random.Random(0)
-    some = ['', '.', 'the', 'A', 'Rome', 'in Rome', 'the red house', 'red, red house', 'house', '1834', '  ', '"an"', 'Zoë']
+    some = ['', '.', 'the', 'A', 'Rome', 'in Rome', 'the red house', 'red, red house', 'house', '1834', '  ',
+            '"an"', 'Zoë']
     for _ in range(1500):
         said,references = rng.choice(some),rng.sample(some, rng.randint(0, 3))
         em,f1 = em_f1(said, references, 'squad_v2')
@@ -195,7 +203,8 @@ def test_evaluation_of_version_2(tmp_path):
     model,questions = gpt2(),load_squad(write(tmp_path/'q.json', official(V2)))
     ev = evaluate(model, TOK, questions, n_resamples=50, max_new_tokens=4); s = ev['bw8']
     check_scores(s, questions)
-    assert ev.settings['rules']=='squad_v2' and "SQuAD v2's rules" in ev.caption and 'EM %, unanswerable' in ev.table()[0]
+    assert ev.settings['rules']=='squad_v2' and "SQuAD v2's rules" in ev.caption
+    assert 'EM %, unanswerable' in ev.table()[0]
     assert [n==0 for n in s.n_answer]==[not q['answers']['text'] for q in questions]
     assert not any(x for x,n in zip(s.nll_answer, s.n_answer) if n==0)
     assert Evaluation.from_dict(json.loads(json.dumps(ev.to_dict(), allow_nan=False)))==ev
@@ -220,7 +229,8 @@ def test_which_rules():
     none = [q | dict(answers=NONE) for q in QUESTIONS[:3]]
     assert 'ppl_answer' not in evaluate(model, TOK, none, ['bw8'], rules='squad_v2', **kw)['bw8'].summary
     hidden = [{k:v for k,v in q.items() if k!='answers'} for q in QUESTIONS]
-    for qs,rules,why in ((none, None, 'no example has an answer'), (V2, 'v2', "rules='v2'"), (hidden, None, 'has no reference answer'),
+    for qs,rules,why in ((none, None, 'no example has an answer'), (V2, 'v2', "rules='v2'"),
+                         (hidden, None, 'has no reference answer'),
                          (V2, 'squad', "has no answer, which rules='squad' cannot score")):
         with pytest.raises(ValueError, match=why): evaluate(model, TOK, qs, rules=rules)
         with pytest.raises(ValueError, match=why): score_strategy(model, TOK, qs, strategy('fixed_bw8'), rules=rules)
@@ -239,4 +249,4 @@ def test_spans_learn_when_there_is_none():
     assert s.summary['em_unanswerable'].value>.9 and sum(not p for p in s.prediction)<len(s.prediction)
     assert all(x<float('inf') for x in s.nll_answer)
     forced = extract(model, TOK, questions, 128, 8)
-    assert all(f.text for f in forced)                                             # by the rules of version 1 each question has an answer
+    assert all(f.text for f in forced)              # by the rules of version 1 each question has an answer

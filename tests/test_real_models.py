@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from switchable_llm.study.presets import PRESETS
 from switchable_llm.data.encoding import encode
 from switchable_llm.data.models import load_model
@@ -26,19 +27,25 @@ SQUAD = Path(__file__).resolve().parents[2]/'shared/data/squad'
 
 def official(questions):
     "Questions in SQuAD's nested format."
-    qa = lambda q: dict(id=q['id'], question=q['question'], answers=[dict(text=t, answer_start=s) for t,s in zip(q['answers']['text'], q['answers']['answer_start'])])
-    return dict(version='1.1', data=[dict(title='T', paragraphs=[dict(context=q['context'], qas=[qa(q)]) for q in questions])])
+    def qa(q):
+        answers = [dict(text=t, answer_start=s) for t,s in zip(q['answers']['text'], q['answers']['answer_start'])]
+        return dict(id=q['id'], question=q['question'], answers=answers)
+    paragraphs = [dict(context=q['context'], qas=[qa(q)]) for q in questions]
+    return dict(version='1.1', data=[dict(title='T', paragraphs=paragraphs)])
 
 def byte_bpe(texts, size):
     "A byte-level BPE like GPT-2's, trained on a few texts and filled to `size` tokens."
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer,tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(texts, trainer)
     model = json.loads(tok.to_str())['model']
     vocab = model['vocab'] | {f'<filler{i}>': i for i in range(len(model['vocab']), size-1)} | {'<|endoftext|>': size-1}
     full = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(m) for m in model['merges']]))
     full.pre_tokenizer,full.decoder = tok.pre_tokenizer,tok.decoder
-    return PreTrainedTokenizerFast(tokenizer_object=full, eos_token='<|endoftext|>', bos_token='<|endoftext|>', unk_token='<|endoftext|>')
+    special = dict.fromkeys(('eos_token','bos_token','unk_token'), '<|endoftext|>')
+    return PreTrainedTokenizerFast(tokenizer_object=full, **special)
 
 @pytest.fixture(scope='module')
 def gpt2(tmp_path_factory):
@@ -52,28 +59,31 @@ def gpt2(tmp_path_factory):
     return root
 
 def test_preset_gpt2(gpt2):
-    preset = replace(PRESETS['gpt2'], model=str(gpt2/'model'), data=str(gpt2), profiles=('bw4','mixed8648'), steps=2, eval_n=2, calibration=1, batch_size=2)
+    preset = replace(PRESETS['gpt2'], model=str(gpt2/'model'), data=str(gpt2), profiles=('bw4','mixed8648'),
+                     steps=2, eval_n=2, calibration=1, batch_size=2)
     record = run_joint(preset, gpt2/'runs', progress=False)
     before,after = evaluations(record)
-    assert [s.profile.name for s in before]==['float','bw4','mixed8648'] and [s.profile.name for s in after]==['bw4','mixed8648']
+    assert [s.profile.name for s in before]==['float','bw4','mixed8648']
+    assert [s.profile.name for s in after]==['bw4','mixed8648']
     assert before['float'].cost.bytes==2*124_439_808                                # 124M parameters at two bytes
     assert before['bw4'].cost.bytes < before['mixed8648'].cost.bytes < before['float'].cost.bytes
-    assert 10_000 < before['float'].summary['ppl_text'].value < 500_000             # it knows nothing: about the size of its vocabulary
+    assert 10_000 < before['float'].summary['ppl_text'].value < 500_000   # about its vocabulary's size: it knows nothing
     assert len(record['training']['curve'])==2 and all(c[1]>0 for c in record['training']['curve'])
     saved, = load_records(gpt2/'runs'); assert saved['after']==record['after']
     work, = (gpt2/'runs/progress/gpt2').iterdir()
     model,tok = load_model(gpt2/'model')
     load_switchable(work/'model', model)
     assert any(p.abs().max()>0 for n,p in adapter_params(model).items() if n.endswith('.b')), 'nothing was trained'
-    with use_profile(model, 'bw4'): ppl = perplexity(model, tok, load_squad(str(gpt2), 'validation', 2), preset.max_length)
+    asked = load_squad(str(gpt2), 'validation', 2)
+    with use_profile(model, 'bw4'): ppl = perplexity(model, tok, asked, preset.max_length)
     assert ppl.nll_text==after['bw4'].nll_text
 
 def test_tokens_of_gpt2_come_back(gpt2):
     _,tok = load_model(gpt2/'model')
     for q in load_squad(str(gpt2), 'validation'):
-        e = encode(q, tok)
-        assert tok.decode(e.ids)==f"question: {q['question']}\ncontext: {q['context']}\nanswer: {q['answers']['text'][0]}\n"
-        assert tok.decode(e.ids[e.prompt:])==f" {q['answers']['text'][0]}\n"
+        e,said = encode(q, tok),q['answers']['text'][0]
+        assert tok.decode(e.ids)==f"question: {q['question']}\ncontext: {q['context']}\nanswer: {said}\n"
+        assert tok.decode(e.ids[e.prompt:])==f" {said}\n"
 
 @pytest.mark.skipif(not (SQUAD/'validation.json').exists(), reason='no SQuAD beside the repository')
 def test_real_squad():
@@ -83,15 +93,19 @@ def test_real_squad():
         for q in qs:
             for t,s in zip(q['answers']['text'], q['answers']['answer_start']): assert q['context'][s:s+len(t)]==t
     assert not {q['context'] for q in load_squad(SQUAD, 'train')} & {q['context'] for q in qs}
-    assert load_squad(SQUAD, 'validation', 20, seed=1)==load_squad(SQUAD, 'validation', 20, seed=1)!=load_squad(SQUAD, 'validation', 20)
+    def some(**kw): return load_squad(SQUAD, 'validation', 20, **kw)
+    assert some(seed=1)==some(seed=1)!=some()
 
 # --- the float profile is the original model ------------------------------------------------------------------------
 
+LLAMA = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             tie_word_embeddings=True)
+
 def small(kind, dtype=torch.float32, attention='sdpa'):
     torch.manual_seed(1)
-    if kind=='gpt2': m = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, attn_implementation=attention))
-    else: m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                           max_position_embeddings=64, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True, attn_implementation=attention))
+    kw = dict(vocab_size=200, bos_token_id=1, eos_token_id=1, attn_implementation=attention)
+    if kind=='gpt2': m = GPT2LMHeadModel(GPT2Config(**kw, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    else: m = LlamaForCausalLM(LlamaConfig(**kw, **LLAMA, hidden_size=32, intermediate_size=48))
     return m.to(dtype).eval()
 
 @pytest.mark.parametrize('attention', ['sdpa','eager'])
@@ -109,13 +123,15 @@ def test_float_is_the_original(kind, dtype, attention):
     assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
     caches = [m(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values for m in (model, plain)]
     for t in range(8, 12):                                                          # token by token, on the cache
-        a,b = (m(ids[:, t:t+1], attention_mask=mask[:, :t+1], past_key_values=c, use_cache=True).logits for m,c in zip((model, plain), caches))
-        assert torch.equal(a, b)
-    for how in (dict(do_sample=False), dict(do_sample=False, num_beams=3), dict(do_sample=True, temperature=.8, top_k=20)):
+        def step(m, c): return m(ids[:, t:t+1], attention_mask=mask[:, :t+1], past_key_values=c, use_cache=True).logits
+        assert torch.equal(step(model, caches[0]), step(plain, caches[1]))
+    for how in (dict(do_sample=False), dict(do_sample=False, num_beams=3),
+                dict(do_sample=True, temperature=.8, top_k=20)):
         cfg = GenerationConfig(max_new_tokens=8, pad_token_id=0, eos_token_id=1, **how)
-        out = []
-        for m in (model, plain): torch.manual_seed(3); out.append(m.generate(input_ids=ids, attention_mask=mask, generation_config=cfg))
-        assert torch.equal(*out), how
+        def written(m):
+            torch.manual_seed(3)
+            return m.generate(input_ids=ids, attention_mask=mask, generation_config=cfg)
+        assert torch.equal(written(model), written(plain)), how
     state,want = model.state_dict(),plain.state_dict()
     for k,v in want.items(): assert torch.equal(state[k], v), k
 
@@ -136,7 +152,7 @@ def test_quantized_generation_uses_its_cache_rightly(kind):
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 @torch.no_grad()
 def test_a_token_is_quantized_by_itself(kind):
-    "With a range per token nothing of other tokens enters a layer's output: alone, or in a part of the batch, it is the same."
+    "With a range per token, a token's output is the same alone, in a part of the batch, or in all of it."
     model,seen = small(kind),[]
     make_switchable_(model, ['bw8','bw4'], QuantConfig(act='per_token'))
     for l in model.switch.layers: l.register_forward_hook(lambda l, args, y: seen.append((l, args[0], y)))
@@ -147,7 +163,8 @@ def test_a_token_is_quantized_by_itself(kind):
         assert len(seen)==len(model.switch.layers)
         for l,x,y in [*seen]:   # the same input, so the same codes: only the order of sums may differ
             setting = model.switch.bound[p][l.index]
-            torch.testing.assert_close(torch.cat([l.at(x[:, t:t+1], setting) for t in range(12)], 1), y, rtol=1e-5, atol=1e-6)
+            alone = torch.cat([l.at(x[:, t:t+1], setting) for t in range(12)], 1)
+            torch.testing.assert_close(alone, y, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(l.at(x[1:, 3:9], setting), y[1:, 3:9], rtol=1e-5, atol=1e-6)
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
@@ -156,27 +173,33 @@ def write_gguf(path, model, tokens):
     "A Llama in llama.cpp's format: matrices in 8-bit blocks, the rest in float32. Returns the dequantized weights."
     gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     c,w = model.config,gguf.GGUFWriter(str(path), 'llama')
-    w.add_block_count(c.num_hidden_layers); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size); w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads)
-    w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta']); w.add_rope_dimension_count(c.hidden_size//c.num_attention_heads)
+    w.add_block_count(c.num_hidden_layers); w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(c.hidden_size); w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta'])
+    w.add_rope_dimension_count(c.hidden_size//c.num_attention_heads)
     w.add_vocab_size(len(tokens)); w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre('default')
     w.add_token_list(tokens); w.add_token_types([3]+[1]*(len(tokens)-1)); w.add_token_merges(['a b'])
     for add in (w.add_bos_token_id, w.add_eos_token_id, w.add_unk_token_id): add(0)
-    names = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm', q_proj='attn_q', k_proj='attn_k', v_proj='attn_v', o_proj='attn_output', gate_proj='ffn_gate', up_proj='ffn_up', down_proj='ffn_down')
+    names = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm',
+                 q_proj='attn_q', k_proj='attn_k', v_proj='attn_v', o_proj='attn_output',
+                 gate_proj='ffn_gate', up_proj='ffn_up', down_proj='ffn_down')
     tensors = {'model.embed_tokens.weight':'token_embd.weight', 'model.norm.weight':'output_norm.weight'}
-    tensors |= {k:f"blk.{k.split('.')[2]}.{names[k.split('.')[-2]]}.weight" for k in model.state_dict() if '.layers.' in k}
+    for k in model.state_dict():
+        if '.layers.' in k: tensors[k] = f"blk.{k.split('.')[2]}.{names[k.split('.')[-2]]}.weight"
+    def paired(x, heads, *pair):   # llama.cpp pairs the rotated dimensions differently
+        return x.reshape(heads, *pair, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
     back = {}
     for k,name in tensors.items():
-        x = model.state_dict()[k].numpy()
-        if k.endswith(('q_proj.weight','k_proj.weight')):                           # llama.cpp pairs the rotated dimensions differently
-            heads = c.num_attention_heads if 'q_proj' in k else c.num_key_value_heads
-            x = x.reshape(heads, 2, x.shape[0]//heads//2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        x,rotated = model.state_dict()[k].numpy(),k.endswith(('q_proj.weight','k_proj.weight'))
+        heads = c.num_attention_heads if 'q_proj' in k else c.num_key_value_heads
+        half = x.shape[0]//heads//2
+        if rotated: x = paired(x, heads, 2, half)
         if x.ndim==1: w.add_tensor(name, x); continue
         q = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
         w.add_tensor(name, q, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         d = gguf.quants.dequantize(q, gguf.GGMLQuantizationType.Q8_0)
-        if k.endswith(('q_proj.weight','k_proj.weight')): d = d.reshape(heads, d.shape[0]//heads//2, 2, d.shape[1]).swapaxes(1, 2).reshape(d.shape)
-        back[k] = torch.tensor(d)
+        back[k] = torch.tensor(paired(d, heads, half, 2) if rotated else d)
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
     return back
 
@@ -184,20 +207,23 @@ def test_gguf(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ['<|endoftext|>', *alphabet, 'ab']
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                         max_position_embeddings=64, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)).eval()
+    config = LlamaConfig(vocab_size=len(tokens), hidden_size=64, intermediate_size=96, bos_token_id=0, eos_token_id=0,
+                         **LLAMA)
+    llama = LlamaForCausalLM(config).eval()
     back = write_gguf(tmp_path/'m.gguf', llama, tokens)
     llama.load_state_dict(back, strict=False)
     model,tok = load_model(tmp_path/'m.gguf')
     ids = tok('Where is ab?\n').input_ids
     assert tok.decode(ids)=='Where is ab?\n' and tok.pad_token is not None
-    with torch.no_grad(): torch.testing.assert_close(model(torch.tensor([ids])).logits, llama(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(): ours,theirs = (m(torch.tensor([ids])).logits for m in (model, llama))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     make_switchable_(model, ['bw4','bw8'], QuantConfig(act='per_token'))
     add_adapters_(model)
-    with use_profile(model, 'bw4'): said = answer(model, tok, [dict(id='1', question='Where?', context='ab')], max_length=64, max_new_tokens=4)
+    asked = [dict(id='1', question='Where?', context='ab')]
+    with use_profile(model, 'bw4'): said = answer(model, tok, asked, max_length=64, max_new_tokens=4)
     assert len(said)==1
     plain = load_model(tmp_path/'m.gguf', 'bfloat16')[0]
-    plain.save_pretrained(tmp_path/'saved')                                         # the marker of the quantized file is gone
+    plain.save_pretrained(tmp_path/'saved')                       # the marker of the quantized file is gone
     assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path/'saved').config, 'quantization_config')
 
 def test_a_gguf_that_is_none(tmp_path):
