@@ -10,14 +10,20 @@ from switchable_llm.data.squad import PRESETS, Encoded
 from switchable_llm.lora_routing import add_adapters_, save_switchable
 from switchable_llm.search.costs import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.search.sensitivity import Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total
+from switchable_llm.search.sensitivity import (
+    Meter, Sensitivity, bit_options, find_groups, highest, outliers, sensitivity, tolerance, total)
 from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model
 from switchable_llm.core.switching import Profile, Rule, calibrate_, make_switchable_
 
 def toy(kind='gpt2', act='per_token', adapters=False, tied=False, **kw):
     torch.manual_seed(0)
-    if kind=='gpt2': model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=64, n_embd=16, n_layer=3, n_head=2, bos_token_id=1, eos_token_id=1))
-    else: model = LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tied))
+    if kind=='gpt2':
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=64, n_embd=16, n_layer=3, n_head=2,
+                                           bos_token_id=1, eos_token_id=1))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=24,
+                                             num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                                             max_position_embeddings=64, tie_word_embeddings=tied))
     model.eval(); make_switchable_(model, ['bw4', 'bw6', 'bw8', 'mixed8648'], QuantConfig(act=act), **kw)
     rng = random.Random(0)
     items = [Encoded(tuple(rng.choices(range(3, 60), k=n)), n-3) for n in rng.choices(range(8, 30), k=12)]
@@ -36,11 +42,14 @@ def test_an_anchored_meter_says_the_same(kind, score):
         assert anchored._same_blocks(anchored._settings(p))==block
         assert anchored(p).tolist()==plain(p).tolist()
     assert anchored('bw8').tolist()==plain('bw8').tolist()          # nothing in common: from the first block
-    with pytest.raises(RuntimeError), anchored_failure(model): anchored(Profile('q', Bits(6, 6), (Rule(Bits(8, 8), layers=(2,)),)))
-    assert all('forward' not in vars(b) for b in (model.transformer.h if kind=='gpt2' else model.model.layers))   # after a failure too
+    with pytest.raises(RuntimeError), anchored_failure(model):
+        anchored(Profile('q', Bits(6, 6), (Rule(Bits(8, 8), layers=(2,)),)))
+    # after a failure too
+    assert all('forward' not in vars(b) for b in (model.transformer.h if kind=='gpt2' else model.model.layers))
 
 class anchored_failure:   # the last block fails
-    def __init__(self, model): self.block = (model.transformer.h if hasattr(model, 'transformer') else model.model.layers)[-1]
+    def __init__(self, model):
+        self.block = (model.transformer.h if hasattr(model, 'transformer') else model.model.layers)[-1]
     def __enter__(self):
         def fail(*args): raise RuntimeError('broken')
         self.hook = self.block.register_forward_pre_hook(fail)
@@ -69,7 +78,8 @@ def test_allocations_never_exceed_their_budget_and_never_get_worse(seed):
     model,items = toy('llama', adapters=True)
     meter,rng = Meter(model, items),np.random.default_rng(seed)
     groups,ref = tuple(find_groups(model)),highest(model)
-    rises = {(g.name, k, b):tuple(rng.normal(b==4, 1, 12)*10.**rng.integers(-4, 1)) for g in groups for k in 'wa' for b in (4, 6)}
+    rises = {(g.name, k, b):tuple(rng.normal(b==4, 1, 12)*10.**rng.integers(-4, 1)) for g in groups for k in 'wa'
+             for b in (4, 6)}
     choices = Choices(model, Sensitivity(ref, groups, meter.n, (1.,)*12, rises))
     for of in ('bytes', 'bops'):
         lo,hi = choices.smallest(of),total(profile_cost(model, ref), of)
@@ -89,7 +99,8 @@ def test_a_bank_limits_the_choice():
 
 def test_uncalibrated_bits_are_named():
     model,items = toy(act='per_tensor')
-    with pytest.raises(RuntimeError, match='never calibrated for 5-bit'): sensitivity(Meter(model, items), w_bits=(), a_bits=(5,))
+    with pytest.raises(RuntimeError, match='never calibrated for 5-bit'):
+        sensitivity(Meter(model, items), w_bits=(), a_bits=(5,))
 
 def test_a_log_that_is_damaged_in_the_middle_is_refused(tmp_path):
     model,items = toy(); log = tmp_path/'log.jsonl'
@@ -124,23 +135,31 @@ def test_outliers_need_an_interval_clear_of_zero():
     model,items = toy('llama')
     groups = tuple(find_groups(model))
     base = {(g.name, 'a', 8):(.01,)*12 for g in groups}
-    def found(v): return outliers(Sensitivity(highest(model), groups, (3,)*12, (1.,)*12, base | {('mlp_out 1', 'a', 8):v}))
-    assert found((1.,)*12)==['mlp_out 1'] and found((12.,)+(0.,)*11)==[] and found((.04,)*12)==[] and found((-1.,)*12)==[]
+    def found(v):
+        return outliers(Sensitivity(highest(model), groups, (3,)*12, (1.,)*12, base | {('mlp_out 1', 'a', 8):v}))
+    assert found((1.,)*12)==['mlp_out 1']
+    assert found((12.,)+(0.,)*11)==[]
+    assert found((.04,)*12)==[]
+    assert found((-1.,)*12)==[]
 
 def test_tolerance_is_a_price_per_saving():
     model,_ = toy('llama')
     groups = tuple(find_groups(model, 'part'))
-    s = lambda attn, mlp: Sensitivity(highest(model), groups, (3,)*12, (1.,)*12, {('attn', 'w', 4):(attn,)*12, ('mlp', 'w', 4):(mlp,)*12})
+    s = lambda attn, mlp: Sensitivity(highest(model), groups, (3,)*12, (1.,)*12,
+                                      {('attn', 'w', 4):(attn,)*12, ('mlp', 'w', 4):(mlp,)*12})
     t = tolerance(model, s(1., 1.), 'w', 4)
     assert t.saved['mlp']>t.saved['attn'] and t.rise.value==0 and t.price.value<0     # as much lost, more saved
     ratio = t.saved['mlp']/t.saved['attn']
-    assert abs(tolerance(model, s(1., ratio), 'w', 4).price.value)<1e-9 and tolerance(model, s(1., ratio), 'w', 4).rise.value>0
+    assert abs(tolerance(model, s(1., ratio), 'w', 4).price.value)<1e-9
+    assert tolerance(model, s(1., ratio), 'w', 4).rise.value>0
 
 def test_a_checkpoint_of_another_model_is_refused(toy_folder, tmp_path):
-    preset = replace(PRESETS['tiny'], name='toy', model=str(toy_folder), profiles=('bw4', 'bw8'), steps=2, batch_size=4, train_n=30, calibration=2, eval_n=8)
+    preset = replace(PRESETS['tiny'], name='toy', model=str(toy_folder), profiles=('bw4', 'bw8'), steps=2,
+                     batch_size=4, train_n=30, calibration=2, eval_n=8)
     run = lambda **kw: run_allocation(preset, tmp_path, n_search=4, n_score=4, evaluations=2, progress=False, **kw)
     first = run()
     assert first['search_seen']<=4 and run()['front']==first['front']     # from the logs
     other,tok = study_model(preset); data = study_data(preset, tok)[0]
-    calibrate_(other, calibration_batches(preset, data, tok.pad_token_id)); fit(replace(preset, steps=3), other, tok, data, progress=False)
+    calibrate_(other, calibration_batches(preset, data, tok.pad_token_id))
+    fit(replace(preset, steps=3), other, tok, data, progress=False)
     with pytest.raises(ValueError, match='other settings'): run(checkpoint=save_switchable(other, tmp_path/'other'))
