@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from switchable_llm.adversarial import ATTACKS, KINDS, WHERE, adaptive, adversarial_task, allowed_tokens, answer_positions, distortion, flip_tokens, misspell, perturbation, row_scores, stack_masks, token_mask, white_box, with_typos
+from switchable_llm.adversarial import (
+    ATTACKS, KINDS, WHERE, adaptive, adversarial_task, allowed_tokens, answer_positions, distortion,
+    flip_tokens, misspell, perturbation, row_scores, stack_masks, token_mask, white_box, with_typos)
 from switchable_llm.apps.cli import main
 from switchable_llm.cpt import CycleConfig
 from switchable_llm.study.cycles import CPTPlan, run_cpt
@@ -33,15 +35,17 @@ from test_real_models import byte_bpe
 TOK = tiny_tokenizer()
 PROFILES = 'bw4','bw8'
 SQUAD = Path(__file__).resolve().parents[2]/'shared'/'data'/'squad'
-ODD = [dict(id='odd', question=q, context=c, answers=dict(text=[a], answer_start=[c.index(a)])) for q,c,a in (
-    ('¿Quién? 日本は', 'Ünïcödé — 日本 “quotes” and\nlines, 42 %.', '日本'), ('', 'x', 'x'), ('?', '1234 5678', '1234'), ('a'*50, 'Straße 7 straße', 'straße'))]
+ODD = [dict(id='odd', question=q, context=c, answers=dict(text=[a], answer_start=[c.index(a)]))
+       for q,c,a in (('¿Quién? 日本は', 'Ünïcödé — 日本 “quotes” and\nlines, 42 %.', '日本'),
+                     ('', 'x', 'x'), ('?', '1234 5678', '1234'), ('a'*50, 'Straße 7 straße', 'straße'))]
 
 def real_questions(n=150): return load_squad(SQUAD, 'validation', n, seed=1) if SQUAD.exists() else tiny_squad(n)
 
 @pytest.fixture(scope='module')
 def model():
     torch.manual_seed(0)
-    small = dict(vocab_size=len(TOK), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    small = dict(vocab_size=len(TOK), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, bos_token_id=1, eos_token_id=1, pad_token_id=0)
     m = LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2)).eval()
     make_switchable_(m, PROFILES, QuantConfig(act='per_token')); add_adapters_(m, r=2)
     for p in adapter_params(m).values(): torch.nn.init.normal_(p, std=.1)
@@ -55,7 +59,8 @@ def batch_of(n=6):
 def test_typos_on_real_questions():
     rng,qs = random.Random(0),real_questions(50)
     for q in qs+ODD:
-        rate,where,kinds,protect = rng.choice((0., .03, .3, 1.)),rng.choice(WHERE),rng.sample(KINDS, rng.randint(1, 4)),rng.random()<.7
+        rate,where,kinds = rng.choice((0., .03, .3, 1.)),rng.choice(WHERE),rng.sample(KINDS, rng.randint(1, 4))
+        protect = rng.random()<.7
         t = with_typos(q, rate, where, kinds, protect, seed=rng.random())
         for text,start,now in zip(q['answers']['text'], q['answers']['answer_start'], t['answers']['answer_start']):
             assert 0<=now<=len(t['context'])
@@ -73,7 +78,8 @@ def test_a_higher_rate_adds_to_a_lower_one():
     changed = [[a!=b for a,b in zip(text, t)] for t in (one, two)]
     assert sum(changed[0])<sum(changed[1]) and not any(a and not b for a,b in zip(*changed))
 
-@pytest.mark.parametrize('tokenizer', [TOK, byte_bpe([q['context'] for q in real_questions(30)], 700)], ids=['syllables','bytes'])
+@pytest.mark.parametrize('tokenizer', [TOK, byte_bpe([q['context'] for q in real_questions(30)], 700)],
+                         ids=['syllables','bytes'])
 def test_mask_spares_frame_and_answer(tokenizer):
     for q in [*real_questions(40), *ODD]:
         for length in (512, 60):
@@ -86,7 +92,10 @@ def test_mask_spares_frame_and_answer(tokenizer):
 
 def test_attack_on_another_family_and_in_bfloat16(model):
     b,keys,where = batch_of()
-    half = LlamaForCausalLM(model.config).eval(); half.load_state_dict({k.replace('.base.', '.'):v for k,v in model.state_dict().items() if 'adapters' not in k and 'observers' not in k}); half.to(torch.bfloat16)
+    half = LlamaForCausalLM(model.config).eval()
+    half.load_state_dict({k.replace('.base.', '.'):v for k,v in model.state_dict().items()
+                          if 'adapters' not in k and 'observers' not in k})
+    half.to(torch.bfloat16)
     make_switchable_(half, PROFILES, QuantConfig(act='per_token'))
     for m,slack in ((model, 1e-4), (half, .2)):
         with torch.no_grad(), use_profile(m, 'bw8'): clean = row_scores(m, b)[0]
@@ -96,11 +105,13 @@ def test_attack_on_another_family_and_in_bfloat16(model):
             with torch.no_grad(), use_profile(m, 'bw8'): hurt = row_scores(m, b, delta)[0]
             if 'pgd' in name: assert hurt.mean()>clean.mean()-slack
         zero = perturbation(m, b, 0., ATTACKS['pgd'], white_box('bw8'), keys, where)
-        with torch.no_grad(), use_profile(m, 'bw8'): assert torch.equal(row_scores(m, b, zero)[0], clean)      # the clean result, to the bit
+        # the clean result, to the bit
+        with torch.no_grad(), use_profile(m, 'bw8'): assert torch.equal(row_scores(m, b, zero)[0], clean)
         allowed = allowed_tokens(m, TOK)
         flipped = flip_tokens(m, b, 2, allowed, adaptive(strategy('random_profile', PROFILES), 2), keys, where, tries=2)
         assert ((flipped!=b['input_ids']).sum(1)<=2).all() and not (flipped!=b['input_ids'])[~where].any()
-    assert not any(p.grad is not None for p in model.parameters())                                             # attacks train nothing
+    # attacks train nothing
+    assert not any(p.grad is not None for p in model.parameters())
 
 def test_order_of_configurations_does_not_matter(model):
     "Draws have no counter: a strategy that is scored after others scores the same."
@@ -117,11 +128,13 @@ def test_one_profile_is_no_draw(model):
     b,keys,_ = batch_of()
     with torch.no_grad(), use_profile(model, 'bw4'): fixed = row_scores(model, b)[0]
     for name in ('random_profile','random_layer','random_token','random_batch'):
-        with torch.no_grad(), use_strategy(model, strategy(name, ['bw4']), keys): assert torch.equal(row_scores(model, b)[0], fixed)
+        with torch.no_grad(), use_strategy(model, strategy(name, ['bw4']), keys):
+            assert torch.equal(row_scores(model, b)[0], fixed)
 
 def test_shared_adapter_is_saved_and_packed(tmp_path, toy_folder):
     m,tok = load_model(toy_folder)
-    make_switchable_(m, ['bw4','bw8','mixed8648'], QuantConfig(act='per_token', codes='nested')); add_adapters_(m, route='shared', r=2)
+    make_switchable_(m, ['bw4','bw8','mixed8648'], QuantConfig(act='per_token', codes='nested'))
+    add_adapters_(m, route='shared', r=2)
     for p in adapter_params(m).values(): torch.nn.init.normal_(p, std=.2)
     save_switchable(m, tmp_path/'saved', base=str(toy_folder))
     back = load_switchable(tmp_path/'saved', load_model(toy_folder)[0])
@@ -130,7 +143,8 @@ def test_shared_adapter_is_saved_and_packed(tmp_path, toy_folder):
     ids = torch.randint(5, len(tok), (2, 9))
     with torch.no_grad():
         for p in m.switch.profiles:
-            with use_profile(m, p), use_profile(back, p): want = m(ids).logits; assert torch.equal(want, back(ids).logits)
+            with use_profile(m, p), use_profile(back, p):
+                want = m(ids).logits; assert torch.equal(want, back(ids).logits)
             if p!='float':
                 with use_profile(packed, p): torch.testing.assert_close(packed(ids).logits, want, atol=1e-3, rtol=1e-3)
 
@@ -141,14 +155,18 @@ def test_attack_on_span_extraction(toy_folder):
     make_switchable_(m, PROFILES, QuantConfig(act='per_token')); add_adapters_(m, r=2)
     b = collate_windows(windows[:4], tok.pad_token_id); w = span_extraction.weights(b, None)
     delta = perturbation(m, b, .3, replace(ATTACKS['pgd'], steps=3), task=span_extraction, weights=w)
-    with torch.no_grad(): assert row_scores(m, b, delta, span_extraction, w)[0].sum()>row_scores(m, b, None, span_extraction, w)[0].sum()
-    log = train(m, windows, fixed_profile('bw4'), TrainConfig(steps=2, batch_size=4, accumulate=1, lr=1e-3, warmup=0), tok.pad_token_id, adversarial_task(span_extraction, .1), progress=False)
+    with torch.no_grad(): attacked,clean = (row_scores(m, b, d, span_extraction, w)[0].sum() for d in (delta, None))
+    assert attacked>clean
+    log = train(m, windows, fixed_profile('bw4'),
+                TrainConfig(steps=2, batch_size=4, accumulate=1, lr=1e-3, warmup=0), tok.pad_token_id,
+                adversarial_task(span_extraction, .1), progress=False)
     assert all(math.isfinite(l) for _,l,*_ in log['curve'])
 
 def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     "Killed between arms and between attacks, the same command ends with the records of one that was not."
     monkeypatch.chdir(tmp_path)
-    small = f"--model {toy_folder} --steps 3 --batch-size 4 --train-n 30 --calibration 2 --eval-n 4 --profiles bw4 bw6 bw8 --max-new-tokens 3 --questions 3 --cycles 1 --arms static_low cyclic --quiet"
+    small = (f"--model {toy_folder} --steps 3 --batch-size 4 --train-n 30 --calibration 2 --eval-n 4 "
+             "--profiles bw4 bw6 bw8 --max-new-tokens 3 --questions 3 --cycles 1 --arms static_low cyclic --quiet")
     command = f'experiment cpt robustness {small}'.split()
     assert main([*command, '--out', 'whole'])==0
     said = capsys.readouterr().out
@@ -162,7 +180,8 @@ def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     monkeypatch.setattr(robustness, 'stage', stop)
     statuses = [main([*command, '--out', 'parts']) for _ in range(5)]
     assert 130 in statuses and statuses[-1]==0, statuses
-    strip = lambda r: {k:v for k,v in r.items() if k in ('scores','clean','typos','attacks','flips','ids','steps','name','seed')}
+    strip = lambda r: {k:v for k,v in r.items()
+                       if k in ('scores','clean','typos','attacks','flips','ids','steps','name','seed')}
     for e in ('cpt','robustness'):
         a,b = ([strip(r) for r in load_records(tmp_path/o, 'tiny', e)] for o in ('whole','parts'))
         assert a==b and len(a)==2
@@ -172,8 +191,11 @@ def test_bad_input_is_named(tmp_path, toy_folder, model):
     for rate in (-.1, 1.5, math.nan):
         with pytest.raises(ValueError, match='rate='): misspell('abc', rate)
     with pytest.raises(ValueError, match='profiles is empty'): strategy('random_profile', [])
-    with pytest.raises(ValueError, match='b_min=9'): CycleConfig(b_min=9) and run_cpt(replace(PRESETS['tiny'], model=str(toy_folder), steps=4, train_n=10, eval_n=2), tmp_path, CPTPlan(cycle=CycleConfig(b_min=9, cycles=1), arms=('cyclic',)))
+    few = replace(PRESETS['tiny'], model=str(toy_folder), steps=4, train_n=10, eval_n=2)
+    with pytest.raises(ValueError, match='b_min=9'):
+        run_cpt(few, tmp_path, CPTPlan(cycle=CycleConfig(b_min=9, cycles=1), arms=('cyclic',)))
     with pytest.raises(ValueError, match='radius='): perturbation(model, batch_of(2)[0], -1.)
     with pytest.raises(ValueError, match='keys'):
-        with use_strategy(model, strategy('random_profile', PROFILES), ['one']): model(torch.ones(2, 3, dtype=torch.long))
+        with use_strategy(model, strategy('random_profile', PROFILES), ['one']):
+            model(torch.ones(2, 3, dtype=torch.long))
     assert misspell('', 1.)==('', [0]) and misspell('12:30 !?', 1.)[0]=='12:30 !?'

@@ -7,7 +7,8 @@ from switchable_llm.study.records import environment, known_record, load_records
 
 PACKAGE = Path(switchable_llm.__file__).parent
 RECORD = dict(preset='p', experiment='e', name='n', seed=0, config={})
-NAMES = ['../x', '..', '.', '/x', '/', 'a/b', 'a\\b', 'C:x', '', ' ', 'x ', 'x.', '.x', 'a\0b', 'a\nb', 'x*', 'x?', 'a<b',
+NAMES = ['../x', '..', '.', '/x', '/', 'a/b', 'a\\b', 'C:x', '', ' ', 'x ', 'x.', '.x', 'a\0b', 'a\nb', 'x*',
+         'x?', 'a<b',
          '"x"', 'a|b', 'x'*201, None, 3, ['x'], Path('x')]
 
 @pytest.mark.parametrize('name', NAMES, ids=repr)
@@ -27,7 +28,8 @@ def test_seeds(tmp_path, seed):
 
 def test_names_that_are_fine(tmp_path):
     "All names of the study, and those of other languages; a seed may be negative."
-    fine = ('random_profile-per_tensor-learned-nested', 'static_high=cyclic', 'with_highest+js_highest', 'w4a8', 'größe 2',
+    fine = ('random_profile-per_tensor-learned-nested', 'static_high=cyclic', 'with_highest+js_highest', 'w4a8',
+            'größe 2',
             'a.b', '[x]')
     for i,name in enumerate(fine):
         r = RECORD | dict(preset=name, experiment=name, name=name, seed=-i)
@@ -39,7 +41,8 @@ def test_names_that_are_fine(tmp_path):
         assert known_record(f.parents[2], r['preset'], r['experiment'], r['name'], r['seed'], r.get('config'))==r
 
 SEEDLESS = json.dumps({k:v for k,v in RECORD.items() if k!='seed'}).encode()
-@pytest.mark.parametrize('data', [b'', b'{', b'\xff\xfe\x00', b'[]', b'3', b'null', b'"x"', b'{}', SEEDLESS, b'['*100_000])
+@pytest.mark.parametrize('data', [
+    b'', b'{', b'\xff\xfe\x00', b'[]', b'3', b'null', b'"x"', b'{}', SEEDLESS, b'['*100_000])
 def test_broken_files_are_named(tmp_path, data):
     save_record(RECORD | dict(name='sound'), tmp_path)
     bad = tmp_path/'p/e/n-s0.json'; bad.write_bytes(data)
@@ -56,7 +59,7 @@ def git(*args, at):
 
 @pytest.mark.skipif(not shutil.which('git'), reason='git is not here')
 def test_whose_commit(tmp_path, monkeypatch):
-    "The package's own: not that of the folder where somebody stands, of a hook, or of a project that holds the package."
+    "The package's own: not that of the current folder, of a hook, or of a project that holds the package."
     other = tmp_path/'other'; other.mkdir(); git('init', '-q', at=other)
     (other/'.gitignore').write_text('env\n'); git('add', '.', at=other); git('commit', '-qm', 'x', at=other)
     ls = subprocess.run(['git','ls-files','--error-unmatch','__init__.py'], cwd=PACKAGE, capture_output=True)
@@ -70,5 +73,7 @@ def test_whose_commit(tmp_path, monkeypatch):
     shutil.copytree(PACKAGE, other/'env/switchable_llm', ignore=shutil.ignore_patterns('__pycache__'))
     code = "from switchable_llm.study.records import environment; print(environment()['commit'])"
     env = {**os.environ, 'PYTHONPATH': str(other/'env'), 'OMP_NUM_THREADS': '1'}
-    out = subprocess.run([sys.executable, '-c', code], cwd=other, capture_output=True, text=True, check=True, env=env).stdout
-    assert out.split()[-1]=='None'                                                  # installed below a project, it is not of it
+    run = subprocess.run([sys.executable, '-c', code], cwd=other, capture_output=True, text=True, check=True, env=env)
+    out = run.stdout
+    # installed below a project, it is not of it
+    assert out.split()[-1]=='None'

@@ -49,8 +49,10 @@ def test_the_shortest_texts(prompt):
         assert (s.n_text, s.n_answer)==((n-1,), (n-max(prompt, 1),)) and (s.nll_answer[0]>0)==(s.n_answer[0]>0)
 
 @pytest.mark.parametrize('score, item, why', [
-    (perplexity, Encoded((), 0), 'has no tokens to score'), (answer, Encoded((5, 6), 0), 'has no tokens to continue'),
-    (perplexity, Encoded((5, 6), 3), 'prompt=3, of 2 tokens'), (perplexity, Encoded((5, 6), -1), 'prompt=-1, of 2 tokens'),
+    (perplexity, Encoded((), 0), 'has no tokens to score'),
+    (answer, Encoded((5, 6), 0), 'has no tokens to continue'),
+    (perplexity, Encoded((5, 6), 3), 'prompt=3, of 2 tokens'),
+    (perplexity, Encoded((5, 6), -1), 'prompt=-1, of 2 tokens'),
     (perplexity, Encoded((5,)*257, 3), '257 tokens, and the model has 256 positions'),
     (answer, Encoded((5,)*250, 250), '274 tokens, and the model has 256 positions')])
 def test_what_cannot_be_scored(score, item, why):
@@ -76,7 +78,10 @@ def test_answers_in_threads():
     threads = [threading.Thread(target=work, args=(k,)) for k in (1, 2, 4, 6)]
     for t in threads: t.start()
     for t in threads: t.join(300)
-    assert not wrong and m.generation_config is own and own.repetition_penalty==5. and all(x.training for x in m.modules())
+    assert not wrong
+    assert m.generation_config is own
+    assert own.repetition_penalty==5.
+    assert all(x.training for x in m.modules())
 
 @torch.no_grad()
 def test_answers_are_the_likeliest_tokens(model):

@@ -48,7 +48,7 @@ def test_generate(kind):
     assert generated(model, PER_TOKEN)==reread(model, PER_TOKEN, IDS, MASK)
 
 def test_the_definition_is_sharp():
-    "With the draws of other places the answers differ: the test above would see a strategy that takes position 0 for each step."
+    "With the draws of other places the answers differ: a strategy that takes position 0 for each step would be seen."
     model = switchable('llama')
     other = Strategy('w3', LIGHT[:1], 'run'), Strategy('w8', LIGHT[2:], 'run')
     assert len({str(reread(model, s, IDS, MASK)) for s in (PER_TOKEN, *other)})==3
@@ -61,7 +61,8 @@ def test_caches(kind):
     name,n = name_of_cache(model),row.shape[1]
     with use_strategy(model, PER_TOKEN, KEYS[:1]):
         whole = model(row).logits
-        for make in (lambda: DynamicCache(config=model.config), lambda: StaticCache(config=model.config, max_cache_len=32)):
+        for make in (lambda: DynamicCache(config=model.config),
+                     lambda: StaticCache(config=model.config, max_cache_len=32)):
             for cuts in ((0, 5, n), (0, 1, 2, 7, n), tuple(range(n+1))):
                 cache = make()
                 kw = {name:cache, 'use_cache':True}
@@ -83,7 +84,8 @@ def test_a_cache_of_the_future():
     with torch.no_grad(), use_strategy(model, PER_TOKEN, KEYS[:1]):
         model.model(IDS[:1])
         for args,kw in (((), dict(memory=memory)), ((None, memory), {})):
-            with pytest.raises(ValueError, match='a pass with memory, a DynamicCache'): model.model(IDS[:1], *args, **kw)
+            with pytest.raises(ValueError, match='a pass with memory, a DynamicCache'):
+                model.model(IDS[:1], *args, **kw)
 
 @pytest.mark.parametrize('kind', ['gpt2','opt'])
 def test_threads(kind):
@@ -111,5 +113,6 @@ def test_threads(kind):
 
 def test_hooks_go_with_the_block():
     model = switchable('opt'); decoder = model.get_decoder(); before = dict(decoder._forward_pre_hooks)
-    with pytest.raises(ValueError, match='3 keys for a batch of 2 rows'), use_strategy(model, PER_TOKEN, KEYS): model(IDS[:2])
+    with pytest.raises(ValueError, match='3 keys for a batch of 2 rows'), use_strategy(model, PER_TOKEN, KEYS):
+        model(IDS[:2])
     assert dict(decoder._forward_pre_hooks)==before
