@@ -172,7 +172,7 @@ class Gating:
         if not temperature>0: raise ValueError(f"temperature={temperature!r}: needs a positive number")
         rows = _rows(switch)
         bound = _settings(switch, [l for l,_ in rows], {b for _,g in rows for b in g.bits})
-        self.switch,self.sample,self.temperature,self.mask = switch,sample,temperature,None
+        self.switch,self.sample,self.temperature = switch,sample,temperature
         self.settings = {l.index:[bound[b][l.index] for b in g.bits] for l,g in rows}
         self.shares,self.counts = {},{}   # layer -> mean shares in the last training pass; choices in evaluation
 
@@ -180,20 +180,21 @@ class Gating:
         module:nn.Module, # The model's decoder, whose pass begins
         args:tuple,       # What it is given
         kwargs:dict,      # By name
-    ):
-        "Note which tokens of the coming pass count."
+    )->Tensor|None: # Which tokens of the coming pass count, (batch, length); the switch keeps it as `told`
+        "Look which tokens are coming: with a cache, only the new ones."
         given = *args[:1],kwargs.get('input_ids'),kwargs.get('inputs_embeds')
         ids,mask = next((t for t in given if t is not None), None),kwargs.get('attention_mask')
         fits = ids is not None and torch.is_tensor(mask) and mask.dim()==2 and len(mask)==len(ids)
-        self.mask = mask[:, -ids.shape[1]:].bool() if fits else None   # with a cache: only the new tokens
+        return mask[:, -ids.shape[1]:].bool() if fits else None
 
     def __call__(self,
         layer:QuantLayer, # A layer of the model
         x:Tensor,         # Its input, (..., in)
     )->Tensor: # Its output, (..., out)
         "What a layer does."
-        if layer.index not in self.settings or self.switch.profile.name!=GATED:
-            return layer.at(x, self.switch.settings[layer.index])
+        live = self.switch.live
+        if layer.index not in self.settings or live.profile.name!=GATED:
+            return layer.at(x, live.settings[layer.index])
         gate,settings = next(iter(layer.gates.values())),self.settings[layer.index]
         logits = gate(x)
         if not gate.training:
@@ -206,7 +207,7 @@ class Gating:
         return run(layer, x, drawn, settings)
 
     def _counted(self, t, tail):   # (tokens that count, ...); `tail` last axes of `t` are not tokens
-        flat,mask = t.flatten(0, t.dim()-tail-1),self.mask
+        flat,mask = t.flatten(0, t.dim()-tail-1),self.switch.told
         if mask is None or mask.numel()!=len(flat) or not mask.any(): return flat
         return flat[mask.flatten().to(t.device)]
 
