@@ -209,7 +209,7 @@ def train(
     progress:bool=True,          # Show a bar
     callback:Callable|None=None, # Called as callback(step, curve) after each step
     cpu:bool=False,              # Stay on the CPU where there is a GPU
-)->dict: # `curve` (step, loss, profiles, tokens), `skipped` steps, `tokens`, `seconds`, `processes`, `device`
+)->dict: # `curve` (step, loss, profiles, tokens; not of `skipped` steps), `tokens`, `seconds`, `processes`, `device`
     "Train in one process or many; a run that is resumed ends with the same bits."
     AcceleratorState._reset_state()
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())

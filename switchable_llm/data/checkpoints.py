@@ -85,7 +85,8 @@ def _added(switch):   # name -> tensor of all that the layers have beside the or
 def _description(model, switch, state, trained):
     rows,loras,gates = list(zip(switch.layers, switch.sites)),[],[]
     for l,s in rows:
-        for k,m in l.adapters.items(): loras.append(dict(layer=s.name, key=k, r=m.r, alpha=m.alpha, dropout=m.dropout.p))
+        for k,m in l.adapters.items():
+            loras.append(dict(layer=s.name, key=k, r=m.r, alpha=m.alpha, dropout=m.dropout.p))
         for k,m in l.gates.items(): gates.append(dict(layer=s.name, key=k, type=type(m).__name__, spec=m.spec()))
     new = trained or gates or any(k.endswith('.log_ratio') for k in state)    # than format 1
     d = dict(format_version=FORMAT_VERSION if new else 1,
