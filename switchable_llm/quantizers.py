@@ -67,7 +67,7 @@ def qrange(
 class QParams(NamedTuple):
     "What is needed to turn numbers into codes and back."
     scale:Tensor       # Step between neighbouring codes, float32, broadcastable to the tensor
-    zero_point:Tensor  # Code of the number 0, int32 (float32 for nested codes, where it can lie between two), shape of `scale`
+    zero_point:Tensor  # Code of 0, int32 (float32 for nested codes: it can lie between two), shape of `scale`
     qmin:int           # Smallest code
     qmax:int           # Largest code
 
@@ -109,7 +109,8 @@ def dequantize(
 class _FakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax, dynamic):
-        q,lo,hi = (x.float()*(1/scale)).round_(),(qmin-zero_point).float(),(qmax-zero_point).float()   # codes less the zero point
+        q = (x.float()*(1/scale)).round_()                               # codes less the zero point
+        lo,hi = (qmin-zero_point).float(),(qmax-zero_point).float()
         if not dynamic: ctx.save_for_backward((q>=lo) & (q<=hi))
         return q.clamp_(lo, hi).mul_(scale).to(x.dtype)
 
@@ -134,16 +135,20 @@ class QuantConfig:
     weight:str='per_channel'    # Which weights share a scale: 'per_tensor', 'per_channel' or 'per_group'
     group_size:int=64           # Inputs that share a scale where `weight='per_group'`
     weight_symmetric:bool=True  # Symmetric weights (LLM-QAT)
-    codes:str='nested'          # 'nested': widths up to 8 take the top bits of one 8-bit code; 'independent': each width rounds the weight anew
-    act:str='per_tensor'        # 'per_tensor': one static range, from calibration; 'per_token': a dynamic range for each token
+    codes:str='nested'          # Widths up to 8: 'nested' is the top bits of one 8-bit code, 'independent' rounds anew
+    act:str='per_tensor'        # Range: 'per_tensor' is static, from calibration; 'per_token' is each token's own
     act_symmetric:bool=False    # Asymmetric activations: a GELU's output is one-sided
     momentum:float=0.1          # Share of a new batch in the running range of `act='per_tensor'`
 
     def __post_init__(self):
-        for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('codes',('independent','nested')), ('act',('per_tensor','per_token'))):
-            if getattr(self, k) not in ok: raise ValueError(f"{k}={getattr(self, k)!r}: choose one of {', '.join(ok)}")
-        if not isinstance(self.group_size, int) or self.group_size<1: raise ValueError(f"group_size={self.group_size!r}: needs a positive integer")
-        if self.codes=='nested' and not self.weight_symmetric: raise ValueError("codes='nested' are symmetric: leave weight_symmetric=True, or choose codes='independent'")
+        for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('codes',('independent','nested')),
+                     ('act',('per_tensor','per_token'))):
+            v = getattr(self, k)
+            if v not in ok: raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}")
+        if not isinstance(self.group_size, int) or self.group_size<1:
+            raise ValueError(f"group_size={self.group_size!r}: needs a positive integer")
+        if self.codes=='nested' and not self.weight_symmetric:
+            raise ValueError("codes='nested' are symmetric: leave weight_symmetric=True, or choose codes='independent'")
         if not 0<self.momentum<=1: raise ValueError(f"momentum={self.momentum!r}: needs 0 < momentum <= 1")
 
 # %% ../nbs/00_quantizers.ipynb #ce40e426
@@ -151,7 +156,7 @@ def blocks(
     w:Tensor,         # Weight, (out, in) for axis 0, (in, out) for axis 1
     cfg:QuantConfig,  # Its `weight` and `group_size` are used
     axis:int=0,       # Output-channel axis: 0 for `nn.Linear`, 1 for `Conv1D`
-)->Tensor: # (rows, groups, size); the numbers of the last axis share a scale; a last short group is filled with zeros
+)->Tensor: # (rows, groups, size); a last short group is filled with zeros
     "View `w` so that the last axis holds the numbers that share a scale."
     w = w.T if axis==1 else w
     if cfg.weight=='per_tensor':  return w.reshape(1, 1, -1)
@@ -171,7 +176,8 @@ def unblocks(
 # %% ../nbs/00_quantizers.ipynb #5b60501d
 def _weight_range(b):
     lo,hi = torch.aminmax(b.detach(), dim=-1, keepdim=True)
-    if not torch.isfinite(lo+hi).all(): raise ValueError("the weight holds NaN or infinite numbers: it cannot be quantized")
+    if not torch.isfinite(lo+hi).all():
+        raise ValueError("the weight holds NaN or infinite numbers: it cannot be quantized")
     return lo, hi
 
 def weight_qparams(
@@ -198,7 +204,8 @@ def nested_at(
     bits:int,      # Bit-width, 2 to 8
 )->tuple[Tensor,QParams]: # uint8 codes of that width; their scale and zero point
     "Top bits of nested codes."
-    if check_bits(bits)>8: raise ValueError(f"bits={bits}: nested codes hold 2 to 8; choose QuantConfig(codes='independent') for more")
+    if check_bits(bits)>8:
+        raise ValueError(f"bits={bits}: nested codes hold 2 to 8; choose QuantConfig(codes='independent') for more")
     part = 2**(8-bits)
     return codes>>(8-bits), QParams(step*part, torch.full_like(step, 120/part-.5), 0, 239>>(8-bits))
 
@@ -259,7 +266,9 @@ class EMAObserver(nn.Module):
         "Move the range towards that of `x`; the first batch sets it; an empty batch changes nothing."
         if x.numel()==0: return
         lo,hi = (t.float() for t in torch.aminmax(x.detach()))
-        if not torch.isfinite(lo+hi): raise ValueError(f"an activation range of [{lo}, {hi}] was observed: the batch or the model holds NaN or infinite numbers")
+        if not torch.isfinite(lo+hi):
+            raise ValueError(f"an activation range of [{lo}, {hi}] was observed: "
+                             "the batch or the model holds NaN or infinite numbers")
         m = self.momentum if self.seen else 1.
         self.lo.lerp_(lo, m); self.hi.lerp_(hi, m); self.seen += 1
 
@@ -268,7 +277,8 @@ class EMAObserver(nn.Module):
         symmetric:bool,  # Symmetric or asymmetric codes
     )->QParams: # One scale and zero point
         "Scale and zero point of the observed range; a `RuntimeError` before any data was seen."
-        if not self.seen: raise RuntimeError("this observer has seen no data: run calibrate_(model, batches) with training batches first")
+        if not self.seen: raise RuntimeError(
+            "this observer has seen no data: run calibrate_(model, batches) with training batches first")
         return qparams(self.lo, self.hi, bits, symmetric)
 
     def _apply(self, fn, recurse=True):   # .to(bfloat16) moves the range but must not round it
@@ -297,15 +307,16 @@ class _LearnedFakeQuant(torch.autograd.Function):
         return g*~(low | high), total(slope), total(low | high) if ctx.needs_input_grad[2] else None, None, None
 
 class LearnedRange(nn.Module):
-    "A static range with a gradient (LSQ, Esser et al. 2020, eq. 3; LSQ+, Bhalgat et al. 2020), in the place of an `EMAObserver`; float32 whatever the model's type."
-    lr_factor,decays = 10.,False   # For the training loop: a range moves faster than an adapter's weights, and is not drawn back
+    "A static range with a gradient (LSQ eq. 3; LSQ+), in the place of an `EMAObserver`; always float32."
+    lr_factor,decays = 10.,False   # For the training loop: it moves faster than an adapter, and is not drawn back
     def __init__(self,
         lo:Tensor,        # Smallest value, from calibration
         hi:Tensor,        # Largest value
         symmetric:bool,   # Symmetric codes: both ends move as one
     ):
         super().__init__()
-        self.register_buffer('start', torch.stack([lo.detach().float().clamp(max=0), hi.detach().float().clamp(min=0)]))
+        lo,hi = lo.detach().float().clamp(max=0),hi.detach().float().clamp(min=0)
+        self.register_buffer('start', torch.stack([lo, hi]))
         self.register_buffer('seen', torch.ones((), dtype=torch.int64))   # as an observer says it
         self.log_ratio = nn.Parameter(torch.zeros(1 if symmetric else 2, device=lo.device))
         self._last = None
@@ -321,8 +332,10 @@ class LearnedRange(nn.Module):
         symmetric:bool,  # Symmetric or asymmetric codes, as the range was made for
     )->QParams: # One scale and zero point
         "Scale and zero point of the range as it is now; the same objects as long as it does not move."
-        if symmetric!=(len(self.log_ratio)==1): raise ValueError(f"symmetric={symmetric}: this range was made for {'a' if symmetric else ''}symmetric codes")
-        key = bits,*self.log_ratio.tolist(),*self.start.tolist()   # not their version: fused optimizers do not count it up
+        if symmetric!=(len(self.log_ratio)==1):
+            made = 'asymmetric' if symmetric else 'symmetric'
+            raise ValueError(f"symmetric={symmetric}: this range was made for {made} codes")
+        key = bits,*self.log_ratio.tolist(),*self.start.tolist()   # numbers: fused optimizers raise no version
         if self._last is None or self._last[0]!=key: self._last = key,qparams(self.lo, self.hi, bits, symmetric)
         return self._last[1]
 
@@ -337,9 +350,9 @@ class LearnedRange(nn.Module):
         return _LearnedFakeQuant.apply(x, scale, None if symmetric else self.lo, qp, (x.shape[-1]*qp.qmax)**-.5)
 
     def _apply(self, fn, recurse=True):   # .to(bfloat16) moves the range but must not round it
-        start,log = self.start,self.log_ratio.detach()
+        start,log,self._last = self.start,self.log_ratio.detach(),None
         super()._apply(fn, recurse)
-        self.start,self.log_ratio.data,self._last = start.to(self.start.device),log.to(self.log_ratio.device),None
+        self.start,self.log_ratio.data = start.to(self.start.device),log.to(self.log_ratio.device)
         return self
 
     def __getstate__(self): return self.__dict__ | dict(_last=None)
@@ -353,7 +366,8 @@ def token_qparams(
 )->QParams: # Scale and zero point of shape (..., 1)
     "Min-max range of each token (LLM-QAT, section 2.2)."
     x = x.detach()
-    return qparams(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits, symmetric)   # twice as fast as aminmax along an axis
+    lo,hi = x.amin(-1, keepdim=True),x.amax(-1, keepdim=True)   # twice as fast as aminmax along an axis
+    return qparams(lo, hi, bits, symmetric)
 
 # %% ../nbs/00_quantizers.ipynb #7fe8407a
 def _snap_tokens(x, qmin, qmax):
@@ -372,7 +386,8 @@ class _Compiled:
         try: return self.f(*args)
         except Exception as e:
             if self.f is self.plain: raise
-            warnings.warn(f"torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0][:200]}): going on with plain operators, slower and with the same numbers")
+            why = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'
+            warnings.warn(f"torch.compile failed ({why}): going on with plain operators, slower and with the same numbers")
             self.f = self.plain
             return self.f(*args)
 

@@ -33,7 +33,8 @@ def divergence(
     m = torch.logaddexp(p, q)-math.log(2)
     return (_kl(p, m)+_kl(q, m))/2*temperature**2
 
-def _kl(p, q): return torch.where(p>-60, p.exp()*(p-q), 0).sum(-1)   # a class that p excludes adds nothing, whatever q holds
+def _kl(p, q):   # a class that p excludes adds nothing, whatever q holds
+    return torch.where(p>-60, p.exp()*(p-q), 0).sum(-1)
 
 # %% ../../nbs/training/objectives.ipynb #4d92db6f
 TEACHERS = 'highest','higher','float'
@@ -44,7 +45,7 @@ def _check_term(weight, teacher='float'):
 
 @dataclass(frozen=True)
 class Distillation:
-    "Pull the predictions of a profile towards those of its teachers, which it sums over (LLM-QAT section 2.1; InstantNet, cascade distillation)."
+    "Pull a profile's predictions towards those of its teachers, summed (LLM-QAT section 2.1; InstantNet's cascade)."
     weight:float=1.            # Weight in the objective
     teacher:str='highest'      # 'highest' or 'higher' profiles of the step, or the 'float' model
     kind:str='kl'              # 'kl' or 'js'
@@ -62,12 +63,13 @@ class Distillation:
     )->Tensor: # Mean divergence, by weight of the predictions, summed over teachers
         "The term's value, nats."
         ds = [divergence(out.logits, t.logits, self.kind, self.temperature) for t in teachers]
-        return (sum(ds)*out.weight).sum()/out.weight.sum().clamp_min(1e-12) if ds else out.logits.new_zeros(())
+        if not ds: return out.logits.new_zeros(())
+        return (sum(ds)*out.weight).sum()/out.weight.sum().clamp_min(1e-12)
 
 # %% ../../nbs/training/objectives.ipynb #0c71096c
 @dataclass(frozen=True)
 class Stability:
-    "Keep the hidden states of a profile near those of its teachers, relative to their size (hint learning, Romero et al. 2015, eq. 3, at every block)."
+    "Keep a profile's hidden states near its teachers', relative to their size (Romero et al. 2015, eq. 3)."
     weight:float=1.          # Weight in the objective
     teacher:str='highest'    # 'highest' or 'higher' profiles of the step, or the 'float' model
     stop_gradient:bool=True  # A teacher is a constant
@@ -83,12 +85,14 @@ class Stability:
         "The term's value; 0 where all hidden states agree."
         pairs = [(s.float(), t.float()) for o in teachers for s,t in zip(out.hidden, o.hidden)]
         mask = None if out.mask is None else out.mask.unsqueeze(-1)
-        return sum((((s-t)**2*mask).sum()/((t**2*mask).sum()+1e-12) for s,t in pairs), out.logits.new_zeros((), dtype=torch.float32))/len(out.hidden)
+        def off(s, t): return ((s-t)**2*mask).sum()/((t**2*mask).sum()+1e-12)
+        zero = out.logits.new_zeros((), dtype=torch.float32)
+        return sum((off(s, t) for s,t in pairs), zero)/len(out.hidden)
 
 # %% ../../nbs/training/objectives.ipynb #059af624
 @dataclass(frozen=True)
 class RangePenalty:
-    "Penalise activation ranges of one layer that differ between widths, relative to their spans; only learned ranges can follow."
+    "Penalise learned activation ranges of one layer that differ between widths, relative to their spans."
     weight:float=1. # Weight in the objective
 
     def __post_init__(self): _check_term(self.weight)
@@ -99,6 +103,14 @@ class RangePenalty:
         teachers:list=(),    # Not looked at
     )->Tensor: # Mean over layers and pairs of widths; a `ValueError` where no layer has two learned ranges
         "The term's value; 0 where the ranges agree."
-        pairs = [p for l in switch_of(model).layers for p in itertools.combinations([o for o in l.observers.values() if any(q.requires_grad for q in o.parameters())], 2)]
-        if not pairs: raise ValueError("no layer has learned ranges at two widths: call learn_ranges_(model) after calibrate_, on a model with act='per_tensor' and profiles of different activation bits")
-        return sum(((a.lo-b.lo)**2+(a.hi-b.hi)**2)/((a.hi-a.lo)*(b.hi-b.lo)).detach().clamp_min(1e-12) for a,b in pairs)/len(pairs)
+        pairs = [pair for l in switch_of(model).layers for pair in itertools.combinations(_learned(l), 2)]
+        if not pairs:
+            raise ValueError("no layer has learned ranges at two widths: call learn_ranges_(model) after calibrate_, "
+                             "on a model with act='per_tensor' and profiles of different activation bits")
+        return sum(_apart(a, b) for a,b in pairs)/len(pairs)
+
+def _learned(layer): return [o for o in layer.observers.values() if any(p.requires_grad for p in o.parameters())]
+
+def _apart(a, b):   # squared distance of the ends, relative to the spans
+    spans = ((a.hi-a.lo)*(b.hi-b.lo)).detach().clamp_min(1e-12)
+    return ((a.lo-b.lo)**2+(a.hi-b.hi)**2)/spans

@@ -28,8 +28,9 @@ def random_state(
     "The state of every generator that training may draw from: Python's, NumPy's, PyTorch's, the accelerator's."
     _,words,ahead = random.getstate()
     _,keys,at,has,kept = np.random.get_state()
-    state = dict(torch=torch.get_rng_state(), python=torch.tensor(words), numpy=torch.tensor([*keys.tolist(), at, has]),
-                 ahead=torch.tensor([math.nan if ahead is None else ahead, kept], dtype=torch.float64))
+    state = dict(
+        torch=torch.get_rng_state(), python=torch.tensor(words), numpy=torch.tensor([*keys.tolist(), at, has]),
+        ahead=torch.tensor([math.nan if ahead is None else ahead, kept], dtype=torch.float64))
     device = torch.device(device)
     if device.type!='cpu': state[device.type] = torch.get_device_module(device).get_rng_state()
     return state
@@ -43,7 +44,8 @@ def set_random_state(
     ahead,kept = state['ahead'].tolist()
     *keys,at,has = state['numpy'].tolist()
     if not 0<=at<=len(keys): raise ValueError(f"numpy's generator has no place {at}")
-    random.setstate((random.getstate()[0], tuple(state['python'].tolist()), None if math.isnan(ahead) else ahead))
+    version,words = random.getstate()[0],tuple(state['python'].tolist())
+    random.setstate((version, words, None if math.isnan(ahead) else ahead))
     np.random.set_state(('MT19937', np.array(keys, dtype=np.uint32), at, has, kept))
     torch.set_rng_state(state['torch'])
     device = torch.device(device)
@@ -87,7 +89,8 @@ def _read_about(path):
     data = _bytes_of(path)
     try: about = json.loads(data)
     except (ValueError, RecursionError) as e: raise _damaged(path, f'not JSON: {e}') from e
-    if not isinstance(about, dict) or about.get('format')!=FORMAT: raise _damaged(path, f'not marked as a {FORMAT}')
+    marked = isinstance(about, dict) and about.get('format')==FORMAT
+    if not marked: raise _damaged(path, f'not marked as a {FORMAT}')
     if _sealed(about)!=data: raise _damaged(path, 'its checksum does not match')
     version = about['format_version']
     if version==FORMAT_VERSION: return about
@@ -101,7 +104,8 @@ def _bytes_of(path):
 def _damaged(path, why): return ValueError(f"{path}: damaged: {why}; {_way_out(path)}")
 
 def _way_out(path):
-    return f"delete {path.parent} and train again: from an older checkpoint if there is one, else from the beginning"
+    return (f"delete {path.parent} and train again: from an older checkpoint if there is one, "
+            "else from the beginning")
 
 def is_checkpoint(
     folder:Path, # A folder
@@ -124,12 +128,16 @@ def checkpoints(
     for p in filter(_has_pickles, visible):
         raise ValueError(f"{p}: a checkpoint of an earlier version, in pickles: to read them could run code, "
                          f"so they are not read; train anew in another folder, or delete {folder} first")
-    foreign = [p.name for p in visible if not (_step_name.fullmatch(p.name) and p.is_dir() and _ours_or_empty(p))]
-    if foreign: raise FileExistsError(f"{folder}: holds {', '.join(foreign[:3])}, which no training run wrote: "
-                                      "it stays as it is; choose another folder for checkpoints, or move it away")
+    foreign = [p.name for p in visible if not (_step_name.fullmatch(p.name) and _ours_or_empty(p))]
+    if foreign:
+        raise FileExistsError(f"{folder}: holds {', '.join(foreign[:3])}, which no training run wrote: "
+                              "it stays as it is; choose another folder for checkpoints, or move it away")
     return sorted((p for p in visible if any(p.iterdir())), key=lambda p: int(_step_name.fullmatch(p.name)[1]))
 
-def _ours_or_empty(p): return not (names := {f.name for f in p.iterdir()}) or bool(names & {STATE, TENSORS})
+def _ours_or_empty(p):
+    if not p.is_dir(): return False
+    names = {f.name for f in p.iterdir()}
+    return not names or bool(names & {STATE, TENSORS})
 
 def _has_pickles(p):   # as accelerate wrote them
     return p.name.startswith('step-') and p.is_dir() and any(f.suffix in ('.pkl','.bin') for f in p.iterdir())
@@ -139,7 +147,7 @@ def _remove_older(folder, newest):   # only what this library wrote
         if p==newest or not _step_name.fullmatch(p.name) or not p.is_dir(): continue
         if is_checkpoint(p):
             (p/TENSORS).unlink(missing_ok=True)
-            (p/STATE).unlink()                 # the marker goes last: a removal that is killed is finished by the next
+            (p/STATE).unlink()   # the marker goes last: a removal that is killed is finished by the next
         if not any(p.iterdir()): p.rmdir()
 
 def _remove_left(folder):   # of killed writers: whoever holds the claim is the only one
@@ -184,11 +192,15 @@ class RunState:
         moments = [k.split('/', 2)[1:] for k in tensors if k.startswith('optimizer/')]
         self._check_fit(tensors, moments)
         for n,p in self.params.items(): p.copy_(tensors[f'params/{n}'])
+        groups = self.optimizer.state_dict()['param_groups']
         order = {id(p):i for i,p in enumerate(p for g in self.optimizer.param_groups for p in g['params'])}
         state = {}
-        for k,n in moments: state.setdefault(order[id(self.params[n])], {})[k] = tensors[f'optimizer/{k}/{n}'].clone()
-        self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()['param_groups']))
-        self.step,self.skipped,self.seconds,self.curve = (about[k] for k in ('step','skipped','seconds','curve'))
+        for k,n in moments:
+            of = state.setdefault(order[id(self.params[n])], {})
+            of[k] = tensors[f'optimizer/{k}/{n}'].clone()
+        self.optimizer.load_state_dict(dict(state=state, param_groups=groups))
+        self.step,self.skipped = about['step'],about['skipped']
+        self.seconds,self.curve = about['seconds'],about['curve']
 
     def _check_fit(self, tensors, moments):
         shape = lambda k: tuple(tensors[k].shape) if k in tensors else 'missing'
@@ -206,7 +218,7 @@ def fingerprint(
     h = hashlib.sha256()
     for n,t in tensors:
         h.update(f'{n} {t.dtype} {tuple(t.shape)}'.encode())
-        if type(t) not in (Tensor, nn.Parameter): continue     # a packed kind of somebody else's: no plain numbers
+        if type(t) not in (Tensor, nn.Parameter): continue   # a packed kind of somebody else's: no plain numbers
         sample = t.detach().reshape(-1)[::max(1, t.numel()//64)].cpu().contiguous()
         h.update(sample.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
@@ -217,7 +229,7 @@ def data_facts(
     collate:Callable,  # (examples, pad id) -> dict of tensors, rows first
     pad_id:int,        # Token that fills the rows
 )->dict: # What JSON can hold
-    "What tells one training set from another: its size, and the fingerprint of a few dozen examples all over it."
+    "What tells one training set from another: its size, and a fingerprint of a few dozen examples all over it."
     batch = collate([data[i] for i in range(0, len(data), -(-len(data)//64))], pad_id)
     rows = ((f'{k} {i}', row) for k,v in batch.items() for i,row in enumerate(v))
     return dict(examples=len(data), tokens=sum(lengths), pad_id=pad_id, fingerprint=fingerprint(rows))
@@ -232,11 +244,14 @@ def model_facts(
     if not hasattr(model, 'switch'): return weights
     s,profiles = model.switch,{n:p.to_dict() for n,p in model.switch.profiles.items()}
     added = {f'{k}: {m!r}' for l in s.layers for part in (l.adapters, l.gates) for k,m in part.items()}
-    return dict(profiles=profiles, quantizer=asdict(s.cfg), kernel=str(s.kernel), route=s.route_name, added=sorted(added)) | weights
+    settings = dict(profiles=profiles, quantizer=asdict(s.cfg), kernel=str(s.kernel), route=s.route_name)
+    return settings | dict(added=sorted(added)) | weights
 
 def _difference(a, b, at=''):   # where two values of JSON differ first
-    if type(a)==type(b)==dict: pairs = [(f'{at}.{k}' if at else k, a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b])]
-    elif type(a)==type(b)==list and len(a)==len(b): pairs = [(f'{at}[{i}]', x, y) for i,(x,y) in enumerate(zip(a, b))]
+    if type(a)==type(b)==dict:
+        pairs = [(f'{at}.{k}' if at else k, a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b])]
+    elif type(a)==type(b)==list and len(a)==len(b):
+        pairs = [(f'{at}[{i}]', x, y) for i,(x,y) in enumerate(zip(a, b))]
     else: return at, a, b
     return next(_difference(x, y, name) for name,x,y in pairs if x!=y)
 
@@ -260,7 +275,8 @@ def kept(
     if folder is None: yield lambda: None; return
     folder = Path(folder)
     settings = json.loads(json.dumps(settings | dict(processes=acc.num_processes, device=acc.device.type)))
-    if acc.is_main_process: check_target(folder/'step-000000', 'a training checkpoint', folder=True, space=_room(state))
+    if acc.is_main_process:
+        check_target(folder/'step-000000', 'a training checkpoint', folder=True, space=_room(state))
     with claim(folder) if acc.is_main_process else nullcontext():
         acc.wait_for_everyone()
         if done := checkpoints(folder): _resume(acc, done[-1], settings, state)
@@ -275,10 +291,12 @@ def _resume(acc, last, settings, state):
     about,tensors = read_checkpoint(last)
     _check_same(last, about['settings'], settings)
     if about['step']!=int(_step_name.fullmatch(last.name)[1]):
-        raise ValueError(f"{last}: holds step {about['step']}: it was renamed; give it its name again, or delete it")
+        raise ValueError(f"{last}: holds step {about['step']}: it was renamed; "
+                         "give it its name again, or delete it")
     mine = {k.partition('/')[2]:t[acc.process_index] for k,t in tensors.items() if k.startswith('random/')}
     try: state.restore(about, tensors); set_random_state(mine, acc.device)
-    except (ValueError, RuntimeError, KeyError) as e: raise _damaged(last/TENSORS, f'{type(e).__name__}: {e}') from e
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise _damaged(last/TENSORS, f'{type(e).__name__}: {e}') from e
 
 def _save(acc, folder, settings, state):
     chance = {f'random/{k}':_of_all(acc, t[None]) for k,t in random_state(acc.device).items()}

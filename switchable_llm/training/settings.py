@@ -20,7 +20,8 @@ def whole_number(
 )->int: # The number; a `ValueError` where it is none, which truth values and 2.0 are not
     "Check a count."
     if isinstance(x, Integral) and not isinstance(x, bool) and least<=x<=most: return int(x)
-    raise ValueError(f"{name}={x!r}: needs a whole number from {least}"+(f' to {most}' if most<math.inf else ' up'))
+    upto = f'to {most}' if most<math.inf else 'up'
+    raise ValueError(f"{name}={x!r}: needs a whole number from {least} {upto}")
 
 def finite_number(
     name:str,                             # What the error calls it
@@ -75,7 +76,8 @@ class TrainConfig:
         yield 'seed', whole_number('seed', self.seed, 0, 2**31-1)
         for k in ('weight_decay','answer_weight','text_weight'): yield k, finite_number(k, getattr(self, k))
         yield 'lr', finite_number('lr', self.lr, lambda x: x>0, 'above 0')
-        if self.clip is not None: yield 'clip', finite_number('clip', self.clip, lambda x: x>0, 'above 0, or None')
+        if self.clip is not None:
+            yield 'clip', finite_number('clip', self.clip, lambda x: x>0, 'above 0, or None')
         yield 'schedule', one_of('schedule', self.schedule, SCHEDULES)
         yield 'mixed_precision', one_of('mixed_precision', self.mixed_precision, ('no','bf16'))
         pair = isinstance(self.betas, (tuple,list)) and len(self.betas)==2
