@@ -2806,6 +2806,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                     'switchable_llm/training/resuming.py'),
                                                   'switchable_llm.training.resuming._has_pickles': ( 'training/resuming.html#_has_pickles',
                                                                                                      'switchable_llm/training/resuming.py'),
+                                                  'switchable_llm.training.resuming._lies_at': ( 'training/resuming.html#_lies_at',
+                                                                                                 'switchable_llm/training/resuming.py'),
                                                   'switchable_llm.training.resuming._of_all': ( 'training/resuming.html#_of_all',
                                                                                                 'switchable_llm/training/resuming.py'),
                                                   'switchable_llm.training.resuming._ours_or_empty': ( 'training/resuming.html#_ours_or_empty',

@@ -4,7 +4,14 @@ import pytest, torch
 from torch.utils.checkpoint import checkpoint
 from switchable_llm.core import layers
 from switchable_llm.core.layers import content_of
-from switchable_llm.core.switching import use_profile
+from switchable_llm.core.switching import make_switchable_, use_profile
+from switchable_llm.data.embedded import tiny_squad
+from switchable_llm.data.encoding import encode
+from switchable_llm.data.models import load_model
+from switchable_llm.training.settings import TrainConfig
+from switchable_llm.joint_training import random_profile, train
+from switchable_llm.lora_routing import add_adapters_
+from switchable_llm.quantizers import QuantConfig
 from switchable_llm.search.strategies import Strategy, use_strategy
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
@@ -91,6 +98,28 @@ def test_tokens_drawn_in_one_pass_are_drawn_again_in_its_recomputation():
         return {n:p.grad for n,p in m.named_parameters() if p.grad is not None}
     plain,again = run(False),run(True)
     for n,g in plain.items(): torch.testing.assert_close(again[n], g)
+
+class Stopped(Exception): pass
+
+def stop(step, curve):
+    if step==2: raise Stopped
+
+@pytest.mark.parametrize('kind', ['adapters','all, switchable','all, plain'])
+def test_a_run_goes_on_with_the_model_that_was_stopped(kind, tmp_path):
+    "As in a notebook: nothing is loaded anew; tied weights and those of switchable layers have several names."
+    def fresh():
+        model,tok = load_model('tiny')
+        if kind!='all, plain': make_switchable_(model, ['bw4','bw8'], QuantConfig(act='per_token'))
+        if kind=='adapters': torch.manual_seed(3); add_adapters_(model)
+        return model,tok
+    (model,tok),policy = fresh(),None if kind=='all, plain' else random_profile(('bw4','bw8'))
+    data,cfg = [encode(q, tok) for q in tiny_squad(20)],TrainConfig(steps=6, batch_size=2, accumulate=1, lr=1e-3)
+    how = dict(cfg=cfg, progress=False, cpu=True, every=2, pad_id=tok.pad_token_id)
+    with pytest.raises(Stopped): train(model, data, policy, checkpoint=tmp_path, callback=stop, **how)
+    train(model, data, policy, checkpoint=tmp_path, **how)
+    whole,_ = fresh()
+    train(whole, data, policy, **how)
+    assert all(torch.equal(a, b) for a,b in zip(model.parameters(), whole.parameters(), strict=True))
 
 @pytest.mark.parametrize('change', [lambda w: w.T.clone(), lambda w: w.roll(1, 0), lambda w: w.flip(1), lambda w: w+1])
 def test_the_digest_of_other_devices_sees_where_numbers_stand(change):

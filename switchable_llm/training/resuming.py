@@ -234,13 +234,16 @@ def data_facts(
     rows = ((f'{k} {i}', row) for k,v in batch.items() for i,row in enumerate(v))
     return dict(examples=len(data), tokens=sum(lengths), pad_id=pad_id, fingerprint=fingerprint(rows))
 
+def _lies_at(t, places): return type(t) in (Tensor, nn.Parameter) and t.numel()>0 and t.data_ptr() in places
+
 def model_facts(
     model:nn.Module,             # A model, switchable or not
     params:dict[str,nn.Parameter], # Name -> what is trained
 )->dict: # What JSON can hold
     "What a model computes with, beside the values of what is trained."
-    weights = dict(trained={n:[str(p.dtype), *p.shape] for n,p in params.items()},
-                   frozen_weights=fingerprint((n, t) for n,t in model.state_dict().items() if n not in params))
+    moves = {p.data_ptr() for p in params.values()}   # by place: tied and wrapped weights have other names in the state
+    frozen = ((n, t) for n,t in model.state_dict().items() if not _lies_at(t, moves))
+    weights = dict(trained={n:[str(p.dtype), *p.shape] for n,p in params.items()}, frozen_weights=fingerprint(frozen))
     if not hasattr(model, 'switch'): return weights
     s,profiles = model.switch,{n:p.to_dict() for n,p in model.switch.profiles.items()}
     added = {f'{k}: {m!r}' for l in s.layers for part in (l.adapters, l.gates) for k,m in part.items()}
