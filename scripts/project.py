@@ -15,9 +15,10 @@ SITE = CFG['doc_host'] + CFG['doc_baseurl']
 class Part(NamedTuple):
     folder:str
     title:str
+    what:str      # In a few words
     rooms:tuple   # File names without .ipynb
 
-PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
+PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
     ('core', 'Core', 'files integer profiles layers switching calibration gates'),
     ('data', 'Data', 'squad squad_scores embedded encoding tasks models checkpoints spans'),

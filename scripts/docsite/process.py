@@ -56,13 +56,24 @@ def read_pages():
 
 _link_in_link = re.compile(r'\[\[(`[^`]+`)\]\([^)]+\)\]\(([^)]+)\)')
 
+def map_of_chapters():
+    "Markdown: the chapters with what they find, and a line of links for each part."
+    book,*parts = PARTS
+    rows = [f'| [{label(p)}]({name_of(p)}) | {heading(p).partition(": ")[2]} |'
+            for p in (NBS/f'{r}.ipynb' for r in book.rooms)]
+    lines = [f"**{p.title}** ({p.what}): " + ', '.join(f'[{r.replace("_", " ")}]({p.folder}/{r}.ipynb)' for r in p.rooms) + '.' for p in parts]
+    return '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows]) + '\n\n' + '\n\n'.join(lines)
+
 def finish():
-    "What nbdev leaves to do: exported values that are no function or class, and names that it linked inside a link."
+    """What nbdev leaves to do: the map of the chapters, exported values that are no function or class, and names that it
+    linked inside a link."""
     for name,nb in read_pages().items():
         module = module_of(NBS/name)
         if module and (text := apidoc.constants(module)): nb.cells.append(nbformat.v4.new_markdown_cell(text, id='constants'))
         for c in nb.cells:
-            if c.cell_type=='markdown': c.source = _link_in_link.sub(r'[\1](\2)', c.source)
+            if c.cell_type!='markdown': continue
+            c.source = _link_in_link.sub(r'[\1](\2)', c.source)
+            if '<!-- map -->' in c.source: c.source = c.source.replace('<!-- map -->', map_of_chapters())
         nbformat.write(nb, PROC/name)
 
 def process():
