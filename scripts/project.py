@@ -19,15 +19,18 @@ class Part(NamedTuple):
     rooms:tuple   # File names without .ipynb
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
-    ('', 'The book', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('core', 'Core', 'files integer profiles layers switching calibration gates'),
-    ('data', 'Data', 'squad squad_scores embedded encoding tasks models checkpoints spans'),
-    ('training', 'Training', 'settings resuming objectives'),
-    ('search', 'Search', 'intervals costs sensitivity allocation strategies extraction'),
-    ('serving', 'Serving', 'kernels parts lean generating packed_file packed exports formats'),
-    ('study', 'Study', 'presets records figures statistics runs experiments cycles robustness searches comparisons '
-                       'cycle_findings defences verdicts reasons earlier profile_findings'),
-    ('apps', 'Apps', 'front_door cli page exploration explorer'))]
+    ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
+    ('core', 'Core', 'layers that switch', 'files integer profiles layers switching calibration gates'),
+    ('data', 'Data', 'models, questions, checkpoints',
+        'squad squad_scores embedded encoding tasks models checkpoints spans'),
+    ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
+    ('search', 'Search', 'which bits, for which cost', 'intervals costs sensitivity allocation strategies extraction'),
+    ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),
+    ('study', 'Study', 'runs and their records', 'presets records statistics runs experiments cycles robustness searches'),
+    ('study/findings', 'Findings', 'records to pictures and sentences',
+        'figures comparisons widths cycling defences verdicts reasons earlier'),
+    ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli page exploration explorer'))]
+
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb
 

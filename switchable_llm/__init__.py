@@ -15,13 +15,13 @@ from importlib import import_module as _import_module
 # What people need most, and the module that has it; `squad` has another name there.
 WHERE = dict(
     load='apps.front_door', make_switchable='apps.front_door', train='apps.front_door', squad='data.squad',
-    evaluate='profiles_eval', compare='profiles_eval', answer='profiles_eval', profile_cost='profiles_eval',
-    use_profile='core.switching', kernel_report='core.switching', calibrate_='core.switching',
-    Profile='core.switching', PROFILES='core.switching', Bits='quantizers', QuantConfig='quantizers',
-    TrainConfig='joint_training', random_profile='joint_training',
-    save_switchable='lora_routing', import_peft='lora_routing', export_peft='lora_routing',
-    freeze='serving.packed', check_packed='serving.packed',
-    export_float='serving.exports', export_torchao='serving.exports', export_gguf='serving.exports')
+    evaluate='profiles_eval', compare='profiles_eval', answer='profiles_eval', profile_cost='search.costs',
+    use_profile='core.switching', kernel_report='core.switching', calibrate_='core.calibration',
+    Profile='core.profiles', PROFILES='core.profiles', Bits='quantizers', QuantConfig='quantizers',
+    TrainConfig='training.settings', random_profile='joint_training',
+    save_switchable='data.checkpoints', import_peft='lora_routing', export_peft='lora_routing',
+    freeze='serving.exports', check_packed='serving.packed',
+    export_float='serving.exports', export_torchao='serving.formats', export_gguf='serving.formats')
 _THERE = dict(squad='load_squad')
 
 __all__ = list(WHERE)

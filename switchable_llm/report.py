@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_questions', 'open_table', 'missing_records',
            'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'parts_table',
-           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table']
+           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'three_numbers', 'leads']
 
 # %% ../nbs/06_report.ipynb #3b0b5de9
-import json, math
+import json, math, re
 from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
 from .study.presets import PRESETS
 from .search.intervals import MARGIN, Interval
 from .study.statistics import Finding, Findings, plural
-from .study.cycle_findings import CPT_QUESTIONS, cpt_findings
-from .study.defences import earlier_statements, sanity_checks
-from .study.verdicts import (
+from .study.findings.cycling import CPT_QUESTIONS, cpt_findings
+from .study.findings.defences import earlier_statements, sanity_checks
+from .study.findings.verdicts import (
     COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
     allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer,
     objectives_brief, profile_names, profile_scores, shared_findings, tried, unequal_exposure)
-from .study.reasons import (
+from .study.findings.reasons import (
     cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings)
 
 # %% ../nbs/06_report.ipynb #e9ac8492
@@ -213,3 +213,35 @@ def speed_table(
         rows += [['change of precision, packed', f"{1e6*s['change']['one assignment, packed']:.1f} µs"], ['weights for 4, 6 and 8 bits together, bytes each', f"{s['held']['packed, all widths']/s['weights']:.2f}"], ['load the packed file', f"{s['load']['packed file']:.2f} s"]]
     where = dict.fromkeys(b['environment']['device'] for b in r.values())
     return markdown_table([["GPT-2's shape", ''], *rows], f"{'; '.join(where)}; drawn in [chapter 07](serving/packed.ipynb).") if rows else '*No record yet.*'
+
+# %% ../nbs/06_report.ipynb #56b51a76
+def three_numbers(
+    benchmarks:dict, # Name -> record
+)->str: # In Markdown, one line each; then the machine
+    "What a first look wants to know: bytes, speed, the cost of training."
+    said = []
+    if 'store' in benchmarks:
+        s = benchmarks['store']['results']
+        size,three = s['held']['packed, all widths']/1e6,s['held']['three float copies']/1e6
+        said.append(f'The weights for 4, 6 and 8 bits together take **{size:.0f} MB**; three float copies, one for '
+                    f'each width, take {three:,.0f} MB.')
+    if 'generate' in benchmarks:
+        times = benchmarks['generate']['results']['decode']
+        four,eight = (1/time_ratio(times, f'generate w{w}', 'transformers float32') for w in (4, 8))
+        said.append(f'At 4 bits `generate()` writes **{four:.1f} times** as many tokens a second as float32 in '
+                    f'transformers, at 8 bits {eight:.1f} times.')
+    if 'train_step_float32' in benchmarks:
+        ratio = benchmarks['train_step_float32']['results']['ratios']['per_token']
+        said.append(f'A training step takes **{100*ratio:.0f} %** of the time of a LoRA step on the float model.')
+    if not said: return '*No record yet.*'
+    where = '; '.join(dict.fromkeys(b['environment']['device'] for b in benchmarks.values()))
+    return '\n'.join(f'- {s}' for s in said)+f"\n\n*GPT-2's shape (124M), {where}.*"
+
+def leads(
+    study:Study, # All records
+    preset:str,  # Of one model
+)->str: # A list in Markdown
+    "Of each question, only the sentence that the answer begins with."
+    found = ((topic, re.search(r'\*\*(.+?)\*\*', tried(make, study, preset) or '')) for topic,make in IN_BRIEF.items())
+    said = [f'- {topic}: {m[1][0].lower()+m[1][1:]}' for topic,m in found if m]
+    return '\n'.join(said) or '*No record yet.*'

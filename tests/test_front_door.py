@@ -27,7 +27,8 @@ def test_dir_shows_what_people_need():
 @pytest.mark.parametrize('name', sl.__all__)
 def test_each_name_is_there_and_documented(name):
     found = getattr(sl, name)
-    assert found is getattr(sl, name) and (name in ('PROFILES',) or found.__doc__)
+    assert found is getattr(sl, name)
+    if name!='PROFILES': assert found.__doc__ and found.__module__==f'switchable_llm.{sl.WHERE[name]}'
 
 def test_help_shows_them():
     import pydoc
