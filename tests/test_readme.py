@@ -1,32 +1,52 @@
-"The README's code runs as it is written, and its commands are commands."
+"The README's code and commands run as they are written, in their order, on the embedded model; and it is short."
 import re, shlex, subprocess, sys
+import pytest
 from conftest import ROOT
 from switchable_llm.apps.cli import make_parser
 
+COMMAND = sys.executable,'-c','import sys; from switchable_llm.apps.cli import main; sys.exit(main())'
 README = (ROOT/'README.md').read_text(encoding='utf-8')
 
-def blocks(language): return re.findall(rf'^```{language}\n(.*?)^```', README, flags=re.M|re.S)
+def blocks(language, text=README): return re.findall(rf'^```{language}\n(.*?)^```', text, flags=re.M|re.S)
+
+def commands(): return [shlex.split(l.split('  #')[0]) for b in blocks('sh') for l in b.splitlines()]
+
+def test_it_is_short(): assert len(README.split())<=1000
 
 def test_first_screen():
-    "One sentence, a picture, six lines, a table of the real model."
-    start = README[:README.index('\n## ')]
-    assert re.search(r'!\[[^\]]{20,}\]\((index_files/[\w-]+\.svg)\)', start) and (ROOT/re.search(r'\((index_files/[\w-]+\.svg)\)', start)[1]).is_file()
-    assert len(blocks('python')[1].strip().splitlines())==6 and '| profile |' in start and 'SmolLM2' in start
+    "A sentence, a picture, how to install, lines of code that show the switch, three numbers with their machine."
+    start = README[:README.index('## Serve it')]
+    picture = re.search(r'!\[[^\]]{20,}\]\((index_files/[\w-]+\.svg)\)', start)
+    assert picture and (ROOT/picture[1]).is_file() and 'pip install' in start
+    assert 'use_profile' in ''.join(blocks('python', start)) and len(''.join(blocks('python', start)).splitlines())<=8
+    numbers = start[start.index('## Three numbers'):]
+    assert len(re.findall(r'^- .*\*\*[\d.]+', numbers, flags=re.M))==3 and re.search(r"\*GPT-2's shape.*threads\.\*", numbers)
+    assert '**Use it**' in start and '**Do not use it**' in start
 
 def test_python_runs(tmp_path, child_env):
     check = '''
-assert [s.profile.name for s in scores]==['float','bw4','bw6','bw8'] and model.switch.profile.name=='float'
-assert served.switch.profile.name=='bw6' and answer(served, tokenizer, [question])[0]==question['answers']['text'][0]
+assert len(said)==50 and model.switch.profile.name=='float' and served.switch.profile.name=='bw6'
+assert sl.answer(served, tokenizer, [question])[0]==question['answers']['text'][0]
 print('done')'''
     code = '\n'.join(blocks('python'))+check
     p = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
     assert p.returncode==0 and p.stdout.strip().endswith('done'), p.stderr[-2000:]
 
-def test_commands_are_known():
-    lines = [l.split('  #')[0].strip() for b in blocks('sh') for l in b.splitlines()]
-    found = [shlex.split(l)[1:] for l in lines if l.startswith('switchable-llm ')]
-    assert len(found)>8
-    for argv in found: make_parser().parse_args(argv)   # ends the process where an option is unknown
-    targets = [l.split()[1] for l in lines if l.startswith('make ')]
-    rules = (ROOT/'Makefile').read_text(encoding='utf-8')
+def test_commands_run_in_their_order(tmp_path, child_env):
+    "All but the explorer, which serves until it is stopped (tests/test_page.py runs it)."
+    (tmp_path/'my_mix.yaml').write_text(blocks('yaml')[0])
+    ours = [c[1:] for c in commands() if c[0]=='switchable-llm']
+    assert len(ours)>=7
+    for argv in ours:
+        make_parser().parse_args(argv)   # ends the process where an option is unknown
+        if argv[0]=='explore': continue
+        p = subprocess.run([*COMMAND, *argv], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
+        assert p.returncode==0, f'{argv}: {p.stderr[-2000:]}'
+    assert (tmp_path/'merged'/'config.json').is_file() and (tmp_path/'my_model.safetensors').is_file()
+
+def test_targets_of_make_exist():
+    rules,targets = (ROOT/'Makefile').read_text(encoding='utf-8'),[c[1] for c in commands() if c[0]=='make']
     assert targets and all(re.search(rf'^{t}:', rules, flags=re.M) for t in targets)
+
+@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\(([\w./-]+)\)', README))))
+def test_links_lead_somewhere(link): assert (ROOT/link).is_file()

@@ -61,7 +61,7 @@ def map_of_chapters():
     book,*parts = PARTS
     rows = [f'| [{label(p)}]({name_of(p)}) | {heading(p).partition(": ")[2]} |'
             for p in (NBS/f'{r}.ipynb' for r in book.rooms)]
-    lines = [f"**{p.title}** ({p.what}): " + ', '.join(f'[{r.replace("_", " ")}]({p.folder}/{r}.ipynb)' for r in p.rooms) + '.' for p in parts]
+    lines = [f"**{p.title}**: " + ', '.join(f'[{r.replace("_", " ")}]({p.folder}/{r}.ipynb)' for r in p.rooms) + '.' for p in parts]
     return '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows]) + '\n\n' + '\n\n'.join(lines)
 
 def finish():

@@ -1,5 +1,5 @@
 "README.md and its figures, from the processed index: GitHub's Markdown, without what only a site can show."
-import html, re
+import html, posixpath, re
 from docsite.pages import IMAGES, file_bytes, joined, options, split_front_matter
 from project import NBS, ROOT
 
@@ -42,7 +42,7 @@ def make(nb):
             if source and opts.get('echo', True): parts.append(f'```python\n{source}\n```')
             parts += [plain(o, names) for o in outputs(c, i, opts, files)]
     text = re.sub(r'<!--.*?-->', '', '\n\n'.join(p.strip() for p in parts if p.strip()), flags=re.S)
-    local = lambda m: m[1]+('nbs/' if (NBS/m[2].partition('#')[0]).is_file() else '')+m[2]
+    local = lambda m: m[1]+(posixpath.normpath('nbs/'+m[2]) if (NBS/m[2].partition('#')[0]).is_file() else m[2])
     text = re.sub(r'(\]\(|(?:src|href)=")([\w./-]+)', local, text)
     return {'README.md': (re.sub(r'\n{3,}', '\n\n', text).strip()+'\n').encode(), **files}
 
