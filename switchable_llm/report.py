@@ -15,13 +15,13 @@ from typing import Iterable, NamedTuple
 from .study.presets import PRESETS
 from .search.intervals import MARGIN, Interval
 from .study.statistics import Finding, Findings, plural
-from .study.findings.cycling import CPT_QUESTIONS, cpt_findings
-from .study.findings.defences import earlier_statements, sanity_checks
-from .study.findings.verdicts import (
+from .findings.cycling import CPT_QUESTIONS, cpt_findings
+from .findings.defences import earlier_statements, sanity_checks
+from .findings.verdicts import (
     COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
     allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer,
     objectives_brief, profile_names, profile_scores, shared_findings, tried, unequal_exposure)
-from .study.findings.reasons import (
+from .findings.reasons import (
     cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings)
 
 # %% ../nbs/06_report.ipynb #e9ac8492

@@ -28,7 +28,7 @@ from ..study.presets import PRESETS, Preset
 from ..data.models import load_model
 from ..study.records import load_records, save_record
 from ..data.squad import load_squad
-from ..study.findings.figures import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
+from ..study.figures import plot_ablation, plot_cost, plot_curves, plot_profiles, save_figure
 from ..profiles_eval import answer, evaluate
 from ..search.costs import profile_cost
 from ..core.integer import native_report
@@ -39,14 +39,14 @@ from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
 from ..serving.exports import export_float
 from ..study.searches import run_allocation
 from ..study.experiments import run_spans
-from ..study.findings.comparisons import span_reports
+from ..findings.comparisons import span_reports
 from ..study.experiments import ARMS, run_calibration, run_objectives
-from ..study.findings.comparisons import calibration_verdict, gate_verdict, objective_verdicts
+from ..findings.comparisons import calibration_verdict, gate_verdict, objective_verdicts
 from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, run_cpt
-from ..study.findings.cycling import cpt_verdicts
+from ..findings.cycling import cpt_verdicts
 from ..study.robustness import PLANS, TRAININGS, run_robustness
-from ..study.findings.defences import robustness_verdicts
-from ..study.findings.verdicts import profile_labels, unequal_exposure
+from ..findings.defences import robustness_verdicts
+from ..findings.verdicts import profile_labels, unequal_exposure
 from ..study.runs import (COUNT, NUMBERS, OBJECTIVES, POLICIES, SEED, WORDS, Number, calibration_batches, check_name, check_preset, chosen,
                                   evaluations, fit, run_ablation, run_joint, study_data, study_model)
 

@@ -27,7 +27,7 @@ from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
 from ..study.presets import PRESETS, Preset
 from ..data.encoding import encode, prompt_texts, start_ids
-from ..study.findings.figures import figure_style, profile_style
+from ..study.figures import figure_style, profile_style
 from ..search.costs import Cost, profile_cost
 from ..profiles_eval import answer, scoring_mode
 from ..search.sensitivity import compact_profile

@@ -18,7 +18,7 @@ from ..core.profiles import Profile
 from ..core.switching import switch_of
 from ..study.presets import PRESETS
 from ..data.embedded import tiny_squad, tiny_tokenizer
-from ..study.findings.figures import figure_style
+from ..study.figures import figure_style
 from .cli import one_line
 from .exploration import (
     Grid, Prompt, Source, bits_on_offer, has_float, open_model, plot_errors, plot_tokens, range_text,

@@ -21,7 +21,7 @@ from ..core.switching import switch_of, use_profile
 from ..data.checkpoints import base_hash
 from .presets import Preset
 from .records import known_record, save_record
-from .findings.figures import figure_style
+from .figures import figure_style
 from ..profiles_eval import evaluate, perplexity
 from .runs import calibration_batches, check_single, chosen, fit, study_data, study_model
 from .experiments import step_cost

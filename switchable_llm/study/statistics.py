@@ -15,7 +15,7 @@ from typing import Callable, Iterable
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from ..core.profiles import SITES, Profile, Site
-from .findings.figures import figure_style
+from .figures import figure_style
 from ..search.intervals import MARGIN, Interval, crossed_mean
 
 # %% ../../nbs/study/statistics.ipynb #e6e3ec99
