@@ -29,7 +29,8 @@ _keys = 'qwertyuiop','asdfghjkl','zxcvbnm'
 
 def _touching():   # each row of keys sits half a key to the right of the one above
     at = {(r,i):c for r,row in enumerate(_keys) for i,c in enumerate(row)}
-    return {c:''.join(at[p] for p in ((r,i-1),(r,i+1),(r-1,i),(r-1,i+1),(r+1,i-1),(r+1,i)) if p in at) for (r,i),c in at.items()}
+    def around(r, i): return (r,i-1),(r,i+1),(r-1,i),(r-1,i+1),(r+1,i-1),(r+1,i)
+    return {c:''.join(at[p] for p in around(*place) if p in at) for place,c in at.items()}
 
 NEIGHBOURS = _touching()   # key -> the keys around it, on a QWERTY keyboard
 
@@ -42,10 +43,11 @@ def misspell(
 )->tuple[str,list[int]]: # The text with typos, and where each character of the original (and the end) has gone
     "Make typos; a text without letters stays as it is."
     if not 0<=rate<=1: raise ValueError(f"rate={rate}: needs a chance from 0 to 1")
-    kinds,kept,rng,out,moved = tuple(kinds),set(protected),random.Random(f'typos-{seed!r}'),'',[]
-    if not kinds or (bad := [k for k in kinds if k not in KINDS]): raise ValueError(f"kinds={kinds}: choose some of {', '.join(KINDS)}")
-    hits = [(rng.random()<rate and c.isalpha() and i not in kept, rng.choice(kinds), rng.random()) for i,c in enumerate(text)]
-    i = 0
+    kinds,kept,rng = tuple(kinds),set(protected),random.Random(f'typos-{seed!r}')
+    if not kinds or not set(kinds)<=set(KINDS): raise ValueError(f"kinds={kinds}: choose some of {', '.join(KINDS)}")
+    def draw(i, c): return rng.random()<rate and c.isalpha() and i not in kept, rng.choice(kinds), rng.random()
+    hits = [draw(i, c) for i,c in enumerate(text)]   # three numbers for each letter, also where they are not used
+    out,moved,i = '',[],0
     while i<len(text):
         new,used = _slip(text, i, kept, *hits[i][1:]) if hits[i][0] else (text[i], 1)
         moved += [len(out)]*used; out += new; i += used
@@ -55,7 +57,7 @@ def _slip(text, i, kept, kind, u):   # what is typed, and for how many character
     c,after,keys = text[i],text[i+1:i+2],NEIGHBOURS.get(text[i].lower(), '')
     if kind=='delete': return '', 1
     if kind=='swap': return (after+c, 2) if after.isalpha() and after!=c and i+1 not in kept else (c, 1)
-    near = keys[int(u*len(keys))] if keys else c                     # a letter that is not on the keyboard is typed twice, or stays
+    near = keys[int(u*len(keys))] if keys else c     # a letter that is not on the keyboard is typed twice, or stays
     near = near.upper() if c.isupper() else near
     return (c+near if kind=='insert' else near), 1
 
@@ -74,8 +76,9 @@ def with_typos(
     key,new = q.get('id') or q['question'],dict(q)
     if where!='context': new['question'] = misspell(q['question'], rate, kinds, seed=(seed, 'question', key))[0]
     if where!='question':
-        new['context'],moved = misspell(q['context'], rate, kinds, answer_positions(q) if protect else (), (seed, 'context', key))
-        if q.get('answers'): new['answers'] = q['answers'] | dict(answer_start=[moved[s] for s in q['answers']['answer_start']])
+        kept = answer_positions(q) if protect else ()
+        new['context'],moved = misspell(q['context'], rate, kinds, kept, (seed, 'context', key))
+        if a := q.get('answers'): new['answers'] = a | dict(answer_start=[moved[s] for s in a['answer_start']])
     return new
 
 def answer_positions(
@@ -90,8 +93,9 @@ def distortion(
     perturbed:Iterable[dict], # The same with typos
 )->float: # Edits per character of question and context; 0 where nothing changed, also where there is nothing
     "Character error rate: Levenshtein distance over length (torchmetrics)."
-    pairs = [(b[k], a[k]) for a,b in zip(original, perturbed, strict=True) for k in ('question','context') if a[k]!=b[k]]
-    total = sum(len(a[k]) for a in original for k in ('question','context'))
+    parts = 'question','context'
+    pairs = [(b[k], a[k]) for a,b in zip(original, perturbed, strict=True) for k in parts if a[k]!=b[k]]
+    total = sum(len(a[k]) for a in original for k in parts)
     return float(char_error_rate(*map(list, zip(*pairs))))*sum(len(a) for _,a in pairs)/total if pairs else 0.
 
 # %% ../nbs/05_adversarial.ipynb #78ef3592
@@ -107,9 +111,11 @@ def token_mask(
     offsets = lambda t: tokenizer(t, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     head,context,tail = map(offsets, prompt_texts(q))
     before = prompt_texts(q | dict(question='\0'))[0].index('\0')
-    inside = lambda spans, start, n, kept: [start-1<=a<b<=start+n and not any(i-start in kept for i in range(a, b)) for a,b in spans]   # a token may hold the space before
+    def inside(spans, start, n, kept):   # a token may hold the space before
+        return [start-1<=a<b<=start+n and not any(i-start in kept for i in range(a, b)) for a,b in spans]
+    kept = answer_positions(q) if protect else set()
     first = inside(head, before, len(q['question']), set()) if where!='context' else [False]*len(head)
-    second = inside(context, 1, len(q['context']), answer_positions(q) if protect else set()) if where!='question' else [False]*len(context)
+    second = inside(context, 1, len(q['context']), kept) if where!='question' else [False]*len(context)
     begins = len(start_ids(tokenizer))                  # a BOS is no part of the text
     room = encode(q, tokenizer, max_length).prompt-begins-len(head)-len(tail)
     return [False]*begins + first + second[:room] + [False]*len(tail)
@@ -136,7 +142,9 @@ class Attack:
 
     def __post_init__(self):
         if self.norm not in NORMS: raise ValueError(f"norm={self.norm!r}: choose one of {', '.join(NORMS)}")
-        if self.steps<0 or self.restarts<1: raise ValueError(f"steps={self.steps}, restarts={self.restarts}: needs 0 or more steps, 1 or more restarts")
+        if self.steps<0 or self.restarts<1:
+            raise ValueError(f"steps={self.steps}, restarts={self.restarts}: "
+                             "needs 0 or more steps, 1 or more restarts")
 
     def _direction(self, g):   # steepest ascent
         return g.sign() if self.norm=='linf' else F.normalize(g, dim=-1, eps=1e-30)
@@ -144,8 +152,9 @@ class Attack:
         if self.norm=='linf': return delta.clamp(-size, size)
         return delta*(size/delta.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
 
-ATTACKS = {a.name:a for a in (Attack('noise', steps=0), Attack('fgsm', steps=1, random_start=False, step=1.), Attack('pgd'),
-                              Attack('noise_l2', 'l2', 0), Attack('fgsm_l2', 'l2', 1, random_start=False, step=1.), Attack('pgd_l2', 'l2'))}
+ATTACKS = {a.name:a for a in (
+    Attack('noise', steps=0), Attack('fgsm', steps=1, random_start=False, step=1.), Attack('pgd'),
+    Attack('noise_l2', 'l2', 0), Attack('fgsm_l2', 'l2', 1, random_start=False, step=1.), Attack('pgd_l2', 'l2'))}
 
 @contextmanager
 def shifted(
@@ -153,7 +162,8 @@ def shifted(
     delta:Tensor|None,   # (batch, length, features), added to the embeddings; `None` for nothing
 ):
     "Embeddings plus a perturbation, for the length of a `with` block."
-    hook = None if delta is None else model.get_input_embeddings().register_forward_hook(lambda m, args, e: e+delta.to(e.dtype))
+    def add(module, args, e): return e+delta.to(e.dtype)
+    hook = None if delta is None else model.get_input_embeddings().register_forward_hook(add)
     try: yield model
     finally:
         if hook: hook.remove()
@@ -171,7 +181,7 @@ def row_scores(
     delta:Tensor|None=None,  # Perturbation of the embeddings
     task:Task=answering,     # What is predicted
     weights:Tensor|None=None,# Of the predictions; by default the task's
-)->tuple[Tensor,Tensor]: # (batch,) negative log-likelihood, nats; (batch,) whether every prediction that counts is right
+)->tuple[Tensor,Tensor]: # (batch,) negative log-likelihood, nats; (batch,) whether all predictions that count are right
     "Loss of each row, and whether a greedy answer would be the reference, word for word."
     weights = task.weights(batch, TrainConfig()) if weights is None else weights
     with shifted(model, delta): out = task.predict(model, batch, weights)
@@ -198,7 +208,8 @@ class Attacker:
         step:int=0,       # Which step, over all restarts
     ): # One context after the other, each with a draw of its own; a defender's draws are others
         "What a step runs."
-        for j in range(self.draws): yield use_strategy(model, self.strategy, [f'attacker {k}' for k in keys], seed, j+self.draws*step*self.fresh)
+        own = [f'attacker {k}' for k in keys]
+        for j in range(self.draws): yield use_strategy(model, self.strategy, own, seed, j+self.draws*step*self.fresh)
 
 def white_box(
     profile:str, # Its name
@@ -223,7 +234,7 @@ def perturbation(
     radius:float,               # As a share of the embeddings' norm; 0 gives zeros
     attack:Attack=ATTACKS['pgd'], # How to search
     attacker:Attacker|None=None,# At which precision; by default the live one
-    keys:Iterable|None=None,    # One for each row: start and draws depend on it; by default torch's generator starts, for training
+    keys:Iterable|None=None,    # One for each row, for start and draws; by default torch's generator starts, for training
     where:Tensor|None=None,     # (batch, length), what may be touched; by default the prompt
     task:Task=answering,        # What is predicted
     weights:Tensor|None=None,   # Of the predictions; by default the task's
@@ -231,8 +242,10 @@ def perturbation(
 )->Tensor: # (batch, length, features), float32, zero outside `where`
     "A perturbation of the embeddings that raises each row's loss."
     if not 0<=radius<math.inf: raise ValueError(f"radius={radius}: needs 0 or more")
-    if attacker is not None and keys is None: raise ValueError(f"attacker {attacker.name!r} needs keys, one for each row")
-    where,weights = prompt_mask(batch) if where is None else where.to(batch['input_ids'].device),task.weights(batch, TrainConfig()) if weights is None else weights
+    if attacker is not None and keys is None:
+        raise ValueError(f"attacker {attacker.name!r} needs keys, one for each row")
+    where = prompt_mask(batch) if where is None else where.to(batch['input_ids'].device)
+    weights = task.weights(batch, TrainConfig()) if weights is None else weights
     norm,d = _embedding_norm(model, batch, where)
     size = radius*norm*where.unsqueeze(-1)/(math.sqrt(d) if attack.norm=='linf' else 1)   # (batch, length, 1)
     passes = lambda step: [ExitStack()] if attacker is None else attacker.passes(model, keys, seed, step)
@@ -245,7 +258,8 @@ def perturbation(
     if radius==0: return best   # before anything is drawn
     worst = torch.full_like(size[:, 0, 0], -math.inf)
     for r in range(attack.restarts):
-        delta = _climb(attack, _starts(attack, size, d, keys, seed, r), size, lambda delta, i: mean_loss(delta, r*attack.steps+i))
+        start = _starts(attack, size, d, keys, seed, r)
+        delta = _climb(attack, start, size, lambda delta, i: mean_loss(delta, r*attack.steps+i))
         if attack.restarts==1: return delta
         with torch.no_grad(): loss = mean_loss(delta)
         better = loss>worst
@@ -267,11 +281,13 @@ def _embedding_norm(model, batch, where):   # (batch, 1, 1) mean over what may b
 def _starts(attack, size, d, keys, seed, restart):   # a row's start does not depend on the rows beside it
     n,full = size.shape[1],attack.steps==0
     if not (attack.random_start or full): return size.new_zeros(*size.shape[:2], d)
-    gens = [torch.Generator().manual_seed(crc32(f'{seed}-{restart}-{k}'.encode())) for k in keys] if keys is not None else [None]*len(size)
+    def generator(key): return torch.Generator().manual_seed(crc32(f'{seed}-{restart}-{key}'.encode()))
+    gens = [None]*len(size) if keys is None else list(map(generator, keys))
     if len(gens)!=len(size): raise ValueError(f"{len(gens)} keys for a batch of {len(size)} rows: needs one for each")
     z = torch.stack([torch.randn(n, d, generator=g) for g in gens]).to(size.device)
     if attack.norm=='l2': return size*F.normalize(z, dim=-1)*(1 if full else .5)
-    return size*(z.sign() if full else torch.erf(z/math.sqrt(2)))   # uniform, as a normal number's own distribution makes it
+    # uniform, as a normal number's own distribution makes it
+    return size*(z.sign() if full else torch.erf(z/math.sqrt(2)))
 
 # %% ../nbs/05_adversarial.ipynb #575bd1d4
 def allowed_tokens(
@@ -297,8 +313,10 @@ def flip_tokens(
     "Change the tokens that do most harm, one after the other."
     if budget<0 or tries<1: raise ValueError(f"budget={budget}, tries={tries}: needs 0 or more tokens, 1 or more tries")
     if not len(allowed): raise ValueError("allowed is empty: give at least one token to put in")
-    if attacker is not None and keys is None: raise ValueError(f"attacker {attacker.name!r} needs keys, one for each row")
-    ids,free = batch['input_ids'].clone(),(prompt_mask(batch) if where is None else where.to(batch['input_ids'].device)).clone()
+    if attacker is not None and keys is None:
+        raise ValueError(f"attacker {attacker.name!r} needs keys, one for each row")
+    ids = batch['input_ids'].clone()
+    free = (prompt_mask(batch) if where is None else where.to(ids.device)).clone()
     rows,layer = torch.arange(len(ids), device=ids.device),model.get_input_embeddings()
     embed = getattr(layer, 'base', layer)
     table = embed(allowed.to(ids.device)).detach().float()
@@ -338,8 +356,11 @@ def adversarial_task(
     "A task whose examples are attacked before they are learnt."
     attacker = at and white_box(at)
     def predict(model, batch, weights, hidden=False):
-        delta = perturbation(model, batch, radius, attack, attacker, attacker and _own_keys(batch), task=task, weights=weights)
+        keys = attacker and _own_keys(batch)
+        delta = perturbation(model, batch, radius, attack, attacker, keys, task=task, weights=weights)
         with shifted(model, delta): return task.predict(model, batch, weights, hidden)
-    return replace(task, name=f"{task.name}+{attack.name}{attack.steps}@{radius:g}{'' if at is None else '-'+at}", predict=predict)
+    name = f"{task.name}+{attack.name}{attack.steps}@{radius:g}{'' if at is None else '-'+at}"
+    return replace(task, name=name, predict=predict)
 
-def _own_keys(batch): return torch.randint(2**31, (len(batch['input_ids']),)).tolist()   # new starts each time, from the generator that checkpoints keep
+def _own_keys(batch):   # new starts each time, from the generator that checkpoints keep
+    return torch.randint(2**31, (len(batch['input_ids']),)).tolist()
