@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'NEIGHBOURS', 'WHERE', 'NORMS', 'ATTACKS', 'misspell', 'with
 import math, random
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Iterable, NamedTuple
+from typing import Iterable
 from zlib import crc32
 import torch
 import torch.nn.functional as F

@@ -36,13 +36,15 @@ def search_items(
 )->tuple[list[Encoded],int]: # The questions; how many of them training has seen
     "Training questions to choose by: those that training would have seen next."
     lengths,after = tuple(len(d.ids) for d in data),preset.steps*preset.accumulate
-    if (have := sum(l<=max_length for l in lengths))<n: raise ValueError(f"n={n}: only {have} of {len(data)} training questions have at most {max_length} tokens")
+    if (have := sum(l<=max_length for l in lengths))<n:
+        raise ValueError(f"n={n}: only {have} of {len(data)} training questions have at most {max_length} tokens")
+    def batch(i): return batch_rows(lengths, preset.batch_size, i, preset.seed)
     rows = {}
     for i in itertools.count(after):
-        rows |= dict.fromkeys(j for j in batch_rows(lengths, preset.batch_size, i, preset.seed) if lengths[j]<=max_length)
+        rows |= dict.fromkeys(j for j in batch(i) if lengths[j]<=max_length)
         if len(rows)>=n or i>after+4*len(data): break
     chosen = list(rows)[:n]
-    seen = {j for i in range(after) for j in batch_rows(lengths, preset.batch_size, i, preset.seed)}
+    seen = {j for i in range(after) for j in batch(i)}
     return [data[j] for j in chosen], len(seen & set(chosen))
 
 def default_budgets(
@@ -50,12 +52,14 @@ def default_budgets(
     w_bits:Iterable[int], # Weight bits to choose from
     a_bits:Iterable[int], # Activation bits to choose from
 )->dict[str,list[int]]: # Of bytes and of bit-operations, ascending, adapters included
-    "Bytes: of uniform weights, and halfway between; bit-operations: of the uniform profiles. Cheapest and dearest leave no choice and are left out."
+    "What uniform profiles cost, and in bytes halfway between; the cheapest and the dearest leave no choice."
     w,a = sorted(w_bits),sorted(a_bits)
-    if len(w)*len(a)<2: raise ValueError(f"w_bits={w} and a_bits={a}: two widths of one of them are needed, or give budgets")
+    if len(w)*len(a)<2:
+        raise ValueError(f"w_bits={w} and a_bits={a}: two widths of one of them are needed, or give budgets")
     sizes = [total(profile_cost(model, uniform(b, a[-1])), 'bytes') for b in w]
     halfway = [(lo+hi)//2 for lo,hi in zip(sizes, sizes[1:])]
-    return dict(bytes=sorted([*halfway, *sizes[1:-1]]), bops=sorted({total(profile_cost(model, uniform(*b)), 'bops') for b in itertools.product(w, a)})[1:-1])
+    operations = {total(profile_cost(model, uniform(*b)), 'bops') for b in itertools.product(w, a)}
+    return dict(bytes=sorted([*halfway, *sizes[1:-1]]), bops=sorted(operations)[1:-1])
 
 def random_choice(
     choices:Choices, # What there is to choose from
@@ -79,8 +83,8 @@ def front_verdict(
 )->str: # A sentence
     "What the contests allow to say; computed, so that it cannot go stale."
     if not contests: return 'No profile had a uniform one to compare with.'
-    words = {'wins':'beat the best uniform profile for the money', 'loses':'lost to it', 'alike':'differed by nothing that matters',
-             'open':'are open', 'no room':'had no room to be better'}
+    words = {'wins':'beat the best uniform profile for the money', 'loses':'lost to it',
+             'alike':'differed by nothing that matters', 'open':'are open', 'no room':'had no room to be better'}
     groups = {v:[c for c in contests if c.verdict==v] for v in words}
     counts = ', '.join(f'{len(cs)} {words[v]}' for v,cs in groups.items() if cs)
     said,seen = f"Of {plural(len(contests), 'profile')} {counts}.",max(c.visible for c in contests)+MARGIN
@@ -114,16 +118,20 @@ def _choose(meter, choices, budgets, evaluations, seed, say):   # entries of the
         for i,limit in enumerate(limits):
             a = allocate(choices, limit, of)
             steps = search(meter, choices, a, evaluations, seed)
-            say(f'{of} {limit:.4g}: predicted {a.predicted:.4g}, allocated {steps[0].loss:.4g}, searched {best(steps).loss:.4g} nats per token')
-            made = dict(random=random_choice(choices, limit, of, seed+i), allocated=a.choice, searched=best(steps).choice)
+            found = best(steps)
+            say(f'{of} {limit:.4g}: predicted {a.predicted:.4g}, allocated {steps[0].loss:.4g}, '
+                f'searched {found.loss:.4g} nats per token')
+            by_chance = random_choice(choices, limit, of, seed+i)
+            made = dict(random=by_chance, allocated=a.choice, searched=found.choice)
             entries += [(choices.profile(c, f'{k}-{of}-{i+1}'), k, of) for k,c in made.items()]
-            searches.append(dict(of=of, budget=limit, options=[str(o) for o in choices.options], steps=[[float(f'{x:.5g}') for x in s[1:3]]+[s.cost] for s in steps]))
+            seen = [[float(f'{x:.5g}') for x in (s.predicted, s.loss)]+[s.cost] for s in steps]
+            searches.append(dict(of=of, budget=limit, options=[str(o) for o in choices.options], steps=seen))
     return entries, searches
 
 def _claims(meter, w_bits, a_bits):   # the attention and the MLP, each dropped as a whole
     s = sensitivity(meter, groups=find_groups(meter.model, 'part'), w_bits=w_bits, a_bits=a_bits)
-    got = {f'{k}{b}':tolerance(meter.model, s, k, b) for k in 'wa' for b in s.bits(k)}
-    return {key:dict(rise=list(t.rise), price=list(t.price), saved=t.saved, verdict=cheaper(t.price, t.saved)) for key,t in got.items()}
+    def told(t): return dict(rise=list(t.rise), price=list(t.price), saved=t.saved, verdict=cheaper(t.price, t.saved))
+    return {f'{k}{b}':told(tolerance(meter.model, s, k, b)) for k in 'wa' for b in s.bits(k)}
 
 def _f1(model, tokenizer, profile, questions, max_new_tokens):
     with use_profile(model, profile): said = answer(model, tokenizer, questions, max_new_tokens=max_new_tokens)
@@ -132,7 +140,7 @@ def _f1(model, tokenizer, profile, questions, max_new_tokens):
 def run_allocation(
     preset:Preset,                 # What to run
     out:str|Path='runs',           # Folder of records; work in progress goes below it too
-    checkpoint:str|Path|None=None, # A jointly trained model; by default the one of `run_joint` below `out`, or one trained now
+    checkpoint:str|Path|None=None, # A jointly trained model; by default that of `run_joint`, or one trained now
     name:str|None=None,            # Name of the record; by default that of `run_joint`
     n_search:int=128,              # Training questions to choose by
     n_score:int=300,               # Validation questions to score by
@@ -156,27 +164,38 @@ def run_allocation(
     w,a = bit_options(model)
     w,a = sorted(w if w_bits is None else w_bits),sorted(a if a_bits is None else a_bits)
     reference,budgets = uniform(max(w), max(a)),budgets or default_budgets(model, w, a)
-    settings = dict(preset=asdict(preset), n_search=n_search, n_score=n_score, max_length=max_length, w_bits=w, a_bits=a, budgets=budgets, evaluations=evaluations, f1=f1,
-                    base=dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model)), adapters=read_switchable(folder)['tensors_sha256'])
-    stage(work/'settings.json', settings, lambda: None)      # with other settings, or another model, this folder is taken
+    base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
+    settings = dict(preset=asdict(preset), n_search=n_search, n_score=n_score, max_length=max_length, w_bits=w,
+                    a_bits=a, budgets=budgets, evaluations=evaluations, f1=f1, base=base,
+                    adapters=read_switchable(folder)['tensors_sha256'])
+    stage(work/'settings.json', settings, lambda: None)   # with other settings, or another model, this folder is taken
     data,_,questions = study_data(preset, tokenizer)
     items,seen = search_items(preset, data, n_search, max_length)
     fits = [(q, e) for q in questions if len((e := encode(q, tokenizer, 10**6)).ids)<=max_length][:n_score]
-    meter,scoring = (Meter(model, i, tokenizer.pad_token_id, log=work/f) for i,f in ((items, 'choosing.jsonl'), ([e for _,e in fits], 'scoring.jsonl')))
+    meter = Meter(model, items, tokenizer.pad_token_id, log=work/'choosing.jsonl')
+    scoring = Meter(model, [e for _,e in fits], tokenizer.pad_token_id, log=work/'scoring.jsonl')
     s = sensitivity(meter, reference, w_bits=w[:-1], a_bits=a[:-1], progress=progress)
-    say(f'sensitivity of {len(s.groups)} groups on {len(items)} questions, {meter.runs} passes; most sensitive: {s.table()[1][0]}')
+    say(f'sensitivity of {len(s.groups)} groups on {len(items)} questions, {meter.runs} passes; '
+        f'most sensitive: {s.table()[1][0]}')
     claims = _claims(meter, w[:-1], a[:-1])
     entries,searches = _choose(meter, Choices(model, s), budgets, evaluations, preset.seed, say)
     plain = [(uniform(*b), 'uniform') for b in itertools.product(w, a)]
     mixed = [(p, 'built-in') for p in switch_of(model).profiles.values() if p.rules]
-    def scores(p): return stage(work/f'f1-{p.name}.json', p.to_dict(), lambda: _f1(model, tokenizer, p, [q for q,_ in fits], preset.max_new_tokens))
+    def scores(p):
+        make = lambda: _f1(model, tokenizer, p, [q for q,_ in fits], preset.max_new_tokens)
+        return stage(work/f'f1-{p.name}.json', p.to_dict(), make)
     scored = front(scoring, [*plain, *mixed, *entries], items, scores if f1 else None, progress)
-    for of in budgets: say(f'{of}: {front_verdict(scored.contests(of))}')
+    verdicts = {of:front_verdict(scored.contests(of)) for of in budgets}
+    for of,said in verdicts.items(): say(f'{of}: {said}')
     told = lambda c: c._asdict() | dict(difference=c.difference.to_list(), verdict=c.verdict, visible=c.visible)
-    contests = {of:[told(c) for k in ('allocated','searched','random') for c in scored.contests(of, k)] for of in budgets}
-    gain = lambda of, i: scored.difference(f'searched-{of}-{i}', f'allocated-{of}-{i}').to_list()   # of the search over the allocation
+    contests = {of:[told(c) for k in ('allocated','searched','random') for c in scored.contests(of, k)]
+                for of in budgets}
+    def gain(of, i):   # of the search over the allocation
+        return scored.difference(f'searched-{of}-{i}', f'allocated-{of}-{i}').to_list()
     gains = {of:[[i+1, *gain(of, i+1)] for i in range(len(limits))] for of,limits in budgets.items()}
-    record = dict(preset=preset.name, experiment='allocation', name=name, seed=preset.seed, config=settings, search_questions=len(items), search_seen=seen, score_questions=len(fits),
-                  sensitivity=s.to_dict(), claims=claims, searches=searches, front=scored.to_dict(), contests=contests, search_gains=gains, verdicts={of:front_verdict(scored.contests(of)) for of in budgets})
+    record = dict(preset=preset.name, experiment='allocation', name=name, seed=preset.seed, config=settings,
+                  search_questions=len(items), search_seen=seen, score_questions=len(fits),
+                  sensitivity=s.to_dict(), claims=claims, searches=searches, front=scored.to_dict(),
+                  contests=contests, search_gains=gains, verdicts=verdicts)
     save_record(record, out)
     return record
