@@ -57,8 +57,8 @@ def _windows(number, q, tokenizer, max_length, stride):
         out.append(Window(tuple(ids), number, len(head), tuple(offsets[s:s+room]), target, 1/len(starts)))
     if gold and not any(w.holds for w in out):
         more = gold[1]-gold[0]
-        raise ValueError(f"stride={stride}: the answer of question {name!r} has {more+1} tokens and is whole in no window; "
-                         f"raise the stride to {more}, or max_length")
+        raise ValueError(f"stride={stride}: the answer of question {name!r} has {more+1} tokens and is whole "
+                         f"in no window; raise the stride to {more}, or max_length")
     return out
 
 def _answer_tokens(q, name, offsets):   # first and last token of the first reference answer

@@ -53,8 +53,8 @@ class Choices:
             b = getattr(o, k)
             if (g.name, k, b) in self.s.rises: out += self.s.rises[g.name, k, b]
             elif any(getattr(top[m], k)!=b for m in members) and not (k=='a' and self._only_looks_up(members)):
-                raise ValueError(f"option {o}: what {g.name!r} loses at {k}{b} was not measured; there are "
-                                 f"w {self.s.bits('w')}, a {self.s.bits('a')} and the reference {self.s.reference.name!r}")
+                there = f"w {self.s.bits('w')}, a {self.s.bits('a')} and the reference {self.s.reference.name!r}"
+                raise ValueError(f"option {o}: what {g.name!r} loses at {k}{b} was not measured; there are {there}")
         return out
 
     def _only_looks_up(self, members):   # no layer of a group multiplies, as of an embedding

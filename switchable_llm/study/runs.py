@@ -275,7 +275,7 @@ def run_name(
     policy:str='random_profile', # One of `POLICIES`
     objective:str='cross_entropy', # One of `OBJECTIVES`
 )->str: # Name of the record
-    "Policy, objective if it is not cross-entropy, activation scheme; 'learned' ranges and 'nested' codes where they are."
+    "Policy, objective if not cross-entropy, activation scheme; 'learned' ranges and 'nested' codes where they are."
     aim = '' if objective=='cross_entropy' else f'-{objective}'
     return f'{policy}{aim}-{preset.act}'+'-learned'*learns_ranges(preset)+'-nested'*(preset.codes=='nested')
 
