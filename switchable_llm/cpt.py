@@ -26,7 +26,7 @@ def cyclic_bits(
 )->int: # Bits of the iteration
     "The cyclic schedule (Fu et al. 2021, eq. 1)."
     if not 1<=cycles<=steps: raise ValueError(f"cycles={cycles}: needs 1 to {steps}, the number of steps")
-    if b_min>b_max: raise ValueError(f"b_min={b_min}: is above b_max={b_max}")
+    if b_min>b_max: raise ValueError(f"b_min={b_min}, b_max={b_max}: the lowest width is above the highest")
     if step<0: raise ValueError(f"step={step}: needs 0 or more")
     period = steps//cycles
     bits = b_min+.5*(b_max-b_min)*(1-math.cos(math.pi*(step%period)/period))
@@ -127,6 +127,10 @@ class CycleConfig:
     b_min:int=4    # Lowest width
     b_max:int=8    # Highest width
     rungs:int=9    # Of the ladder of per-layer profiles
+
+    def __post_init__(self):
+        if self.b_min>self.b_max:
+            raise ValueError(f"b_min={self.b_min}, b_max={self.b_max}: the lowest width is above the highest")
 
 def _width(model, cfg, share):   # the uniform profile at a share of the way
     return fixed_profile(uniform_names(model, cfg.b_min, cfg.b_max)[round(cfg.b_min+share*(cfg.b_max-cfg.b_min))])

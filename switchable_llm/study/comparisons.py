@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from ..search.intervals import MARGIN, SIDES, Interval, crossed_mean, side
 from ..profiles_eval import Evaluation
 from .figures import _figure, _ink, _mark, _need, _rows, profile_style
-from .profile_findings import verdict
+
 from .statistics import basis, plural
 from .experiments import GATE_BUDGET
 
@@ -217,9 +217,11 @@ class TaskReport:
 
     def verdicts(self,
         score:str='f1', # 'em' or 'f1'
-    )->dict[str,str]: # Profile -> 'extractive', 'generative' or 'not decided'
-        "Which task a profile answers better."
-        return {n:verdict(d[score], 'extractive', 'generative') for n,d in self.difference.items()}
+    )->dict[str,str]: # Profile -> 'extractive', 'generative', 'alike' or 'open'
+        "Which task a profile answers better, by an amount that matters."
+        words = dict(better='extractive', worse='generative')
+        told = {n:side(d[score]) for n,d in self.difference.items()}
+        return {n:words.get(t, t) for n,t in told.items()}
 
     def table(self
     )->list[list[str]]: # A row of heads, then one for each profile; percent

@@ -248,10 +248,14 @@ def _scale(ax, which, log):   # logarithmic, or few plain numbers
 
 _dashes = '-','--','-.',':'
 
+def _losses(runs):   # (seeds, steps) to the end of the shortest; a step that was skipped lies between its neighbours
+    curves = [list(zip(*r['training']['curve']))[:2] for r in runs]
+    steps = np.arange(1+min(max(s) for s,_ in curves))
+    return np.array([np.interp(steps, *c) for c in curves])
+
 def _smooth(runs, window):   # steps, mean over seeds of the logarithm, and its 95 % band
-    config = runs[0]['config']
-    w = min(window or config['steps']//config['cycle']['cycles'], config['steps'])
-    losses = np.array([[l for _,l,_,_ in r['training']['curve']] for r in runs])
+    config,losses = runs[0]['config'],_losses(runs)
+    w = min(window or config['steps']//config['cycle']['cycles'], losses.shape[1])
     y = np.log(np.maximum([np.convolve(l, np.full(w, 1/w), 'valid') for l in losses], 1e-9))
     half = stats.t.ppf(.975, len(y)-1)*y.std(0, ddof=1)/math.sqrt(len(y)) if len(y)>1 else np.zeros(y.shape[1])
     return np.arange(y.shape[1])+(w-1)/2, *np.exp([y.mean(0), y.mean(0)-half, y.mean(0)+half])
