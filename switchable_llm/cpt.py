@@ -27,13 +27,16 @@ def cyclic_bits(
 )->int: # Bits of the iteration
     "The cyclic schedule (Fu et al. 2021, eq. 1)."
     if not 1<=cycles<=steps: raise ValueError(f"cycles={cycles}: needs 1 to {steps}, the number of steps")
-    if b_min>b_max: raise ValueError(f"b_min={b_min}: is above b_max={b_max}")
+    if b_min>b_max: raise ValueError(f"b_min={b_min}, b_max={b_max}: the lowest width is above the highest")
     if step<0: raise ValueError(f"step={step}: needs 0 or more")
     period = steps//cycles
-    return round(round(b_min+.5*(b_max-b_min)*(1-math.cos(math.pi*(step%period)/period)), 9))   # a cosine of .5 may come out as .5000000000000001
+    bits = b_min+.5*(b_max-b_min)*(1-math.cos(math.pi*(step%period)/period))
+    return round(round(bits, 9))   # a cosine of .5 may come out as .5000000000000001
 
 # %% ../nbs/04_cpt.ipynb #faeeee57
-def _uniform(switch): return {p.default.w:n for n,p in reversed(switch.profiles.items()) if not p.rules and p.default.w and p.default.w==p.default.a}
+def _uniform(switch):   # width -> name; of several names the first
+    def is_square(p): return not p.rules and p.default.w and p.default.w==p.default.a
+    return {p.default.w:n for n,p in reversed(switch.profiles.items()) if is_square(p)}
 
 def add_uniform_(
     model:nn.Module,          # A model after `make_switchable_`, before it has adapters and is calibrated
@@ -53,7 +56,9 @@ def uniform_names(
     "Uniform profiles of all widths in a range; a `ValueError` where one is missing."
     have = _uniform(switch_of(model))
     if lost := [b for b in range(b_min, b_max+1) if b not in have]:
-        raise ValueError(f"b_min={b_min}, b_max={b_max}: the model has no uniform profile of {lost[0]} bits, only of {', '.join(map(str, sorted(have))) or 'none'}: call add_uniform_(model, range({b_min}, {b_max+1})) before calibrate_")
+        there = ', '.join(map(str, sorted(have))) or 'none'
+        raise ValueError(f"b_min={b_min}, b_max={b_max}: the model has no uniform profile of {lost[0]} bits, "
+                         f"only of {there}: call add_uniform_(model, range({b_min}, {b_max+1})) before calibrate_")
     return {b:have[b] for b in range(b_min, b_max+1)}
 
 def cyclic_precision(
@@ -65,8 +70,9 @@ def cyclic_precision(
 )->Policy: # A uniform profile each step
     "Cyclic precision training (Fu et al. 2021)."
     names = uniform_names(model, b_min, b_max)
-    cyclic_bits(0, steps, cycles, b_min, b_max)   # checks
-    return Policy('cyclic_precision', lambda step: (names[cyclic_bits(step, steps, cycles, b_min, b_max)],), dict(steps=steps, cycles=cycles, b_min=b_min, b_max=b_max))
+    settings = dict(steps=steps, cycles=cycles, b_min=b_min, b_max=b_max)
+    cyclic_bits(0, **settings)   # checks
+    return Policy('cyclic_precision', lambda step: (names[cyclic_bits(step, **settings)],), settings)
 
 def cyclic_profiles(
     profiles:Iterable, # Profiles, or names of the model's, in order
@@ -76,7 +82,8 @@ def cyclic_profiles(
     profiles = tuple(profiles)
     if not profiles: raise ValueError("profiles is empty: cyclic_profiles needs at least one")
     if hold<1: raise ValueError(f"hold={hold}: needs 1 or more steps")
-    return Policy('cyclic_profiles', lambda step: (profiles[step//hold%len(profiles)],), dict(profiles=_described(profiles), hold=hold))
+    settings = dict(profiles=_described(profiles), hold=hold)
+    return Policy('cyclic_profiles', lambda step: (profiles[step//hold%len(profiles)],), settings)
 
 def _described(profiles): return [p if isinstance(p, str) else p.to_dict() for p in profiles]
 
@@ -90,7 +97,8 @@ def profile_ladder(
     "Per-layer profiles from all layers at the lowest bits to all at the highest."
     sites,bits = switch_of(model).sites,[Bits.parse(b) for b in bits]
     most = len(sites)*(len(bits)-1)
-    if not 2<=rungs<=most+1: raise ValueError(f"rungs={rungs}: needs 2 to {most+1}, for {len(sites)} layers and {len(bits)} widths")
+    if not 2<=rungs<=most+1:
+        raise ValueError(f"rungs={rungs}: needs 2 to {most+1}, for {len(sites)} layers and {len(bits)} widths")
     order = np.random.default_rng(seed).permutation(len(sites))
     def rung(i):
         done = round(most*i/(rungs-1))
@@ -107,8 +115,10 @@ def cosine_restarts(
     "Climb profiles by their bit-operations along a half cosine, then fall back, in cycles."
     ladder = high_to_low(model, profiles)[::-1]
     if not ladder: raise ValueError("profiles is empty: cosine_restarts needs at least one")
-    cyclic_bits(0, steps, cycles, 0, len(ladder)-1)   # checks
-    return Policy('cosine_restarts', lambda step: (ladder[cyclic_bits(step, steps, cycles, 0, len(ladder)-1)],), dict(profiles=_described(ladder), steps=steps, cycles=cycles))
+    def rung(step): return ladder[cyclic_bits(step, steps, cycles, 0, len(ladder)-1)]
+    rung(0)   # checks
+    settings = dict(profiles=_described(ladder), steps=steps, cycles=cycles)
+    return Policy('cosine_restarts', lambda step: (rung(step),), settings)
 
 # %% ../nbs/04_cpt.ipynb #fdfd7ad0
 @dataclass(frozen=True)
@@ -119,17 +129,30 @@ class CycleConfig:
     b_max:int=8    # Highest width
     rungs:int=9    # Of the ladder of per-layer profiles
 
-def _width(model, cfg, share): return fixed_profile(uniform_names(model, cfg.b_min, cfg.b_max)[round(cfg.b_min+share*(cfg.b_max-cfg.b_min))])
-def _ends(cfg): return list(dict.fromkeys(f'w{b}a{b}' for b in (cfg.b_min, round((cfg.b_min+cfg.b_max)/2), cfg.b_max)))
+    def __post_init__(self):
+        if self.b_min>self.b_max:
+            raise ValueError(f"b_min={self.b_min}, b_max={self.b_max}: the lowest width is above the highest")
+
+def _width(model, cfg, share):   # the uniform profile at a share of the way
+    return fixed_profile(uniform_names(model, cfg.b_min, cfg.b_max)[round(cfg.b_min+share*(cfg.b_max-cfg.b_min))])
+
+def _ends(cfg):   # lowest, middle and highest bits
+    widths = cfg.b_min,round((cfg.b_min+cfg.b_max)/2),cfg.b_max
+    return list(dict.fromkeys(f'w{b}a{b}' for b in widths))
+
+def _random(model, steps, seed, cfg): return random_profile(uniform_names(model, cfg.b_min, cfg.b_max).values(), seed)
+def _cyclic(model, steps, seed, cfg): return cyclic_precision(model, steps, cfg.cycles, cfg.b_min, cfg.b_max)
+def _restarts(model, steps, seed, cfg):
+    return cosine_restarts(model, profile_ladder(model, _ends(cfg), cfg.rungs, seed), steps, cfg.cycles)
 
 FIXED_CYCLE,ALTERNATION = ('bw4','bw6','bw8'),('bw8','mixed8648')
 SCHEDULES = dict(   # name -> (model, steps, seed, CycleConfig) -> policy
     static_low   = lambda model, steps, seed, cfg: _width(model, cfg, 0),
     static_mean  = lambda model, steps, seed, cfg: _width(model, cfg, .5),
     static_high  = lambda model, steps, seed, cfg: _width(model, cfg, 1),
-    random       = lambda model, steps, seed, cfg: random_profile(uniform_names(model, cfg.b_min, cfg.b_max).values(), seed),
-    cyclic       = lambda model, steps, seed, cfg: cyclic_precision(model, steps, cfg.cycles, cfg.b_min, cfg.b_max),
-    cosine_restarts = lambda model, steps, seed, cfg: cosine_restarts(model, profile_ladder(model, _ends(cfg), cfg.rungs, seed), steps, cfg.cycles),
+    random       = _random,
+    cyclic       = _cyclic,
+    cosine_restarts = _restarts,
     fixed_cycle  = lambda model, steps, seed, cfg: cyclic_profiles(FIXED_CYCLE),
     alternation  = lambda model, steps, seed, cfg: cyclic_profiles(ALTERNATION),
     random_three = lambda model, steps, seed, cfg: random_profile(FIXED_CYCLE, seed),

@@ -47,7 +47,8 @@ def scoring_mode(
 
 def _neutral_(model):   # returns what undoes it
     training,own = [m for m in model.modules() if m.training],getattr(model, 'generation_config', None)
-    # the last position of a batch is a strided slice, for which torch's batched product copies the head's weight once for each row
+    # the last position of a batch is a strided slice: for it torch's batched product copies the head's
+    # weight for each row
     head = model.get_output_embeddings()
     hook = head and head.register_forward_pre_hook(lambda m, args: (args[0].contiguous(), *args[1:]))
     def back():
@@ -81,7 +82,8 @@ def _encode_all(model, tokenizer, examples, max_length, room=0):   # with `room`
     if not examples: raise ValueError("examples is empty: give at least one question in SQuAD's format")
     positions = getattr(model.config, 'max_position_embeddings', None)
     n = min(max_length, positions or max_length)-room
-    if room and n<1: raise ValueError(f"max_length={max_length}: leaves no room for a question beside max_new_tokens={room}")
+    if room and n<1:
+        raise ValueError(f"max_length={max_length}: leaves no room for a question beside max_new_tokens={room}")
     for i,e in enumerate(examples):
         if isinstance(e, Encoded): _check_encoded(e, f'example {i}', room, positions)
     def encoded(e): return encode(e | dict(answers=None) if room else e, tokenizer, max_length=n)
@@ -112,7 +114,8 @@ class Perplexity:
     def text(self)->float: return _ppl(self.nll_text, self.n_text)
     @property
     def answer(self)->float: return _ppl(self.nll_answer, self.n_answer)
-    def __repr__(self): return f'Perplexity(text={self.text:.4g}, answer={self.answer:.4g}, examples={len(self.n_text)})'
+    def __repr__(self):
+        return f'Perplexity(text={self.text:.4g}, answer={self.answer:.4g}, examples={len(self.n_text)})'
 
 def bounded_exp(
     x:float, # Any number
@@ -143,10 +146,14 @@ def perplexity(
     items = _encode_all(model, tokenizer, examples, max_length)
     out = [()]*len(items)
     with scoring_mode(model):
-        for group in tqdm(list(batches_by_length(items, tokens_per_batch)), 'perplexity', disable=not progress, leave=False):
-            for i,scores in zip(group, _losses(model, [items[i] for i in group], pad_id(tokenizer))): out[i] = scores
+        groups = list(batches_by_length(items, tokens_per_batch))
+        for group in tqdm(groups, 'perplexity', disable=not progress, leave=False):
+            losses = _losses(model, [items[i] for i in group], pad_id(tokenizer))
+            for i,scores in zip(group, losses): out[i] = scores
     bad = next((i for i,s in enumerate(out) if not math.isfinite(s[0])), None)
-    if bad is not None: raise ValueError(f"example {bad}: its loss is {out[bad][0]}: the model's weights or activation ranges hold NaN or infinite numbers")
+    if bad is not None:
+        raise ValueError(f"example {bad}: its loss is {out[bad][0]}: "
+                         "the model's weights or activation ranges hold NaN or infinite numbers")
     return Perplexity(*zip(*out))
 
 # %% ../nbs/03_profiles_eval.ipynb #103ebf4e
@@ -182,9 +189,11 @@ def answer(
     "Answer each question with the model's likeliest tokens."
     items = _encode_all(model, tokenizer, examples, max_length, max_new_tokens)
     stops,pad,out = stop_ids(model, tokenizer),pad_id(tokenizer),['']*len(items)
-    cfg = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True, eos_token_id=stops or None, pad_token_id=pad)
+    cfg = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                           eos_token_id=stops or None, pad_token_id=pad)
+    groups = list(batches_by_length(items, tokens_per_batch, True, max_new_tokens))
     with scoring_mode(model):
-        for group in tqdm(list(batches_by_length(items, tokens_per_batch, True, max_new_tokens)), 'answers', disable=not progress, leave=False):
+        for group in tqdm(groups, 'answers', disable=not progress, leave=False):
             batch = collate([items[i] for i in group], pad, left=True, prompt_only=True)
             ids,mask = (batch[k].to(next(model.parameters()).device) for k in ('input_ids','attention_mask'))
             new = model.generate(input_ids=ids, attention_mask=mask, generation_config=cfg)[:, ids.shape[1]:]
@@ -220,20 +229,23 @@ class ProfileScores:
     "One profile of one model on some questions."
     profile:Profile                                  # What was live
     cost:Cost                                        # What it takes
-    summary:dict[str,Interval]                       # By the names of `SCORES`, those that there are; all but `ppl` from 0 to 1
+    # By the names of `SCORES` that there are; all but `ppl` from 0 to 1
+    summary:dict[str,Interval]
     ids:tuple[str,...] = field(repr=False)           # Of the questions; what follows is in their order
     prediction:tuple[str,...] = field(repr=False)    # Answers
     em:tuple[float,...] = field(repr=False)          # Exact match, 0 or 1
     f1:tuple[float,...] = field(repr=False)          # 0 to 1
-    nll_text:tuple[float,...] = field(repr=False)    # Negative log-likelihood of the text, nats; empty where none is predicted
+    # Negative log-likelihood of the text, nats; empty if none is predicted
+    nll_text:tuple[float,...] = field(repr=False)
     n_text:tuple[int,...] = field(repr=False)        # Its tokens
     nll_answer:tuple[float,...] = field(repr=False)  # Of the answer
     n_answer:tuple[int,...] = field(repr=False)      # Its tokens
 
     def to_dict(self)->dict:
         "As `from_dict` reads it; only what JSON has."
-        return dict(profile=self.profile.to_dict(), cost=asdict(self.cost), summary={k:list(v) for k,v in self.summary.items()},
-                    **{k:list(getattr(self, k)) for k in _PER_EXAMPLE})
+        summary = {k:list(v) for k,v in self.summary.items()}
+        each = {k:list(getattr(self, k)) for k in _PER_EXAMPLE}
+        return dict(profile=self.profile.to_dict(), cost=asdict(self.cost), summary=summary, **each)
 
     @classmethod
     def from_dict(cls,
@@ -241,8 +253,9 @@ class ProfileScores:
         ids:Iterable[str], # Of the questions, which an `Evaluation` keeps once
     )->'ProfileScores': # The scores
         "Read what `to_dict` wrote."
-        return cls(Profile.from_dict(d['profile']), Cost(**d['cost']), {k:Interval(*v) for k,v in d['summary'].items()}, tuple(ids),
-                   **{k:tuple(d[k]) for k in _PER_EXAMPLE})
+        summary = {k:Interval(*v) for k,v in d['summary'].items()}
+        each = {k:tuple(d[k]) for k in _PER_EXAMPLE}
+        return cls(Profile.from_dict(d['profile']), Cost(**d['cost']), summary, tuple(ids), **each)
 
 def score_answers(
     model:nn.Module,          # The model, for the cost
@@ -271,7 +284,8 @@ def _score_profile(model, profile, tokenizer, items, prompts, examples, settings
     budget = settings['tokens_per_batch']
     with use_profile(model, profile):
         ppl = perplexity(model, tokenizer, items, tokens_per_batch=budget, progress=progress)
-        said = answer(model, tokenizer, prompts, max_new_tokens=settings['max_new_tokens'], tokens_per_batch=4*budget, progress=progress)   # one row of logits each: room for more
+        said = answer(model, tokenizer, prompts, max_new_tokens=settings['max_new_tokens'],
+                      tokens_per_batch=4*budget, progress=progress)   # one row of logits each: room for more
     return score_answers(model, profile, examples, said, vars(ppl), settings)
 
 # %% ../nbs/03_profiles_eval.ipynb #9ecb8ee0
@@ -307,11 +321,13 @@ class Evaluation:
         costs = [s.cost for s in self.scores]
         (mem,m),(ops,o) = _unit(max(c.bytes for c in costs)),_unit(max(c.bops for c in costs))
         lora,scores = any(c.adapter_bytes for c in costs),[k for k in SCORES if k in self.scores[0].summary]
-        rows = [['profile','W bits','A bits',f'{m}B',*[f'LoRA {m}B']*lora,f'{o}BOPs/token',*(SCORES[k] for k in scores)]]
-        for s,c in zip(self.scores, costs):
-            rows.append([s.profile.name, f'{c.w_bits:.3g}', f'{c.a_bits:.3g}', digits(c.bytes/mem), *[digits(c.adapter_bytes/mem)]*lora, digits(c.bops/ops),
-                         *(s.summary[k].show(1 if 'ppl' in k else 100) for k in scores)])
-        return rows
+        heads = ['profile', 'W bits', 'A bits', f'{m}B', *[f'LoRA {m}B']*lora, f'{o}BOPs/token',
+                 *(SCORES[k] for k in scores)]
+        def row(s, c):
+            bits = [f'{c.w_bits:.3g}', f'{c.a_bits:.3g}']
+            held = [digits(c.bytes/mem), *[digits(c.adapter_bytes/mem)]*lora, digits(c.bops/ops)]
+            return [s.profile.name, *bits, *held, *(s.summary[k].show(1 if 'ppl' in k else 100) for k in scores)]
+        return [heads, *map(row, self.scores, costs)]
 
     @property
     def caption(self)->str:
@@ -323,8 +339,9 @@ class Evaluation:
         return '\n'.join([head, '|:--'+'|--:'*(len(self.table()[0])-1)+'|', *rows, '', f'*{self.caption}*'])
     def __str__(self):
         rows = self.table()
-        widths = [max(map(len, c)) for c in zip(*rows)]
-        return '\n'.join(['  '.join([r[0].ljust(widths[0]), *(x.rjust(w) for x,w in zip(r[1:], widths[1:]))]) for r in rows]+[self.caption])
+        first,*widths = [max(map(len, c)) for c in zip(*rows)]
+        def line(r): return '  '.join([r[0].ljust(first), *(x.rjust(w) for x,w in zip(r[1:], widths))])
+        return '\n'.join([*map(line, rows), self.caption])
     __repr__ = __str__
 
 # %% ../nbs/03_profiles_eval.ipynb #4731da99
@@ -350,7 +367,8 @@ def evaluate(
     for p in chosen: switch_of(model).bind(p)
     settings['rules'] = scoring_rules(examples, rules)
     items,prompts = (_encode_all(model, tokenizer, examples, max_length, room) for room in (0, max_new_tokens))
-    scores = (_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in tqdm(chosen, 'profiles', disable=not progress))
+    scores = [_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress)
+              for p in tqdm(chosen, 'profiles', disable=not progress)]
     return Evaluation(tuple(scores), settings)
 
 # %% ../nbs/03_profiles_eval.ipynb #77cbd98c
@@ -361,7 +379,9 @@ def compare(
     seed:int=0,            # Of the resampling
 )->dict[str,Interval]: # `em`, `f1`: a - b, from -1 to 1; `log_ppl_text`, `log_ppl_answer`: log(PPL of a / PPL of b)
     "Paired differences, a less b, with 95 % intervals over questions."
-    if a.ids!=b.ids: raise ValueError(f"{a.profile.name!r} and {b.profile.name!r} were scored on different questions: a paired comparison needs the same, in the same order")
+    if a.ids!=b.ids:
+        raise ValueError(f"{a.profile.name!r} and {b.profile.name!r} were scored on different questions: "
+                         "a paired comparison needs the same, in the same order")
     kw = dict(n_resamples=n_resamples, seed=seed)
     out = {k:interval(np.mean, np.subtract(getattr(a, k), getattr(b, k)), **kw) for k in ('em','f1')}
     def log_ratio(la, na, lb, nb, axis): return per_token(la, na, axis)-per_token(lb, nb, axis)

@@ -14,11 +14,12 @@ from .encoding import Encoded, collate, prompt_texts, start_ids
 # %% ../../nbs/data/spans.ipynb #60ac23c3
 class Window(NamedTuple):
     "A question and a stretch of its context, as tokens."
-    ids:tuple[int,...]                  # Question, stretch, and what asks for the answer; the last token means 'not here'
+    ids:tuple[int,...]                  # Question, stretch, and what asks for the answer; the last means 'not here'
     question:int                        # Number of the question
     first:int                           # Where in `ids` the stretch begins
     offsets:tuple[tuple[int,int],...]   # For each token of the stretch, its characters in the context
-    target:tuple[int,int]               # Where in `ids` the first reference answer begins and ends; the last token twice if it is not here
+    # First and last token of the first reference answer; if not here, the last of all
+    target:tuple[int,int]
     weight:float                        # 1 / windows of the question
 
     @property
@@ -31,25 +32,33 @@ def encode_windows(
     stride:int=128,           # Tokens of context that neighbouring windows share
 )->list[Window]: # Of the first question, from left to right, then of the second, ...
     "Cut contexts into windows; every token of a context is in at least one."
-    if not getattr(tokenizer, 'is_fast', False): raise ValueError(f"tokenizer {type(tokenizer).__name__}: does not know the characters of its tokens; load the fast one")
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ValueError(f"tokenizer {type(tokenizer).__name__}: does not know the characters of its tokens; "
+                         "load the fast one")
     return [w for i,q in enumerate(questions) for w in _windows(i, q, tokenizer, max_length, stride)]
 
 def _windows(number, q, tokenizer, max_length, stride):
     name = q.get('id', q['question'][:40])
-    if empty := [k for k in ('question','context') if not q[k].strip()]: raise ValueError(f"question {name!r}: its {empty[0]} is empty")
+    if empty := [k for k in ('question','context') if not q[k].strip()]:
+        raise ValueError(f"question {name!r}: its {empty[0]} is empty")
     head,context,tail = prompt_texts(q)
     head,tail = (tokenizer(t, add_special_tokens=False).input_ids for t in (head, tail))
     head = start_ids(tokenizer)+head
     context = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
     offsets = [(max(0, a-1), b-1) for a,b in context.offset_mapping]   # the prompt has a space before the context
     room,gold = max_length-len(head)-len(tail),_answer_tokens(q, name, offsets)
-    if not 0<=stride<room: raise ValueError(f"max_length={max_length}, stride={stride}: question {name!r} leaves {room} tokens of a window for its context, which must be more than the stride")
+    if not 0<=stride<room:
+        raise ValueError(f"max_length={max_length}, stride={stride}: question {name!r} leaves {room} tokens "
+                         "of a window for its context, which must be more than the stride")
     starts,out = range(0, max(1, len(offsets)-stride), room-stride),[]
     for s in starts:
         ids,at = head+context.input_ids[s:s+room]+tail,len(head)-s
         target = tuple(at+g for g in gold) if gold and s<=gold[0] and gold[1]<s+room else (len(ids)-1,)*2
         out.append(Window(tuple(ids), number, len(head), tuple(offsets[s:s+room]), target, 1/len(starts)))
-    if gold and not any(w.holds for w in out): raise ValueError(f"stride={stride}: the answer of question {name!r} has {gold[1]-gold[0]+1} tokens and is whole in no window; raise the stride to {gold[1]-gold[0]}, or max_length")
+    if gold and not any(w.holds for w in out):
+        more = gold[1]-gold[0]
+        raise ValueError(f"stride={stride}: the answer of question {name!r} has {more+1} tokens and is whole "
+                         f"in no window; raise the stride to {more}, or max_length")
     return out
 
 def _answer_tokens(q, name, offsets):   # first and last token of the first reference answer
@@ -57,7 +66,8 @@ def _answer_tokens(q, name, offsets):   # first and last token of the first refe
     if not answers.get('text'): return None
     text,start = answers['text'][0],answers['answer_start'][0]
     hit = [i for i,(a,b) in enumerate(offsets) if a<start+len(text) and b>start]
-    if q['context'][start:start+len(text)]!=text or not text.strip() or not hit: raise ValueError(f"question {name!r}: its answer {text!r} is not in the context at character {start}")
+    if q['context'][start:start+len(text)]!=text or not text.strip() or not hit:
+        raise ValueError(f"question {name!r}: its answer {text!r} is not in the context at character {start}")
     return hit[0], hit[-1]
 
 # %% ../../nbs/data/spans.ipynb #e76a3be2
@@ -70,8 +80,10 @@ def collate_windows(
     batch = collate([Encoded(w.ids, len(w.ids)) for w in items], pad_id, prompt_only=True)
     column = lambda xs: torch.tensor(list(xs))[:, None]
     at,first = torch.arange(batch['input_ids'].shape[1]),column(w.first for w in items)
-    possible = (at>=first) & (at<first+column(len(w.offsets) for w in items)) | (at==column(len(w.ids)-1 for w in items))
-    return batch | dict(possible=possible, target=torch.tensor([w.target for w in items]), weight=torch.tensor([w.weight for w in items]))
+    end,last = first+column(len(w.offsets) for w in items),column(len(w.ids)-1 for w in items)
+    possible = (at>=first) & (at<end) | (at==last)
+    return batch | dict(possible=possible, target=torch.tensor([w.target for w in items]),
+                        weight=torch.tensor([w.weight for w in items]))
 
 # %% ../../nbs/data/spans.ipynb #90f94267
 def best_spans(
@@ -81,7 +93,8 @@ def best_spans(
     max_tokens:int=30, # Tokens of a span, at most
 )->list[tuple[float,int,int]]: # Score, first and last token, the best first
     "The spans with the highest sum of scores."
-    if n_best<1 or max_tokens<1: raise ValueError(f"n_best={n_best}, max_tokens={max_tokens}: both need to be 1 or more")
+    if n_best<1 or max_tokens<1:
+        raise ValueError(f"n_best={n_best}, max_tokens={max_tokens}: both need to be 1 or more")
     if not len(start): raise ValueError("start is empty: a span needs at least one token")
     i,j = torch.ones(len(start), len(start), dtype=torch.bool).triu().tril(max_tokens-1).nonzero().T
     top = (start[i]+end[j]).topk(min(n_best, len(i)))
@@ -99,7 +112,7 @@ class Extraction(NamedTuple):
 def pick_answers(
     questions:list[dict],     # The questions
     windows:list[Window],     # All their windows
-    log_probs:Iterable,       # For each window: log-probabilities of its positions as start and as end, (2, length or more)
+    log_probs:Iterable,       # For each window: log-probabilities of positions as start and end, (2, length or more)
     max_answer_tokens:int=30, # Tokens of an answer, at most
     may_be_none:bool=False,   # Whether 'there is no answer' is an answer, as in SQuAD v2
 )->list[Extraction]: # In the order of the questions

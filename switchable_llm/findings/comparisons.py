@@ -8,15 +8,14 @@ __all__ = ['GROUPS', 'TASKS', 'Comparison', 'compare_arms', 'objective_verdicts'
 
 # %% ../../nbs/findings/comparisons.ipynb #241afed7
 import itertools, math
+import numpy as np
 from dataclasses import dataclass
 from typing import Iterable, NamedTuple
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..search.intervals import MARGIN, SIDES, Interval, crossed_mean, side
 from ..profiles_eval import Evaluation
 from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
-from .widths import verdict
 from ..study.statistics import basis, plural
 from ..study.experiments import GATE_BUDGET
 
@@ -66,7 +65,9 @@ def compare_arms(
     if group not in GROUPS: raise ValueError(f"group={group!r}: choose one of {', '.join(GROUPS)}")
     runs = {}
     for r in records: runs.setdefault(_arm(r)['name'], {})[r['seed']] = r
-    if 'random_profile' not in runs: raise ValueError(f"no record of arm 'random_profile' to compare with; there are {', '.join(runs) or 'none'}")
+    if 'random_profile' not in runs:
+        raise ValueError("no record of arm 'random_profile' to compare with; "
+                         f"there are {', '.join(runs) or 'none'}")
     base = {n:rs for n,rs in runs.items() if _is_baseline(next(iter(rs.values())))}
     arms = [n for n in runs if n not in base]
     level = level or 1-.05/max(1, 2*len(arms))
@@ -92,7 +93,7 @@ def _told(comparisons):   # name and difference, the best first
     order = sorted(comparisons, key=lambda c: c.difference.value*(1 if c.less else -1))
     return ', '.join(f'`{c.arm}` ({c.difference.show()})' for c in order)
 
-_WORDS = {'better':'better', 'worse':'worse', 'alike':'no difference that matters', 'open':'open', 'no room':'no room'}
+_WORDS = {v:'no difference that matters' if v=='alike' else v for v in (*SIDES, 'no room')}
 
 def _outcome(comparisons):   # arms by verdict, with their differences where they matter
     groups = {v:[c for c in comparisons if c.verdict==v] for v in (*SIDES, 'no room')}
@@ -126,13 +127,16 @@ def _recommended(groups):   # a sentence or two
     best = _best(groups)
     if best:
         return (f"**Use `{best.arm}`**: with the same bit-operations it serves the lowest profile better "
-                f"({best.difference.show()} nats per token), and the trained and the unseen profiles no worse by an amount that matters.")
+                f"({best.difference.show()} nats per token), "
+                "and the trained and the unseen profiles no worse by an amount that matters.")
     if len(equal)==1:
         c = equal[0]
-        return (f"**Only one other arm was tried**, so there is no answer to which is best. With the same bit-operations, "
-                f"on the lowest profile, `{c.arm}` is {_WORDS[c.verdict]} ({c.difference.show()} nats per token); {_basis(equal)}.")
+        return ("**Only one other arm was tried**, so there is no answer to which is best. "
+                f"With the same bit-operations, on the lowest profile, `{c.arm}` is {_WORDS[c.verdict]} "
+                f"({c.difference.show()} nats per token); {_basis(equal)}.")
     return (f"**`random_profile`** stays: of {len(equal)} other arms none is better on the lowest profile, "
-            f"with the same bit-operations, and certainly no worse elsewhere. On the lowest profile, {_outcome(equal)}.")
+            "with the same bit-operations, and certainly no worse elsewhere. On the lowest profile, "
+            f"{_outcome(equal)}.")
 
 def _best(groups):   # the comparison of the arm to use, or none
     equal = {g:{c.arm:c for c in cs if c.at=='bit-operations'} for g,cs in groups.items()}
@@ -143,7 +147,7 @@ def _best(groups):   # the comparison of the arm to use, or none
 def default_arm(
     records:Iterable[dict], # Records of `run_objectives`, of one preset
 )->str: # Name of the arm
-    "The arm to use by default: of those better on the lowest profile and worse nowhere, at equal bit-operations, the best."
+    "The best arm of those that are better on the lowest profile and worse nowhere, at equal bit-operations."
     best = _best({g:compare_arms(records, g) for g in GROUPS})
     return best.arm if best else 'random_profile'
 
@@ -165,8 +169,9 @@ def _gates_said(runs):
     d = crossed_mean(map(against, runs), runs[0]['n_answer']).interval(1-.05/2)   # two kinds of gates
     bits = lambda n: [r['scores'][n]['cost']['w_bits'] for r in runs]
     by_chance,own = np.mean([bits(n) for n in draws]),bits('gated')
-    return (f"**{_CHANCE[side(d, less=True)]}**: {d.show()} nats per token of the answer against {len(draws)} random choices "
-            f"of {by_chance:.2f} mean weight bits. The adapters are the same, and were trained under the gates' own choices. "
+    return (f"**{_CHANCE[side(d, less=True)]}**: {d.show()} nats per token of the answer "
+            f"against {len(draws)} random choices of {by_chance:.2f} mean weight bits. "
+            "The adapters are the same, and were trained under the gates' own choices. "
             f"Realised mean: {np.mean(own):.2f} bits, at most {max(own):.2f}, for a budget of {GATE_BUDGET:g}; "
             f"{basis(len(runs), len(runs[0]['ids']), 'question')}.")
 
@@ -180,7 +185,9 @@ def compare_calibrations(
     if not records: raise ValueError("records is empty: run_calibration makes them")
     total = lambda r,how: np.mean([w[f'nll_{score}'] for w in r['ways'][how].values()], axis=0)
     sizes,ways = next(iter(records[0]['ways']['own'].values()))[f'n_{score}'],('one set','switched')
-    def loss(how): return crossed_mean([total(r, how)-total(r, 'own') for r in records], sizes).interval(1-.05/len(ways))
+    def loss(how):
+        lost = [total(r, how)-total(r, 'own') for r in records]
+        return crossed_mean(lost, sizes).interval(1-.05/len(ways))
     return {how:loss(how) for how in ways}
 
 def calibration_verdict(
@@ -209,19 +216,27 @@ class TaskReport:
 
     def verdicts(self,
         score:str='f1', # 'em' or 'f1'
-    )->dict[str,str]: # Profile -> 'extractive', 'generative' or 'not decided'
-        "Which task a profile answers better."
-        return {n:verdict(d[score], 'extractive', 'generative') for n,d in self.difference.items()}
+    )->dict[str,str]: # Profile -> 'extractive', 'generative', 'alike' or 'open'
+        "Which task a profile answers better, by an amount that matters."
+        words = dict(better='extractive', worse='generative')
+        told = {n:side(d[score]) for n,d in self.difference.items()}
+        return {n:words.get(t, t) for n,t in told.items()}
 
     def table(self
     )->list[list[str]]: # A row of heads, then one for each profile; percent
         "Scores, paired difference and verdict."
-        heads = [f'{t} {k} %' for k in ('EM','F1') for t in TASKS]
-        rows = [[n, *(self.scores[t][n][k].show(100) for k in ('em','f1') for t in TASKS), d['f1'].show(100), self.verdicts()[n]] for n,d in self.difference.items()]
+        heads,verdicts = [f'{t} {k} %' for k in ('EM','F1') for t in TASKS],self.verdicts()
+        def row(n, d):
+            scores = [self.scores[t][n][k].show(100) for k in ('em','f1') for t in TASKS]
+            return [n, *scores, d['f1'].show(100), verdicts[n]]
+        rows = [row(n, d) for n,d in self.difference.items()]
         return [['profile',*heads,'F1, extractive less generative','better'], *rows]
 
     @property
-    def caption(self)->str: return f"{self.questions} questions, {len(self.seeds)} seed{'s'*(len(self.seeds)>1)}; 95 % intervals over {'both' if len(self.seeds)>1 else 'the questions'}."
+    def caption(self)->str:
+        several = len(self.seeds)>1
+        over = 'both' if several else 'the questions'
+        return f"{self.questions} questions, {len(self.seeds)} seed{'s'*several}; 95 % intervals over {over}."
     def _repr_markdown_(self):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self.table()]
         return '\n'.join([head, '|:--'+'|--:'*(len(self.table()[0])-1)+'|', *rows, '', f'*{self.caption}*'])
@@ -237,10 +252,15 @@ def span_report(
     names = [n for n in g[seeds[0]] if all(n in t[s] for t in (g, e) for s in seeds)]
     if not names: raise ValueError("the records have no profile in common")
     names.sort(key=lambda n: (-g[seeds[0]][n].cost.w_bits, -g[seeds[0]][n].cost.a_bits))
-    if len(ids := {t[s][n].ids for t in (g, e) for s in seeds for n in names})>1: raise ValueError("the records were scored on different questions: a paired comparison needs the same, in the same order")
+    ids = {t[s][n].ids for t in (g, e) for s in seeds for n in names}
+    if len(ids)>1:
+        raise ValueError("the records were scored on different questions: "
+                         "a paired comparison needs the same, in the same order")
     def values(t, n, k): return np.array([getattr(t[s][n], k) for s in seeds])
-    scores = {task:{n:{k:crossed_mean(values(t, n, k)).interval(within=(0, 1)) for k in ('em','f1')} for n in names} for task,t in zip(TASKS, (g, e))}
-    difference = {n:{k:crossed_mean(values(e, n, k)-values(g, n, k)).interval() for k in ('em','f1')} for n in names}
+    def score(t, n): return {k:crossed_mean(values(t, n, k)).interval(within=(0, 1)) for k in ('em','f1')}
+    def less(n): return {k:crossed_mean(values(e, n, k)-values(g, n, k)).interval() for k in ('em','f1')}
+    scores = {task:{n:score(t, n) for n in names} for task,t in zip(TASKS, (g, e))}
+    difference = {n:less(n) for n in names}
     return TaskReport(scores, difference, len(ids.pop()), tuple(seeds))
 
 def span_reports(
@@ -264,8 +284,12 @@ def plot_tasks(
     with _figure(1, 2, 8, 1.1+.42*len(names), sharey=True) as (fig,axs):
         for ax,key in zip(axs, ('em','f1')):
             for (y,n),(task,dy) in itertools.product(enumerate(names), zip(TASKS, (-.16, .16))):
-                _mark(ax, None, y+dy, [v*100 for v in report.scores[task][n][key]], profile_style(n), task=='generative', gid=f'{key}-{task}-{n}')
-        _rows(axs[0], names); axs[0].set(xlabel='exact match (%)'); axs[1].set(xlabel='F1 (%)'); axs[1].grid(axis='y', visible=False)
-        keys = [Line2D([], [], marker='o', ls='', c=_ink, mfc=f, label=l) for f,l in (('none','generative: writes the answer'), (_ink,'extractive: points at it'))]
+                found = [v*100 for v in report.scores[task][n][key]]
+                _mark(ax, None, y+dy, found, profile_style(n), task=='generative', gid=f'{key}-{task}-{n}')
+        _rows(axs[0], names)
+        axs[0].set(xlabel='exact match (%)'); axs[1].set(xlabel='F1 (%)')
+        axs[1].grid(axis='y', visible=False)
+        words = ('none','generative: writes the answer'),(_ink,'extractive: points at it')
+        keys = [Line2D([], [], marker='o', ls='', c=_ink, mfc=f, label=l) for f,l in words]
         fig.legend(handles=keys, loc='outside lower center', ncols=2)
     return fig

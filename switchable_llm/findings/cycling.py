@@ -32,7 +32,8 @@ def cpt_score(
 )->np.ndarray: # (examples,)
     "Scores of a record at a profile, or in expectation over a random one."
     names = record['widths'] if profile=='random' else [profile]
-    if lost := [n for n in names if n not in record['scores']]: raise ValueError(f"profile={lost[0]!r}: the record has {', '.join(record['scores'])}, and 'random'")
+    if lost := [n for n in names if n not in record['scores']]:
+        raise ValueError(f"profile={lost[0]!r}: the record has {', '.join(record['scores'])}, and 'random'")
     return np.mean([record['scores'][n][score] for n in names], axis=0)
 
 # %% ../../nbs/findings/cycling.ipynb #3f7a1c21
@@ -46,7 +47,7 @@ BROKEN = .5   # a width is broken where even the best arm keeps less than this s
 
 def broken_widths(
     records:Iterable[dict], # Records of `run_cpt`, of one preset
-)->dict[str,float]: # Profile of the cycle -> share of the highest one's F1 that the best arm keeps; those below `BROKEN`
+)->dict[str,float]: # Profile -> share of the highest one's F1 that the best arm keeps; those below `BROKEN`
     "Widths at which no arm has learnt to answer."
     runs,best = _by_arm(records),{}
     for name in dict.fromkeys(n for r in records for n in r['widths']):
@@ -56,7 +57,7 @@ def broken_widths(
 
 def cpt_faults(
     records:Iterable[dict],           # Records of `run_cpt`, of one preset
-    ranges:Iterable[dict]|None=None,  # Of `run_range_test`, of the same preset; `None` where it is not known whether there are any
+    ranges:Iterable[dict]|None=None,  # Of `run_range_test`; `None` where it is not known whether there are any
 )->list[str]: # In words; empty where nothing is wrong
     "What keeps these runs from saying whether cyclic precision helps."
     runs = _by_arm(records).get('cyclic', [])
@@ -64,7 +65,7 @@ def cpt_faults(
     cycle,steps,faults = runs[0]['config']['cycle'],runs[0]['steps'],[]
     if ranges is not None: faults.append(_outside_range(cycle, list(ranges)))
     broken = broken_widths(records)
-    spent = np.mean([sum(n in broken for _,_,n,_ in r['training']['curve'])/len(r['training']['curve']) for r in runs])
+    spent = np.mean([np.mean([n in broken for _,_,n,_ in r['training']['curve']]) for r in runs])
     kept = ' and '.join(f'{100*f:.0f} % at `{n}`' for n,f in broken.items())
     if spent: faults.append(f"{100*spent:.0f} % of the cycle's steps ran at widths where the model is broken "
                             f"(of the F1 at the highest width, the best arm keeps {kept})")
@@ -72,12 +73,14 @@ def cpt_faults(
 
 def _unfinished(cycle, steps):   # '' where the steps are whole cycles
     left = steps-steps//cycle['cycles']*cycle['cycles']
-    return left and f"{steps} steps are no {cycle['cycles']} whole cycles: the last {left} began another, at {cycle['b_min']} bits"
+    return left and (f"{steps} steps are no {cycle['cycles']} whole cycles: "
+                     f"the last {left} began another, at {cycle['b_min']} bits")
 
 def _outside_range(cycle, ranges):   # '' where the cycle starts where training makes progress
     start = cycle['b_min']
     if not ranges:
-        return f"there was no range test, so it is not known whether training makes progress at {start} bits, where the cycle starts"
+        return ("there was no range test, so it is not known whether training makes progress "
+                f"at {start} bits, where the cycle starts")
     low = np.median([range_of(r).b_min for r in ranges])
     return f"the range test finds progress from {low:g} bits on, and the cycle starts at {start}" if low>start else ''
 
@@ -92,7 +95,8 @@ class Pair(NamedTuple):
 
     def __str__(self):
         how = 'better than' if self.kind=='helps' else 'not worse than'
-        return f"{self.arm} at {self.profile} {how} {self.baseline}{'' if self.at==self.profile else f' at {self.at}'}"
+        where = '' if self.at==self.profile else f' at {self.at}'
+        return f"{self.arm} at {self.profile} {how} {self.baseline}{where}"
 
 _served = (('bw8','static_high'), ('bw6','static_mean'), ('bw4','static_low'))
 _five = ('bw4','bw6','bw8','mixed8648','random')
@@ -101,9 +105,12 @@ CPT_QUESTIONS = dict(   # name -> pairs, decided together
     random            = tuple(Pair('cyclic', p, 'random', p) for p in _five),
     own_adapters      = tuple(Pair('cyclic, bits', p, 'random, bits', p) for p in _five),
     restarts          = tuple(Pair('cosine_restarts', p, 'random', p) for p in _five),
-    random_inference  = (Pair('cyclic', 'random', 'static_mean', 'bw6'), Pair('cyclic', 'random', 'static_mean = cyclic', 'bw6'), Pair('cyclic', 'random', 'random', 'random')),
+    random_inference  = (Pair('cyclic', 'random', 'static_mean', 'bw6'),
+                         Pair('cyclic', 'random', 'static_mean = cyclic', 'bw6'),
+                         Pair('cyclic', 'random', 'random', 'random')),
     fixed_cycle       = tuple(Pair('fixed_cycle, bits', p, 'random_three, bits', p) for p in ('bw4','bw6','bw8')),
-    alternation       = tuple(Pair('alternation, bits', p, 'random_two, bits', p, 'not worse') for p in ('bw8','mixed8648')))
+    alternation       = tuple(Pair('alternation, bits', p, 'random_two, bits', p, 'not worse')
+                              for p in ('bw8','mixed8648')))
 SCORES = dict(nll_answer='nats per token', f1='F1', em='EM')   # score -> its unit
 
 def cpt_findings(
@@ -111,7 +118,7 @@ def cpt_findings(
     question:str='static',      # One of `CPT_QUESTIONS`
     score:str='nll_answer',     # One of `SCORES`
     margin:float=MARGIN,        # What matters
-    ranges:Iterable[dict]|None=None, # Of `run_range_test`, of the same preset; `None` where it is not known whether there are any
+    ranges:Iterable[dict]|None=None, # Of `run_range_test`; `None` where it is not known whether there are any
 )->Findings: # One for each pair of which there are records; may be empty
     "Paired differences over seeds and questions, and what they decide."
     pairs,unit,runs = chosen(CPT_QUESTIONS, question, 'question'),chosen(SCORES, score, 'score'),_by_arm(records)
@@ -119,7 +126,8 @@ def cpt_findings(
     faults = '; '.join(cpt_faults(records, ranges)) if any(p.arm.startswith('cyclic') for p in pairs) else ''
     for p in pairs:
         if p.arm not in runs or p.baseline not in runs: continue
-        d = paired(runs[p.arm], runs[p.baseline], lambda r: cpt_score(r, p.profile, score), lambda r: cpt_score(r, p.at, score))
+        d = paired(runs[p.arm], runs[p.baseline], lambda r: cpt_score(r, p.profile, score),
+                   lambda r: cpt_score(r, p.at, score))
         make = better if p.kind=='helps' else as_good
         sizes = runs[p.arm][0]['n_answer'] if nll else None
         fault = faults or unequal_steps(records, p)
@@ -166,7 +174,8 @@ def _sentence(said): return said[0].upper()+said[1:]+'.'
 _none = 'No verdict: these runs cannot carry one.'
 _helps = dict(zip(ANSWERS, (
     'It helps.', 'It helps at some profiles.', 'It does not help by an amount that matters.',
-    'It does not help where that is known; the rest is open.', 'Open.', 'No room: the baseline leaves nothing to gain.', _none)))
+    'It does not help where that is known; the rest is open.', 'Open.',
+    'No room: the baseline leaves nothing to gain.', _none)))
 _no_gain = dict(zip(ANSWERS, (
     'It does not stand here.', 'It does not stand here throughout.', 'It stands.',
     'It stands where that is known; the rest is open.', 'Open.', 'No room to tell.', _none)))
@@ -183,11 +192,12 @@ _ASKED = {   # what is asked -> question, which of its claims (matched arms, or 
     'With random precision at inference':('random_inference', None, _helps),
     'Earlier: "four of five find no gain over a static precision"':('static', False, _no_gain),
     'Earlier: "no benefit over random switching" (bw4, bw6, bw8)':('fixed_cycle', None, _no_gain),
-    'Earlier: "alternating gives comparable or lower perplexity" (uniform8, mixed8648)':('alternation', None, _as_good)}
+    'Earlier: "alternating gives comparable or lower perplexity" (uniform8, mixed8648)':
+        ('alternation', None, _as_good)}
 
 def cpt_verdicts(
     records:Iterable[dict],          # Records of `run_cpt`, of one preset
-    ranges:Iterable[dict]|None=None, # Of `run_range_test`, of the same preset; `None` where it is not known whether there are any
+    ranges:Iterable[dict]|None=None, # Of `run_range_test`; `None` where it is not known whether there are any
     margin:float=MARGIN,             # What matters, nats per token
 )->dict[str,str]: # Question -> answer, in Markdown
     "Whether cyclic precision helps, how large a benefit is left, and which earlier statements stand."
@@ -207,18 +217,28 @@ def plot_cpt_curves(
     "Smoothed training loss, mean over seeds with a 95 % band."
     runs = _by_arm(records)
     arms = [n for n in runs if '=' not in n] if arms is None else list(arms)
-    if not arms or any(a not in runs for a in arms): raise ValueError(f"arms={arms}: there are records of {', '.join(runs) or 'none'}")
+    if not arms or any(a not in runs for a in arms):
+        raise ValueError(f"arms={arms}: there are records of {', '.join(runs) or 'none'}")
     routes = list(dict.fromkeys(runs[a][0]['config']['arm']['route'] for a in arms))
+    titles = dict(shared='one adapter for all widths', bits='an adapter for each width')
     with figure_style():
-        fig,axs = plt.subplots(1, len(routes), figsize=(1+4*len(routes), 3.3), layout='constrained', sharey=True, squeeze=False); plt.close(fig)
+        fig,axs = plt.subplots(1, len(routes), figsize=(1+4*len(routes), 3.3), layout='constrained', sharey=True,
+                               squeeze=False)
+        plt.close(fig)
         for a in arms:
             arm = runs[a][0]['config']['arm']
-            ax,c = axs[0][routes.index(arm['route'])],f"C{list(SCHEDULES).index(arm['schedule'])}"   # one colour for a schedule in both panels
+            ax,k = axs[0][routes.index(arm['route'])],list(SCHEDULES).index(arm['schedule'])
             x,mean,low,high = _smooth(runs[a], window)
-            ax.plot(x, mean, c=c, lw=1.5, ls=_dashes[list(SCHEDULES).index(arm['schedule'])%4], label=a.removesuffix(', bits'), gid=f'loss-{a}'); ax.fill_between(x, low, high, color=c, alpha=.15, lw=0)
-        for ax,route in zip(axs[0], routes): ax.set(title={'shared':'one adapter for all widths','bits':'an adapter for each width'}[route], xlabel='step'); ax.legend(fontsize=8, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.2)); _scale(ax, 'y', True)
+            label = a.removesuffix(', bits')   # one colour for a schedule in both panels
+            ax.plot(x, mean, c=f'C{k}', lw=1.5, ls=_dashes[k%4], label=label, gid=f'loss-{a}')
+            ax.fill_between(x, low, high, color=f'C{k}', alpha=.15, lw=0)
+        for ax,route in zip(axs[0], routes):
+            ax.set(title=titles[route], xlabel='step')
+            ax.legend(fontsize=8, ncols=3, loc='upper center', bbox_to_anchor=(.5, -.2))
+            _scale(ax, 'y', True)
         means = [y for ax in axs[0] for l in ax.lines for y in l.get_ydata()]
-        axs[0][0].set(ylabel='training loss (nats per token)', ylim=(min(means)/4, 4*max(means)))   # a band of few seeds may go further
+        # a band of few seeds may go further
+        axs[0][0].set(ylabel='training loss (nats per token)', ylim=(min(means)/4, 4*max(means)))
     return fig
 
 def _scale(ax, which, log):   # logarithmic, or few plain numbers
@@ -228,10 +248,14 @@ def _scale(ax, which, log):   # logarithmic, or few plain numbers
 
 _dashes = '-','--','-.',':'
 
+def _losses(runs):   # (seeds, steps) to the end of the shortest; a step that was skipped lies between its neighbours
+    curves = [list(zip(*r['training']['curve']))[:2] for r in runs]
+    steps = np.arange(1+min(max(s) for s,_ in curves))
+    return np.array([np.interp(steps, *c) for c in curves])
+
 def _smooth(runs, window):   # steps, mean over seeds of the logarithm, and its 95 % band
-    config = runs[0]['config']
-    w = min(window or config['steps']//config['cycle']['cycles'], config['steps'])
-    losses = np.array([[l for _,l,_,_ in r['training']['curve']] for r in runs])
+    config,losses = runs[0]['config'],_losses(runs)
+    w = min(window or config['steps']//config['cycle']['cycles'], losses.shape[1])
     y = np.log(np.maximum([np.convolve(l, np.full(w, 1/w), 'valid') for l in losses], 1e-9))
     half = stats.t.ppf(.975, len(y)-1)*y.std(0, ddof=1)/math.sqrt(len(y)) if len(y)>1 else np.zeros(y.shape[1])
     return np.arange(y.shape[1])+(w-1)/2, *np.exp([y.mean(0), y.mean(0)-half, y.mean(0)+half])
@@ -246,12 +270,16 @@ def plot_cpt_scores(
     if not runs or not profiles: raise ValueError("records or profiles is empty: give at least one of each")
     shown = (lambda i: np.exp(np.clip(i, 0., 20.))) if nll else lambda i: 100*np.clip(i, 0., 1.)   # what a mean can be
     with figure_style():
-        fig,axs = plt.subplots(1, len(profiles), figsize=(2+1.9*len(profiles), 1+.26*len(runs)), layout='constrained', sharey=True, squeeze=False); plt.close(fig)
+        fig,axs = plt.subplots(1, len(profiles), figsize=(2+1.9*len(profiles), 1+.26*len(runs)), layout='constrained',
+                               sharey=True, squeeze=False)
+        plt.close(fig)
         for ax,p in zip(axs[0], profiles):
             for y,(a,rs) in enumerate(runs.items()):
-                v,low,high = shown(crossed_mean([cpt_score(r, p, score) for r in rs], rs[0]['n_answer'] if nll else None).interval())
+                scores,sizes = [cpt_score(r, p, score) for r in rs],rs[0]['n_answer'] if nll else None
+                v,low,high = shown(crossed_mean(scores, sizes).interval())
                 c = '#365E89' if 'cyclic' in a.split(' = ')[0] else '#A0703C'
-                ax.plot([low, high], [y, y], c=c, lw=1.5); ax.plot(v, y, 'o', c=c, ms=5, mfc='none' if '=' in a else c, gid=f'{p}-{a}')
+                ax.plot([low, high], [y, y], c=c, lw=1.5)
+                ax.plot(v, y, 'o', c=c, ms=5, mfc='none' if '=' in a else c, gid=f'{p}-{a}')
             ax.set(title='random at inference' if p=='random' else p); ax.grid(axis='y', visible=False)
             _scale(ax, 'x', nll and ax.dataLim.x1>10*ax.dataLim.x0)
         axs[0][0].set_yticks(range(len(runs)), runs); axs[0][0].set_ylim(len(runs)-.5, -.5)

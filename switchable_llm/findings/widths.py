@@ -38,7 +38,8 @@ def ppl_ratio(
 )->Interval: # log(PPL of a / PPL of b)
     "Paired ratio of two perplexities, as a difference of logarithms."
     if score not in ('text','answer'): raise ValueError(f"score={score!r}: choose 'text' or 'answer'")
-    if getattr(a, f'n_{score}')!=getattr(b, f'n_{score}'): raise ValueError("the two were scored on different examples: a ratio needs the same, in the same order")
+    if getattr(a, f'n_{score}')!=getattr(b, f'n_{score}'):
+        raise ValueError("the two were scored on different examples: a ratio needs the same, in the same order")
     la,n,lb,_ = with_tokens(*(getattr(s, f'{k}_{score}') for s in (a, b) for k in ('nll','n')))
     def log_ratio(la, lb, n, axis): return per_token(la, n, axis)-per_token(lb, n, axis)
     return interval(log_ratio, la, lb, n, n_resamples=n_resamples, seed=seed)
@@ -47,7 +48,7 @@ def ppl_ratio(
 class ProfileStudy(NamedTuple):
     "Records of a preset that tell what widths cost."
     preset:str      # Its name
-    joint:dict      # Activation scheme -> records of joint training, by seed; all of one kind of codes, the preset's own scheme first
+    joint:dict      # Activation scheme -> joint records, by seed; of one kind of codes, the preset's own scheme first
     ablations:list  # Records of the ablation
     by_codes:dict   # (codes, activation scheme) -> records of joint training, by seed
 
@@ -76,7 +77,8 @@ def _joint_runs(preset, root):   # (codes, activation scheme) -> records, by see
         out.setdefault((_codes(r), _scheme(r['config']['preset'])), []).append(r)
     return out
 
-def _codes(record): return record['config']['preset'].get('codes', 'independent')   # records from before there was a choice
+# records from before there was a choice
+def _codes(record): return record['config']['preset'].get('codes', 'independent')
 
 def _scheme(preset):   # of a preset, as a dict
     learned = preset['act']=='per_tensor' and preset.get('ranges', 'calibrated')=='learned'
@@ -98,7 +100,7 @@ def _times(interval):   # a log ratio: as percent, or as a factor where that is 
     if max(map(abs, interval))<math.log(2): return _signed(100*math.expm1(x) for x in interval).replace(' [', ' % [')
     return '×'+Interval(*map(bounded_exp, interval)).show()
 
-def _told(what, differences, show, up='higher', down='lower'):   # one difference for each seed; a word only where all have it
+def _told(what, differences, show, up='higher', down='lower'):   # one for each seed; a word only where all have it
     words = {verdict(d, up, down) for d in differences}
     word = words.pop() if len(words)==1 else 'not decided, the seeds differ'
     return f"{what} **{word}** ({'; '.join(map(show, differences))})"
@@ -151,7 +153,8 @@ def _scheme_was_run(act, records):
         "A verdict on training holds only where all seeds have it.")
 
 def _no_runs(study):
-    return f"*There are no such records of `{study.preset}` here. `switchable-llm run --preset {study.preset}` makes them.*"
+    p = study.preset
+    return f"*There are no such records of `{p}` here. `switchable-llm run --preset {p}` makes them.*"
 
 def _hours(s): return f'{s:.0f} s' if s<120 else f'{s/60:.0f} min' if s<7200 else f'{s/3600:.1f} h'
 
@@ -171,7 +174,8 @@ def _untrained_cost(runs):
 
 def _bits_after(runs):
     pairs = ('bw6','bw8'),('bw4','bw6')
-    return '\n'.join(f"- After training, `{a}` against `{b}`: {_both([(t[a], t[b]) for _,t in runs])}." for a,b in pairs)
+    return '\n'.join(f"- After training, `{a}` against `{b}`: {_both([(t[a], t[b]) for _,t in runs])}."
+                     for a,b in pairs)
 
 def _mixed(runs):
     before = [compare(b['mixed8648'], b['bw8'])['log_ppl_text'] for b,_ in runs]
@@ -265,7 +269,8 @@ _SCORES = ('nll_text','n_text','nll_answer','n_answer')
 
 def _averaged(pairs, key):   # (a, b) of each seed -> the mean difference, with its interval over questions
     if key=='f1': return interval(np.mean, np.mean([np.subtract(a.f1, b.f1) for a,b in pairs], 0))
-    def total(i): return Perplexity(*(tuple(sum(v) for v in zip(*(getattr(p[i], f) for p in pairs))) for f in _SCORES))
+    def added(i, f): return tuple(sum(v) for v in zip(*(getattr(p[i], f) for p in pairs)))
+    def total(i): return Perplexity(*(added(i, f) for f in _SCORES))
     return ppl_ratio(total(0), total(1), key)
 
 def _seeds(n): return 'one seed' if n==1 else f'{n} seeds'
@@ -275,7 +280,8 @@ def _nested_or_independent(runs):
     for act in dict.fromkeys(a for _,a in runs):
         nested,other = ({r['seed']:_evaluations(r) for r in runs.get((c, act), [])} for c in ('nested','independent'))
         if seeds := sorted(set(nested)&set(other)): out += _codes_compared(act, [(nested[s], other[s]) for s in seeds])
-    if not out: raise LookupError("there are no records of both kinds of codes with the same seed and activation scheme")
+    if not out:
+        raise LookupError("there are no records of both kinds of codes with the same seed and activation scheme")
     return '\n'.join(out)
 
 def _codes_compared(act, runs):   # runs: of each seed, the evaluations of both kinds of codes, before and after

@@ -34,14 +34,16 @@ def _stored_bits(layer, w, cfg, float_bits):
 
 def profiles_of(
     model:nn.Module, # A model after `make_switchable_`
-    profiles:'str|Profile|Iterable|None', # Profiles, or names of the model's (also just one); `None` for all of the model's
+    profiles:'str|Profile|Iterable|None', # Profiles, or names of the model's (also just one); `None` for all
 )->list[Profile]: # In the same order
     "Look up profiles by name; a `ValueError` names the one that the model lacks."
     switch = switch_of(model)
-    chosen = list(switch.profiles if profiles is None else [profiles] if isinstance(profiles, (str,Profile)) else profiles)
+    one = isinstance(profiles, (str,Profile))
+    chosen = list(switch.profiles if profiles is None else [profiles] if one else profiles)
     for p in chosen:
         if isinstance(p, str) and p not in switch.profiles:
-            raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(switch.profiles)}; add it with switch.add, or give a Profile")
+            raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(switch.profiles)}; "
+                             "add it with switch.add, or give a Profile")
     return [switch.profiles[p] if isinstance(p, str) else p for p in chosen]
 
 # %% ../../nbs/search/costs.ipynb #12a2f397
@@ -50,11 +52,12 @@ def profile_cost(
     profile:'str|Profile',  # A profile, or the name of one that the model has
     float_bits:int=16,      # What an unquantized number counts as
 )->Cost: # Memory and bit-operations
-    "Cost of a profile, from shapes and bit-widths; nothing is run, and attention's own products and an unswitched head are left out of the operations."
+    "Cost of a profile, from shapes and bit-widths alone; operations are those of the switchable layers."
     switch,(profile,) = switch_of(model),profiles_of(model, profile)
     rows = [(l, s.bits.w or float_bits, s.bits.a or float_bits, s) for l,s in zip(switch.layers, switch.bind(profile))]
     kept = {}   # tied weights once, at the wider of their bits
-    for l,w,_,s in sorted(rows, key=lambda r: r[1]): kept[id(l.weight)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
+    for l,w,_,s in sorted(rows, key=lambda r: r[1]):
+        kept[id(l.weight)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
     macs = [(l.in_features*l.out_features, w, a) for l,w,a,_ in rows if l.multiplies]   # a look-up multiplies nothing
     held = {id(p) for p in added_params(model).values()}   # adapters, gates, learned ranges
     rest = sum(p.numel() for p in model.parameters() if id(p) not in held and id(p) not in kept)

@@ -27,19 +27,24 @@ def span_outputs(
     hidden:bool=False, # Keep hidden states
 )->Outputs: # Start and end of the first row, then of the second, ...; classes are the positions of a row
     "Predict where answers begin and end."
-    out = model.base_model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, output_hidden_states=hidden)
+    out = model.base_model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False,
+                           output_hidden_states=hidden)
     logits = model.qa_outputs(out.last_hidden_state).float().transpose(1, 2)
     logits = logits.masked_fill(~batch['possible'][:, None], torch.finfo(logits.dtype).min)
-    return Outputs(logits.flatten(0, 1), batch['target'].flatten(), weights.flatten(), out.hidden_states[1:] if hidden else None, batch['attention_mask'] if hidden else None)
+    states = (out.hidden_states[1:], batch['attention_mask']) if hidden else (None, None)
+    return Outputs(logits.flatten(0, 1), batch['target'].flatten(), weights.flatten(), *states)
 
-span_extraction = Task('span_extraction', lambda w: len(w.ids), collate_windows, lambda batch, cfg: batch['weight'][:, None].expand(-1, 2), span_outputs)
+def _span_weights(batch, cfg): return batch['weight'][:, None].expand(-1, 2)
+
+span_extraction = Task('span_extraction', lambda w: len(w.ids), collate_windows, _span_weights, span_outputs)
 
 # %% ../../nbs/search/extraction.ipynb #cf945fb9
 def train_head_(
     model:nn.Module, # A model with a span head, after `add_adapters_`; changed in place
 )->list[str]: # Names of the parameters
     "Let the span head learn."
-    if not hasattr(model, 'qa_outputs'): raise ValueError(f"this {type(model).__name__} has no span head: load it with load_model(source, head='span')")
+    if not hasattr(model, 'qa_outputs'):
+        raise ValueError(f"this {type(model).__name__} has no span head: load it with load_model(source, head='span')")
     model.qa_outputs.requires_grad_(True)
     return [f'qa_outputs.{n}' for n,_ in model.qa_outputs.named_parameters()]
 
@@ -58,19 +63,24 @@ def extract(
 )->list[Extraction]: # In the order of the questions
     "Answer each question with a span of its context."
     questions = list(questions)
-    windows = encode_windows(questions, tokenizer, min(max_length, getattr(model.config, 'max_position_embeddings', None) or max_length), stride)
+    positions = getattr(model.config, 'max_position_embeddings', None) or max_length
+    windows = encode_windows(questions, tokenizer, min(max_length, positions), stride)
     log_probs,device = [None]*len(windows),next(model.parameters()).device
+    groups = list(batches_by_length(windows, tokens_per_batch))
     with scoring_mode(model):
-        for group in tqdm(list(batches_by_length(windows, tokens_per_batch)), 'spans', disable=not progress, leave=False):
+        for group in tqdm(groups, 'spans', disable=not progress, leave=False):
             batch = {k:v.to(device) for k,v in collate_windows([windows[i] for i in group], pad_id(tokenizer)).items()}
-            for i,lp in zip(group, F.log_softmax(span_outputs(model, batch, batch['weight']).logits, -1).cpu().unflatten(0, (-1, 2))): log_probs[i] = lp
+            found = F.log_softmax(span_outputs(model, batch, batch['weight']).logits, -1).cpu()
+            for i,lp in zip(group, found.unflatten(0, (-1, 2))): log_probs[i] = lp
     bad = next((w.question for w,lp in zip(windows, log_probs) if lp.isnan().any()), None)
-    if bad is not None: raise ValueError(f"question {bad}: its scores are NaN: the model's weights or activation ranges hold NaN or infinite numbers")
+    if bad is not None:
+        raise ValueError(f"question {bad}: its scores are NaN: "
+                         "the model's weights or activation ranges hold NaN or infinite numbers")
     return pick_answers(questions, windows, log_probs, max_answer_tokens, may_be_none)
 
 # %% ../../nbs/search/extraction.ipynb #78b6b78a
 def evaluate_spans(
-    model:nn.Module,            # A model with a span head after `make_switchable_`, calibrated where its activation ranges are static
+    model:nn.Module,            # A model with a span head after `make_switchable_`; static ranges need calibration
     tokenizer,                  # Its tokenizer
     examples:Iterable[dict],    # Questions in SQuAD's format; never those of the calibration
     profiles:Iterable|None=None,# Profiles, or names of the model's (also just one); by default all that the model has
@@ -85,14 +95,17 @@ def evaluate_spans(
     rules:str|None=None,        # 'squad' or 'squad_v2'; by default the latter where some questions have no answer
 )->Evaluation: # Everything about each profile
     "Exact match, F1, likelihood and cost of span extraction at each profile."
-    run = dict(max_length=max_length, stride=stride, max_answer_tokens=max_answer_tokens, tokens_per_batch=tokens_per_batch)
+    run = dict(max_length=max_length, stride=stride, max_answer_tokens=max_answer_tokens,
+               tokens_per_batch=tokens_per_batch)
     settings = run | dict(n_resamples=n_resamples, seed=seed, float_bits=float_bits)
     chosen,examples = check_unique(profiles_of(model, profiles)),list(examples)
-    if not chosen or not examples: raise ValueError(f"{'examples' if chosen else 'profiles'} is empty: give at least one")
+    if not chosen or not examples:
+        raise ValueError(f"{'examples' if chosen else 'profiles'} is empty: give at least one")
     settings['rules'] = scoring_rules(examples, rules)
     none,scores = settings['rules']=='squad_v2',[]
     for p in tqdm(chosen, 'profiles', disable=not progress):
-        with use_profile(model, p): found = extract(model, tokenizer, examples, **run, progress=progress, may_be_none=none)
+        with use_profile(model, p):
+            found = extract(model, tokenizer, examples, **run, progress=progress, may_be_none=none)
         likelihood = dict(nll_answer=tuple(f.nll for f in found), n_answer=(2,)*len(found))
         scores.append(score_answers(model, p, examples, [f.text for f in found], likelihood, settings))
     return Evaluation(tuple(scores), settings)

@@ -74,7 +74,7 @@ class Estimate(NamedTuple):
 
     def interval(self,
         level:float=.95, # Coverage
-        within:tuple=(-math.inf, math.inf), # Values that a mean can have, such as (0, 1) of a share; the interval is cut there
+        within:tuple=(-math.inf, math.inf), # Values that a mean can have, as (0, 1) of a share; it is cut there
     )->Interval: # The mean and its interval
         "Where the mean of other seeds and examples would lie (Student's t)."
         if not 0<level<1: raise ValueError(f"level={level}: needs to lie between 0 and 1")
@@ -91,12 +91,14 @@ class Estimate(NamedTuple):
 
 def crossed_mean(
     values:Iterable,          # (seeds, examples), such as paired differences; one row for one seed
-    sizes:Iterable|None=None, # (examples,), what the mean is over, such as tokens where values are sums of nats; by default 1 each
+    sizes:Iterable|None=None, # (examples,), what the mean is over, as tokens where values are nats; by default 1 each
 )->Estimate: # The mean; with one seed its error is over examples alone, with one example over seeds alone
     "Mean over seeds and examples, both random (Searle, Casella and McCulloch 1992, chapter 5)."
     d = np.atleast_2d(np.asarray(list(values), dtype=float))
-    if d.ndim!=2 or not d.size: raise ValueError(f"values of shape {d.shape}: needs (seeds, examples), at least one of each")
-    if not np.isfinite(d).all(): raise ValueError("values hold NaN or infinite numbers: an average of them says nothing")
+    if d.ndim!=2 or not d.size:
+        raise ValueError(f"values of shape {d.shape}: needs (seeds, examples), at least one of each")
+    if not np.isfinite(d).all():
+        raise ValueError("values hold NaN or infinite numbers: an average of them says nothing")
     sizes = np.ones(d.shape[1]) if sizes is None else np.asarray(list(sizes), dtype=float)
     if sizes.shape!=(d.shape[1],) or (sizes<0).any() or sizes.sum()==0:
         raise ValueError(f"sizes of shape {sizes.shape}: needs one for each of {d.shape[1]} examples, "

@@ -7,7 +7,7 @@ __all__ = ['CPT_ARMS', 'STUDIED', 'CPT_PLANS', 'CPTArm', 'CPTPlan', 'cpt_arm_ste
            'PrecisionRange', 'precision_range_test', 'run_cpt', 'run_range_test', 'range_of']
 
 # %% ../../nbs/study/cycles.ipynb #48feafc9
-import copy, json
+import copy
 import numpy as np
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from .presets import Preset
 from .records import known_record, save_record
 from .figures import figure_style
 from ..profiles_eval import evaluate, perplexity
-from .runs import calibration_batches, check_single, chosen, fit, study_data, study_model
+from .runs import (
+    calibration_batches, check_single, chosen, fit, study_data, study_model, as_saved)
 from .experiments import step_cost
 from ..search.intervals import Interval, crossed_mean
 from ..cpt import SCHEDULES, CycleConfig, add_uniform_, uniform_names
@@ -40,8 +41,10 @@ class CPTArm:
     match:str|None=None   # Name of the arm whose bit-operations this one may use
 
 CPT_ARMS = {a.name:a for a in (
-    *(CPTArm(n, n) for n in ('static_low','static_mean','static_high','random','cyclic','cosine_restarts','fixed_cycle')),
-    *(CPTArm(f'{n}, bits', n, 'bits') for n in ('random','cyclic','fixed_cycle','random_three','alternation','random_two')),
+    *(CPTArm(n, n)
+      for n in ('static_low','static_mean','static_high','random','cyclic','cosine_restarts','fixed_cycle')),
+    *(CPTArm(f'{n}, bits', n, 'bits')
+      for n in ('random','cyclic','fixed_cycle','random_three','alternation','random_two')),
     *(CPTArm(f'{n} = cyclic', n, match='cyclic') for n in ('static_low','static_mean','static_high')))}
 STUDIED = 'bw4','bw6','bw8','mixed8648'   # profiles of the model, beside the uniform ones of the cycle
 
@@ -56,7 +59,8 @@ class CPTPlan:
 
 CPT_PLANS = dict(   # preset -> plan; the embedded model needs no more steps, the real one has no more time
     tiny=CPTPlan(steps=128, questions=200),
-    smollm2=CPTPlan(steps=300, questions=100, arms=('static_low','static_high','random','cyclic','static_high = cyclic'), range_test=False))
+    smollm2=CPTPlan(steps=300, questions=100, range_test=False,
+                    arms=('static_low','static_high','random','cyclic','static_high = cyclic')))
 
 def cpt_arm_steps(
     model:nn.Module,       # With the profiles of the study
@@ -66,9 +70,12 @@ def cpt_arm_steps(
     arms:dict=CPT_ARMS,    # Where a matched arm is found
 )->tuple[int,float]: # Steps; bit-operations per token and step
     "How long an arm trains."
-    def cost(a): return step_cost(model, chosen(SCHEDULES, a.schedule, 'schedule')(model, preset.steps, preset.seed, cycle), steps=preset.steps)
+    def cost(a):
+        policy = chosen(SCHEDULES, a.schedule, 'schedule')(model, preset.steps, preset.seed, cycle)
+        return step_cost(model, policy, steps=preset.steps)
     own = cost(arm)
-    return (preset.steps if arm.match is None else round(preset.steps*cost(chosen(arms, arm.match, 'arm'))/own)), own
+    if arm.match is None: return preset.steps, own
+    return round(preset.steps*cost(chosen(arms, arm.match, 'arm'))/own), own
 
 def study_profiles_(
     model:nn.Module,   # A model after `make_switchable_` with the profiles `STUDIED`
@@ -91,11 +98,14 @@ def plot_schedules(
         if p not in known: known[p] = profile_cost(model, p).w_bits
         return known[p]
     with figure_style():
-        fig,axs = plt.subplots(len(policies), 1, figsize=(7, .6+.75*len(policies)), layout='constrained', sharex=True, sharey=True, squeeze=False)
+        fig,axs = plt.subplots(len(policies), 1, figsize=(7, .6+.75*len(policies)), layout='constrained',
+                               sharex=True, sharey=True, squeeze=False)
         plt.close(fig)
         for ax,(title,policy) in zip(axs[:, 0], policies.items()):
-            ax.step(range(steps), [bits(policy(t)[0]) for t in range(steps)], where='post', c='#365E89', lw=1.3, gid=f'schedule-{title}')
-            ax.set_ylabel(title, rotation=0, ha='right', va='center'); ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+            drawn = [bits(policy(t)[0]) for t in range(steps)]
+            ax.step(range(steps), drawn, where='post', c='#365E89', lw=1.3, gid=f'schedule-{title}')
+            ax.set_ylabel(title, rotation=0, ha='right', va='center')
+            ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axs[-1, 0].set(xlabel='step'); fig.suptitle('mean weight bits', fontsize=9, color='#7f7f7f')
     return fig
 
@@ -112,28 +122,47 @@ class PrecisionRange:
     tolerance:float             # Nats per token by which a match may be worse
 
     @property
-    def progress(self)->tuple[float,...]: return tuple((b-a)/(b-self.after[-1]) if b-self.after[-1]>self.tolerance else 1. for b,a in zip(self.before, self.after))
+    def progress(self)->tuple[float,...]: # 1 is all of the way
+        "Share of the way to the static counterpart's loss."
+        goal = self.after[-1]
+        return tuple((b-a)/(b-goal) if b-goal>self.tolerance else 1. for b,a in zip(self.before, self.after))
     @property
-    def per_step(self)->tuple[float,...]: return tuple((b-a)/self.steps for b,a in zip(self.before, self.after))   # nats per token and step
+    def per_step(self)->tuple[float,...]: # Nats per token and step
+        "What a step gains."
+        return tuple((b-a)/self.steps for b,a in zip(self.before, self.after))
     @property
-    def b_min(self)->int: return next(b for b,p in zip(self.bits, self.progress) if p>=self.threshold)
+    def b_min(self)->int: # A width
+        "The first at which training makes progress."
+        return next(b for b,p in zip(self.bits, self.progress) if p>=self.threshold)
     @property
-    def b_max(self)->int: return next(b for b,g in zip(self.bits, self.gap) if b>=self.b_min and g.high<=self.tolerance)
+    def b_max(self)->int: # A width
+        "The first that is as good as the static counterpart."
+        return next(b for b,g in zip(self.bits, self.gap) if b>=self.b_min and g.high<=self.tolerance)
 
     def _repr_markdown_(self):
-        rows = [f'| {b} | {x:.3f} | {y:.3f} | {s:.2g} | {p:.0%} | {g.show()} |' for b,x,y,s,p,g in zip(self.bits, self.before, self.after, self.per_step, self.progress, self.gap)]
-        return '\n'.join(['| bits | loss before | after | nats per step | progress | above the static counterpart |', '|--:|--:|--:|--:|--:|--:|', *rows, '',
-                          f'*{self.steps} steps at each width. $B_{{\\min}}$ = **{self.b_min}** (first with {self.threshold:.0%} of the way), $B_{{\\max}}$ = **{self.b_max}** (first within {self.tolerance:g} nats of {self.bits[-1]} bits).*'])
+        columns = zip(self.bits, self.before, self.after, self.per_step, self.progress, self.gap)
+        rows = [f'| {b} | {x:.3f} | {y:.3f} | {s:.2g} | {p:.0%} | {g.show()} |' for b,x,y,s,p,g in columns]
+        heads = '| bits | loss before | after | nats per step | progress | above the static counterpart |'
+        found = (f'*{self.steps} steps at each width. '
+                 f'$B_{{\\min}}$ = **{self.b_min}** (first with {self.threshold:.0%} of the way), '
+                 f'$B_{{\\max}}$ = **{self.b_max}** (first within {self.tolerance:g} nats of {self.bits[-1]} bits).*')
+        return '\n'.join([heads, '|--:|--:|--:|--:|--:|--:|', *rows, '', found])
 
     def plot(self
     )->Figure: # Loss before and after, and progress
         "The measurements, and the range as a band."
         with figure_style():
             fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.8), layout='constrained', sharex=True); plt.close(fig)
-            axs[0].plot(self.bits, self.before, 'o--', c='#7f7f7f', mfc='none', label='before', gid='before'); axs[0].plot(self.bits, self.after, 'o-', c='#365E89', label='after', gid='after')
-            axs[1].plot(self.bits, [100*p for p in self.progress], 'o-', c='#365E89', gid='progress'); axs[1].axhline(100*self.threshold, ls=':', c='#7f7f7f')
-            for ax in axs: ax.axvspan(self.b_min, self.b_max, color='#BAB206', alpha=.18, lw=0); ax.set(xlabel='bits of weights and activations', xticks=self.bits)
-            axs[0].set(ylabel='loss of the answer (nats per token)', yscale='log'); axs[0].legend(); axs[1].set(ylabel='progress (%)')
+            axs[0].plot(self.bits, self.before, 'o--', c='#7f7f7f', mfc='none', label='before', gid='before')
+            axs[0].plot(self.bits, self.after, 'o-', c='#365E89', label='after', gid='after')
+            axs[1].plot(self.bits, [100*p for p in self.progress], 'o-', c='#365E89', gid='progress')
+            axs[1].axhline(100*self.threshold, ls=':', c='#7f7f7f')
+            for ax in axs:
+                ax.axvspan(self.b_min, self.b_max, color='#BAB206', alpha=.18, lw=0)
+                ax.set(xlabel='bits of weights and activations', xticks=self.bits)
+            axs[0].set(ylabel='loss of the answer (nats per token)', yscale='log')
+            axs[0].legend()
+            axs[1].set(ylabel='progress (%)')
         return fig
 
 def precision_range_test(
@@ -151,13 +180,21 @@ def precision_range_test(
     "Train a little at each width, from the lowest, with the quantizer on (Fu et al. 2021, section 3.3)."
     bits = sorted(set(bits))
     if len(bits)<2: raise ValueError(f"bits={bits}: a range test needs two widths or more")
-    if not 0<probes<len(data): raise ValueError(f"probes={probes}: needs 1 to {len(data)-1}, so that something is left to train on")
-    preset,names = replace(preset, steps=steps, warmup=min(preset.warmup, steps//4), ranges='calibrated'),{b:uniform_names(model, b, b)[b] for b in bits}
-    loss = {b:_probe(preset, copy.deepcopy(model), tokenizer, data[:-probes], data[-probes:], names[b], progress) for b in bits}
+    if not 0<probes<len(data):
+        raise ValueError(f"probes={probes}: needs 1 to {len(data)-1}, so that something is left to train on")
+    preset = replace(preset, steps=steps, warmup=min(preset.warmup, steps//4), ranges='calibrated')
+    names = {b:uniform_names(model, b, b)[b] for b in bits}
+    def probe(b):
+        return _probe(preset, copy.deepcopy(model), tokenizer, data[:-probes], data[-probes:], names[b], progress)
+    loss = {b:probe(b) for b in bits}
     means = [[crossed_mean([p.nll_answer], p.n_answer).value for p in loss[b]] for b in bits]
-    if means[-1][1]>means[-1][0]+tolerance: raise ValueError(f"lr={preset.lr}: at {bits[-1]} bits the loss rises from {means[-1][0]:.3g} to {means[-1][1]:.3g} in {steps} steps, so there is no static counterpart to compare with: take a lower lr, or train longer")
+    if means[-1][1]>means[-1][0]+tolerance:
+        raise ValueError(f"lr={preset.lr}: at {bits[-1]} bits the loss rises from {means[-1][0]:.3g} to "
+                         f"{means[-1][1]:.3g} in {steps} steps, so there is no static counterpart to compare with: "
+                         "take a lower lr, or train longer")
     best = loss[bits[-1]][1]
-    gap = [crossed_mean([np.subtract(loss[b][1].nll_answer, best.nll_answer)], best.n_answer).interval() for b in bits[:-1]]
+    def above(p): return crossed_mean([np.subtract(p.nll_answer, best.nll_answer)], best.n_answer).interval()
+    gap = [above(loss[b][1]) for b in bits[:-1]]
     gap.append(Interval(0., 0., 0.))   # of the static counterpart to itself
     return PrecisionRange(tuple(bits), *map(tuple, zip(*means)), tuple(gap), steps, threshold, tolerance)
 
@@ -180,31 +217,46 @@ def run_cpt(
     check_single()
     plan = plan or CPT_PLANS.get(preset.name, CPTPlan())
     arms,cycle = [chosen(CPT_ARMS, a, 'arm') for a in plan.arms],plan.cycle
-    preset = replace(preset, profiles=STUDIED, ranges='calibrated', steps=preset.steps if plan.steps is None else plan.steps)
+    steps = preset.steps if plan.steps is None else plan.steps
+    preset = replace(preset, profiles=STUDIED, ranges='calibrated', steps=steps)
     model,tokenizer = study_model(preset)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     widths = study_profiles_(model, cycle)
     for a in arms: cpt_arm_steps(model, preset, a, cycle)   # bad settings before any work
     data,_,asked = study_data(preset, tokenizer)
     calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
-    records = [_run_arm(a, preset, cycle, Path(out), copy.deepcopy(model), widths, tokenizer, data, asked[:plan.questions], base, progress, say) for a in arms]
+    def run(arm):
+        return _run_arm(arm, preset, cycle, Path(out), copy.deepcopy(model), widths, tokenizer, data,
+                        asked[:plan.questions], base, progress, say)
+    records = [run(a) for a in arms]
     if plan.range_test: run_range_test(preset, out, progress=progress, say=say)
     return records
 
 def _run_arm(arm, preset, cycle, out, model, widths, tokenizer, data, asked, base, progress, say):
     steps,cost = cpt_arm_steps(model, preset, arm, cycle)
     name = arm.name.replace(' = ', '=').replace(', ', '-')
-    config = json.loads(json.dumps(dict(preset=asdict(preset), arm=asdict(arm), cycle=asdict(cycle), steps=steps, questions=len(asked))))
+    config = as_saved(dict(preset=asdict(preset), arm=asdict(arm), cycle=asdict(cycle), steps=steps,
+                           questions=len(asked)))
     if (old := known_record(out, preset.name, 'cpt', name, preset.seed, config)) is not None: return old
     make = lambda model, names, seed: SCHEDULES[arm.schedule](model, steps, seed, cycle)
-    drawn,trained = fit(replace(preset, steps=steps), model, tokenizer, data, make, checkpoint=out/'progress'/preset.name/'cpt'/f'{name}-s{preset.seed}', progress=progress, route=arm.route)
-    e = evaluate(model, tokenizer, asked, [n for n in switch_of(model).profiles if n!='float'], preset.max_length, preset.max_new_tokens, n_resamples=100, progress=progress)
-    scores = {s.profile.name:dict(cost=asdict(s.cost), em=list(s.em), f1=[round(x, 4) for x in s.f1], nll_answer=[round(x, 5) for x in s.nll_answer]) for s in e}
-    record = dict(preset=preset.name, experiment='cpt', name=name, seed=preset.seed, config=config, base=base, policy=[drawn.name, drawn.settings], bops_per_step=cost, steps=steps, widths=list(widths.values()),
-                  ids=list(e.scores[0].ids), n_answer=list(e.scores[0].n_answer), scores=scores, training=trained | dict(curve=[[i, round(l, 5), n, t] for i,l,n,t in trained['curve']]))
+    work = out/'progress'/preset.name/'cpt'/f'{name}-s{preset.seed}'
+    drawn,trained = fit(replace(preset, steps=steps), model, tokenizer, data, make, checkpoint=work,
+                        progress=progress, route=arm.route)
+    profiles = [n for n in switch_of(model).profiles if n!='float']
+    e = evaluate(model, tokenizer, asked, profiles, preset.max_length, preset.max_new_tokens, n_resamples=100,
+                 progress=progress)
+    curve = [[i, round(l, 5), n, t] for i,l,n,t in trained['curve']]
+    record = dict(preset=preset.name, experiment='cpt', name=name, seed=preset.seed, config=config, base=base,
+                  policy=[drawn.name, drawn.settings], bops_per_step=cost, steps=steps, widths=list(widths.values()),
+                  ids=list(e.scores[0].ids), n_answer=list(e.scores[0].n_answer),
+                  scores={s.profile.name:_lean(s) for s in e}, training=trained | dict(curve=curve))
     save_record(record, out)
     say(f"{preset.name}, seed {preset.seed}: {arm.name} done, {steps} steps in {trained['seconds']:.0f} s")
     return record
+
+def _lean(s):   # what a record keeps of a profile's scores
+    return dict(cost=asdict(s.cost), em=list(s.em), f1=[round(x, 4) for x in s.f1],
+                nll_answer=[round(x, 5) for x in s.nll_answer])
 
 def run_range_test(
     preset:Preset,           # Model, questions, adapters
@@ -218,12 +270,14 @@ def run_range_test(
     "The precision range test of a preset; resumable."
     check_single()
     preset,bits = replace(preset, profiles=STUDIED, ranges='calibrated'),sorted(set(bits))
-    config = json.loads(json.dumps(dict(preset=asdict(preset), bits=bits, steps=steps, probes=probes)))
+    config = as_saved(dict(preset=asdict(preset), bits=bits, steps=steps, probes=probes))
     if (old := known_record(out, preset.name, 'range_test', 'cpt', preset.seed, config)) is not None: return old
     model,tokenizer = study_model(preset); data,_,_ = study_data(preset, tokenizer)
     add_uniform_(model, bits); calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
-    found = precision_range_test(preset, model, tokenizer, data, bits, steps, min(probes, len(data)//4), progress=progress)
-    record = dict(preset=preset.name, experiment='range_test', name='cpt', seed=preset.seed, config=config, result=asdict(found))
+    probes = min(probes, len(data)//4)
+    found = precision_range_test(preset, model, tokenizer, data, bits, steps, probes, progress=progress)
+    record = dict(preset=preset.name, experiment='range_test', name='cpt', seed=preset.seed, config=config,
+                  result=asdict(found))
     save_record(record, out)
     say(f'{preset.name}, seed {preset.seed}: precision range test gives {found.b_min} to {found.b_max} bits')
     return record

@@ -7,7 +7,7 @@ __all__ = ['GATE_BUDGET', 'SETUPS', 'ARMS', 'CALIBRATIONS', 'step_cost', 'unseen
            'run_objectives', 'run_calibration', 'span_data', 'run_spans']
 
 # %% ../../nbs/study/experiments.ipynb #d1153082
-import copy, json
+import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable
@@ -26,7 +26,7 @@ from ..profiles_eval import evaluate, perplexity
 from ..search.costs import profile_cost
 from switchable_llm.study.runs import (
     OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model,
-    run_name)
+    run_name, as_saved)
 from ..data.spans import encode_windows
 from ..data.squad import load_squad
 from ..search.extraction import evaluate_spans, span_extraction, train_head_
@@ -53,10 +53,14 @@ def unseen_profiles(
     seed:int=20_000,        # Of the draw; nothing else uses it
 )->list[Profile]: # Called mix0, mix1, ...; a `ValueError` for bits that no profile of the model has
     "Mixed profiles that no training has seen: each layer draws its own bits."
-    switch = switch_of(model); known = [s.bits for n,b in switch.bound.items() if n!='float' for s in b]
+    switch = switch_of(model)
+    known = [s.bits for n,b in switch.bound.items() if n!='float' for s in b]
+    ws,as_ = {k.w for k in known},{k.a for k in known}
     for b in map(Bits.parse, bits):
-        if b.w not in {k.w for k in known} or b.a not in {k.a for k in known}:
-            raise ValueError(f"mix={b}: no profile of the model has these widths, so nothing would be trained or calibrated for them; there are weight bits {_widths(k.w for k in known)} and activation bits {_widths(k.a for k in known)}")
+        if b.w not in ws or b.a not in as_:
+            raise ValueError(f"mix={b}: no profile of the model has these widths, so nothing would be trained or "
+                             f"calibrated for them; there are weight bits {_widths(ws)} and activation bits "
+                             f"{_widths(as_)}")
     draw = random_layers(model, bits, seed)
     return [replace(draw(i)[0], name=f'mix{i}') for i in range(n)]
 
@@ -75,7 +79,8 @@ class Arm:
 def _base(model, adapters=True):
     for p in base_params(model).values(): p.requires_grad_(True)
     for m in model.modules():
-        if any(q.requires_grad for q in m.parameters(False)) and not hasattr(m, 'lr_factor') and not hasattr(m, 'scaling'): m.lr_factor = .1
+        learns = any(q.requires_grad for q in m.parameters(False))
+        if learns and not hasattr(m, 'lr_factor') and not hasattr(m, 'scaling'): m.lr_factor = .1
     if not adapters:
         for l in switch_of(model).layers: l.adapters.requires_grad_(False)   # they stay at zero
 
@@ -99,14 +104,17 @@ def gate_bits(
     model:nn.Module, # A model after `make_switchable_`
 )->list[str]: # What its uniform profiles have
     "Bits that gates choose among."
-    return list(dict.fromkeys(str(p.default) for n,p in switch_of(model).profiles.items() if n!='float' and not p.rules))
+    plain = [p for n,p in switch_of(model).profiles.items() if n!='float' and not p.rules]
+    return list(dict.fromkeys(str(p.default) for p in plain))
 
 ARMS = {a.name:a for a in (
     Arm('random_profile'), Arm('random_layers', 'random_layers'), Arm('random_layers_5bit', 'random_layers_5bit'),
     Arm('with_highest', 'with_highest'), Arm('all_profiles', 'all_profiles'),
-    *(Arm(f'with_highest {o}', 'with_highest', o) for o in ('kl_highest','kl_highest_t2','js_highest','js_mutual','stability')),
+    *(Arm(f'with_highest {o}', 'with_highest', o)
+      for o in ('kl_highest','kl_highest_t2','js_highest','js_mutual','stability')),
     Arm('kl_float', objective='kl_float'), Arm('all_profiles cascade', 'all_profiles', 'cascade'),
-    Arm('ranges', setup='ranges'), Arm('ranges_penalty', setup='ranges_penalty'), Arm('base', setup='base'), Arm('base_only', setup='base_only'),
+    Arm('ranges', setup='ranges'), Arm('ranges_penalty', setup='ranges_penalty'),
+    Arm('base', setup='base'), Arm('base_only', setup='base_only'),
     Arm('gates_layer', 'gates', setup='gates_layer'), Arm('gates_token', 'gates', setup='gates_token'),
     *(Arm(f'random_profile = {m}', match=m) for m in ('with_highest','all_profiles','kl_float','base')))}
 
@@ -117,12 +125,16 @@ def arm_steps(
     arms:dict=ARMS,  # Where a matched arm is found
 )->tuple[int,float]: # Steps; bit-operations per token and step
     "How long an arm trains."
+    names = [n for n in switch_of(model).profiles if n!='float']
     def cost(a):
-        if a.setup.startswith('gates'): return 2*sum(profile_cost(model, Profile('all', Bits.parse(b))).bops for b in gate_bits(model))
-        names = [n for n in switch_of(model).profiles if n!='float']
-        return step_cost(model, chosen(POLICIES, a.policy, 'policy')(model, names, preset.seed), chosen(OBJECTIVES, a.objective, 'objective'), passes=3 if a.setup.startswith('base') else 2)
+        if a.setup.startswith('gates'):   # a gate runs all of its bits
+            return 2*sum(profile_cost(model, Profile('all', Bits.parse(b))).bops for b in gate_bits(model))
+        policy = chosen(POLICIES, a.policy, 'policy')(model, names, preset.seed)
+        aim = chosen(OBJECTIVES, a.objective, 'objective')
+        return step_cost(model, policy, aim, passes=3 if a.setup.startswith('base') else 2)
     own = cost(arm)
-    return (preset.steps, own) if arm.match is None else (round(preset.steps*cost(chosen(arms, arm.match, 'arm'))/own), own)
+    if arm.match is None: return preset.steps, own
+    return round(preset.steps*cost(chosen(arms, arm.match, 'arm'))/own), own
 
 # %% ../../nbs/study/experiments.ipynb #ccd8a0f0
 def run_objectives(
@@ -137,49 +149,63 @@ def run_objectives(
 )->list[dict]: # The records, which are also saved
     "Train and score the arms at one seed; resumable."
     check_single()
-    arms,preset = [chosen(ARMS, a, 'arm') for a in arms],replace(preset, ranges='calibrated')   # an arm says itself what it trains
+    arms = [chosen(ARMS, a, 'arm') for a in arms]
+    preset = replace(preset, ranges='calibrated')   # an arm says itself what it trains
     model,tokenizer = study_model(preset)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     data,_,asked = study_data(preset, tokenizer)
     calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
     mixed = unseen_profiles(model, mix, unseen)
-    return [_run_arm(arm, preset, Path(out), copy.deepcopy(model), tokenizer, data, asked[:questions], mixed, base, progress, say) for arm in arms]
+    def run(arm):
+        return _run_arm(arm, preset, Path(out), copy.deepcopy(model), tokenizer, data, asked[:questions], mixed,
+                        base, progress, say)
+    return [run(arm) for arm in arms]
 
 def _run_arm(arm, preset, out, model, tokenizer, data, asked, mixed, base, progress, say):
     steps,cost = arm_steps(model, preset, arm)
     prepare,terms = chosen(SETUPS, arm.setup, 'setup')
     objective = replace(OBJECTIVES[arm.objective], terms=OBJECTIVES[arm.objective].terms+terms)
     name = arm.name.replace(' = ', '=').replace(' ', '+')
-    config = json.loads(json.dumps(dict(preset=asdict(preset), arm=asdict(arm), steps=steps, objective=objective.to_dict(), questions=len(asked), mixed=[p.to_dict() for p in mixed])))
+    config = as_saved(dict(preset=asdict(preset), arm=asdict(arm), steps=steps, objective=objective.to_dict(),
+                           questions=len(asked), mixed=[p.to_dict() for p in mixed]))
     if (old := known_record(out, preset.name, 'objectives', name, preset.seed, config)) is not None: return old
     work = out/'progress'/preset.name/'objectives'/f'{name}-s{preset.seed}'
-    _,trained = fit(replace(preset, steps=steps), model, tokenizer, data, arm.policy, objective, prepare=prepare, checkpoint=work, progress=progress)
+    _,trained = fit(replace(preset, steps=steps), model, tokenizer, data, arm.policy, objective, prepare=prepare,
+                    checkpoint=work, progress=progress)
     scores = _score_arm(model, tokenizer, asked, preset, arm, mixed, data, progress)
-    record = dict(preset=preset.name, experiment='objectives', name=name, seed=preset.seed, config=config, base=base, bops_per_step=cost, steps=steps, **scores,
-                  training=trained | dict(curve=[[i, round(l, 5), n, t] for i,l,n,t in trained['curve']]))
+    curve = [[i, round(l, 5), n, t] for i,l,n,t in trained['curve']]
+    record = dict(preset=preset.name, experiment='objectives', name=name, seed=preset.seed, config=config, base=base,
+                  bops_per_step=cost, steps=steps, **scores, training=trained | dict(curve=curve))
     save_record(record, out)
     say(f"{preset.name}, seed {preset.seed}: {arm.name} done, {steps} steps in {trained['seconds']:.0f} s")
     return record
 
 def _score_arm(model, tokenizer, asked, preset, arm, mixed, data, progress):
-    names,extra,kw = [n for n in switch_of(model).profiles if n!='float'],[],dict(max_length=preset.max_length, max_new_tokens=preset.max_new_tokens, n_resamples=100, progress=progress)
+    names,extra = [n for n in switch_of(model).profiles if n!='float'],[]
+    kw = dict(max_length=preset.max_length, max_new_tokens=preset.max_new_tokens, n_resamples=100, progress=progress)
     if arm.setup.startswith('gates'): extra = [replace(p, name=f'draw{i}') for i,p in enumerate(_draws(model))]
     if arm.setup=='gates_layer': extra.append(gate_profile(model, 'gated', budget=GATE_BUDGET))
     e = evaluate(model, tokenizer, asked, [*names, *mixed, *extra], **kw)
     scores = {s.profile.name:_lean(s) for s in e}
     if arm.setup=='gates_token': scores['gated'] = _score_tokens(model, tokenizer, asked, preset, data, kw)
-    return dict(ids=list(e.scores[0].ids), n_answer=list(e.scores[0].n_answer), trained_profiles=names, unseen_profiles=[p.name for p in mixed], scores=scores)
+    return dict(ids=list(e.scores[0].ids), n_answer=list(e.scores[0].n_answer), trained_profiles=names,
+                unseen_profiles=[p.name for p in mixed], scores=scores)
 
-def _draws(model): return [random_layers(model, gate_bits(model), 30_000, GATE_BUDGET)(i)[0] for i in range(4)]   # within the gates' budget, by chance
+def _draws(model):   # by chance, within the gates' budget
+    draw = random_layers(model, gate_bits(model), 30_000, GATE_BUDGET)
+    return [draw(i)[0] for i in range(4)]
 
 def _score_tokens(model, tokenizer, asked, preset, data, kw):   # what tokens choose, within the budget on training text
-    calibrate_gates_(model, calibration_batches(replace(preset, calibration=min(4, preset.calibration)), data, tokenizer.pad_token_id), GATE_BUDGET, margin=.02)
+    few = replace(preset, calibration=min(4, preset.calibration))
+    calibrate_gates_(model, calibration_batches(few, data, tokenizer.pad_token_id), GATE_BUDGET, margin=.02)
     with use_gates(model) as gates:
         s, = evaluate(model, tokenizer, asked, ['gates'], **kw)
         lean = _lean(s)
         return lean | dict(cost=lean['cost'] | dict(w_bits=gates.mean_bits(), a_bits=gates.mean_bits('activation')))
 
-def _lean(s): return dict(profile=s.profile.to_dict(), cost=asdict(s.cost), em=list(s.em), f1=[round(x, 4) for x in s.f1], nll_answer=[round(x, 5) for x in s.nll_answer])
+def _lean(s):   # what a record keeps of a profile's scores
+    return dict(profile=s.profile.to_dict(), cost=asdict(s.cost), em=list(s.em), f1=[round(x, 4) for x in s.f1],
+                nll_answer=[round(x, 5) for x in s.nll_answer])
 
 # %% ../../nbs/study/experiments.ipynb #21810947
 def run_calibration(
@@ -192,7 +218,8 @@ def run_calibration(
 )->dict: # The record, which is also saved
     "Perplexity of mixed profiles under three ways of calibrating; nothing is trained."
     check_single()
-    if preset.act!='per_tensor': raise ValueError(f"act={preset.act!r}: dynamic ranges need no calibration; choose act='per_tensor'")
+    if preset.act!='per_tensor':
+        raise ValueError(f"act={preset.act!r}: dynamic ranges need no calibration; choose act='per_tensor'")
     model,tokenizer = study_model(preset)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     data,_,asked = study_data(preset, tokenizer)
@@ -200,16 +227,18 @@ def run_calibration(
     names = [n for n in switch_of(model).profiles if n!='float']
     draw = random_layers(model, mix, preset.seed)
     switched = lambda i: tuple(draw(len(names)*i+j)[0] for j in range(len(names)))
-    config = json.loads(json.dumps(dict(preset=asdict(preset), mix=list(mix), unseen=unseen, questions=len(asked[:questions]))))
+    config = as_saved(dict(preset=asdict(preset), mix=list(mix), unseen=unseen, questions=len(asked[:questions])))
     def score(how, profile):
         m = copy.deepcopy(model)
         calibrate_(m, batches, {'one set':names, 'own':[profile], 'switched':switched}[how])
         with use_profile(m, profile): return asdict(perplexity(m, tokenizer, asked[:questions], preset.max_length))
     work,ways = Path(out)/'progress'/preset.name/f'calibration-s{preset.seed}',{}
+    def scored(how, p): return stage(work/f"{how.replace(' ', '-')}-{p.name}.json", config, lambda: score(how, p))
     for how in CALIBRATIONS:
-        ways[how] = {p.name:stage(work/f"{how.replace(' ', '-')}-{p.name}.json", config, lambda: score(how, p)) for p in mixed}
+        ways[how] = {p.name:scored(how, p) for p in mixed}
         say(f'{preset.name}, seed {preset.seed}: ranges {how!r} done')
-    record = dict(preset=preset.name, experiment='calibration', name='static', seed=preset.seed, config=config, base=base, mixed=[p.to_dict() for p in mixed], ways=ways)
+    record = dict(preset=preset.name, experiment='calibration', name='static', seed=preset.seed, config=config,
+                  base=base, mixed=[p.to_dict() for p in mixed], ways=ways)
     save_record(record, out)
     return record
 
@@ -223,7 +252,8 @@ def span_data(
 )->tuple: # Windows of the training questions, number of these questions, validation questions
     "Training windows and validation questions of a preset, the questions being those of the generative run."
     questions = load_squad(preset.data, 'train', preset.train_n, None if preset.data=='tiny' else 0)
-    windows = encode_windows(questions, tokenizer, preset.max_length, preset.max_length//4 if stride is None else stride)
+    stride = preset.max_length//4 if stride is None else stride
+    windows = encode_windows(questions, tokenizer, preset.max_length, stride)
     return windows, len(questions), load_squad(preset.data, 'validation', preset.eval_n, preset.eval_seed)
 
 def run_spans(
@@ -239,22 +269,27 @@ def run_spans(
     "Calibrate, train all profiles together on span extraction, score them; resumable."
     chosen(POLICIES, policy, 'policy'); aim = chosen(OBJECTIVES, objective, 'objective'); check_single()
     name = name or run_name(preset, policy, objective)
-    work,stride = Path(out)/'progress'/preset.name/f'spans-{name}-s{preset.seed}',preset.max_length//4 if stride is None else stride
-    settings = json.loads(json.dumps(dict(preset=asdict(preset), policy=policy, objective=aim.to_dict(), stride=stride)))
+    work = Path(out)/'progress'/preset.name/f'spans-{name}-s{preset.seed}'
+    stride = preset.max_length//4 if stride is None else stride
+    settings = as_saved(dict(preset=asdict(preset), policy=policy, objective=aim.to_dict(), stride=stride))
     model,tokenizer = study_model(preset, 'span')
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     windows,n,questions = span_data(preset, tokenizer, stride)
     stage(work/'settings.json', settings, lambda: None)      # with other settings this folder is taken
     say(f'{preset.name}: {len(windows)} windows of {n} training questions, {len(questions)} validation questions')
-    def scores(profiles): return lambda: evaluate_spans(model, tokenizer, questions, profiles, preset.max_length, stride, progress=progress).to_dict()
+    def scores(profiles):
+        return lambda: evaluate_spans(model, tokenizer, questions, profiles, preset.max_length, stride,
+                                      progress=progress).to_dict()
     def head_too(model): train_head_(model)
     calibrate_(model, calibration_batches(preset, windows, tokenizer.pad_token_id, span_extraction))
     before = stage(work/'before.json', settings, scores('float'))
-    drawn,trained = fit(preset, model, tokenizer, windows, policy, aim, span_extraction, head_too, work/'training', progress)
+    drawn,trained = fit(preset, model, tokenizer, windows, policy, aim, span_extraction, head_too,
+                        work/'training', progress)
     folder = save_switchable(model, work/'model', base=preset.model)
     say(f"trained {preset.steps} steps in {trained['seconds']:.0f} s; the model is in {folder}")
     after = stage(work/'after.json', settings, scores([n for n in switch_of(model).profiles if n!='float']))
-    record = dict(preset=preset.name, experiment='spans', name=name, seed=preset.seed, config=settings, base=base, policy=[drawn.name, drawn.settings], train_questions=n,
-                  train_windows=len(windows), before=before, after=after, training=trained)
+    record = dict(preset=preset.name, experiment='spans', name=name, seed=preset.seed, config=settings, base=base,
+                  policy=[drawn.name, drawn.settings], train_questions=n, train_windows=len(windows),
+                  before=before, after=after, training=trained)
     save_record(record, out)
     return record

@@ -6,7 +6,7 @@
 __all__ = ['PLANS', 'TRAININGS', 'Plan', 'short_plan', 'middle', 'attackers', 'run_robustness']
 
 # %% ../../nbs/study/robustness.ipynb #63248e00
-import json, torch
+import torch
 import numpy as np
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data.tasks import answering
 from ..joint_training import high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode
 from .runs import (
-    calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model)
+    calibration_batches, check_single, chosen, fit, run_name, stage, study_data, study_model, as_saved)
 from .searches import trained_model
 from ..search.strategies import score_strategy, strategy, use_strategy
 from ..adversarial import (
@@ -33,12 +33,14 @@ class Plan:
     "How much of the study is run."
     questions:int=80                 # Validation questions
     profiles:tuple[str,...]=('bw4','bw6','bw8') # Profiles that are attacked, and drawn from
-    strategies:tuple[str,...]=('random_profile','random_layer','random_token') # Of `STRATEGIES`, beside each fixed profile; a draw per batch has the expected scores of one per example
+    # Of `STRATEGIES`, beside each fixed profile; a draw for a batch has the expected scores of one for each example
+    strategies:tuple[str,...]=('random_profile','random_layer','random_token')
     rates:tuple[float,...]=(.05,.1,.2) # Chances of a typo, for each letter
     where:str='both'                 # Typos in 'question', 'context' or 'both'
     attacks:tuple[str,...]=('noise','fgsm','pgd','pgd_l2') # Of `ATTACKS`
     radii:tuple[float,...]=(.05,.1,.2) # Shares of the embedding norm
-    unbounded:float|None=2.          # A radius at which nothing should be left; with it come the attacks that the sanity checks need, at the highest profile
+    # A radius at which nothing should be left; it brings the sanity checks' other attacks
+    unbounded:float|None=2.
     steps:int=5                      # Of iterated attacks
     restarts:int=1                   # Of iterated attacks
     adaptive:tuple[str,...]=('random_profile','random_layer') # Strategies that have an attacker of their own
@@ -52,18 +54,23 @@ class Plan:
 
 PLANS = dict(   # preset -> plan
     tiny=Plan(),
-    smollm2=Plan(questions=80, strategies=('random_profile','random_layer'), rates=(.1,), attacks=('pgd',), radii=(.1,), steps=3, adaptive=('random_profile',), draws=2, repeats=2, flips=()))
+    smollm2=Plan(questions=80, strategies=('random_profile','random_layer'), rates=(.1,), attacks=('pgd',),
+                 radii=(.1,), steps=3, adaptive=('random_profile',), draws=2, repeats=2, flips=()))
+
+def _attacked(plan, at=None):   # questions that are attacked before they are learnt
+    return adversarial_task(answering, plan.train_radius, replace(ATTACKS['pgd'], steps=plan.train_steps), at)
 
 TRAININGS = dict(   # name of an arm -> (plan, highest profile) -> what is learnt
     joint        = lambda plan, highest: answering,
-    rpt          = lambda plan, highest: adversarial_task(answering, plan.train_radius, replace(ATTACKS['pgd'], steps=plan.train_steps)),
-    fixed_attack = lambda plan, highest: adversarial_task(answering, plan.train_radius, replace(ATTACKS['pgd'], steps=plan.train_steps), highest))
+    rpt          = lambda plan, highest: _attacked(plan),
+    fixed_attack = lambda plan, highest: _attacked(plan, highest))
 
 def short_plan(
     plan:Plan, # A plan
 )->Plan: # What it takes to compare two models
     "The middle radius, iterated attacks and one random strategy only."
-    return replace(plan, strategies=('random_profile',), adaptive=('random_profile',), rates=(), attacks=('pgd',), radii=(middle(plan.radii),), unbounded=None, flips=())
+    return replace(plan, strategies=('random_profile',), adaptive=('random_profile',), rates=(), attacks=('pgd',),
+                   radii=(middle(plan.radii),), unbounded=None, flips=())
 
 def middle(
     xs:Iterable, # Numbers
@@ -75,8 +82,9 @@ def middle(
 def attackers(
     plan:Plan, # Says which profiles and strategies
 )->list: # `Attacker`s; the last ones are adaptive
-    "At each fixed profile; at the float one, which stands for a model that is not the attacked one; at random; and adaptive."
-    return [*map(white_box, (*plan.profiles, 'float')), random_attacker(plan.profiles), *(adaptive(strategy(s, plan.profiles), plan.draws) for s in plan.adaptive)]
+    "At each fixed profile; at float, which stands for another model than the attacked one; at random; and adaptive."
+    knowing = [adaptive(strategy(s, plan.profiles), plan.draws) for s in plan.adaptive]
+    return [*map(white_box, (*plan.profiles, 'float')), random_attacker(plan.profiles), *knowing]
 
 # %% ../../nbs/study/robustness.ipynb #1578f2d7
 class _Bench:
@@ -86,13 +94,20 @@ class _Bench:
         items = [encode(q, tokenizer, preset.max_length) for q in questions]
         self.groups = list(batches_by_length(items, plan.tokens_per_batch))
         device = next(model.parameters()).device
-        self.batches = [{k:v.to(device) for k,v in collate([items[i] for i in g], tokenizer.pad_token_id).items()} for g in self.groups]
+        def batch(group):
+            made = collate([items[i] for i in group], tokenizer.pad_token_id)
+            return {k:v.to(device) for k,v in made.items()}
+        self.batches = list(map(batch, self.groups))
         self.keys = [[str(questions[i]['id']) for i in g] for g in self.groups]
-        mask = lambda protect: [stack_masks([token_mask(questions[i], tokenizer, 'both', protect, preset.max_length) for i in g], b['input_ids'].shape[1]).to(device) for g,b in zip(self.groups, self.batches)]
-        self.prompt,self.spared = mask(False),mask(True)   # without and with the protection of the answer
+        def mask(group, batch, protect):
+            own = [token_mask(questions[i], tokenizer, 'both', protect, preset.max_length) for i in group]
+            return stack_masks(own, batch['input_ids'].shape[1]).to(device)
+        masks = lambda protect: [mask(g, b, protect) for g,b in zip(self.groups, self.batches)]
+        self.prompt,self.spared = masks(False),masks(True)   # without and with the protection of the answer
         self.allowed = allowed_tokens(model, tokenizer) if plan.flips else None
         self.n_answer = self.ordered([(b['labels']>=0).sum(1).tolist() for b in self.batches])
-        self.strategies = [*(strategy(f'fixed_{p}') for p in plan.profiles), *(strategy(s, plan.profiles) for s in plan.strategies)]
+        self.strategies = [*(strategy(f'fixed_{p}') for p in plan.profiles),
+                           *(strategy(s, plan.profiles) for s in plan.strategies)]
 
     def ordered(self, rows):   # from batches to the order of the questions
         out = [None]*self.n
@@ -101,12 +116,15 @@ class _Bench:
         return out
 
     def scores(self, deltas=None, ids=None):   # strategy -> nll and right of each question
-        return self.each(lambda s: self._score(s, deltas or [None]*len(self.batches), ids or [b['input_ids'] for b in self.batches]))
+        deltas = deltas or [None]*len(self.batches)
+        ids = ids or [b['input_ids'] for b in self.batches]
+        return self.each(lambda s: self._score(s, deltas, ids))
 
     def each(self, score):   # strategy -> what `score` gives, or its expectation
         out = {s.name:score(s) for s in self.strategies if s.per=='run' or not s.whole}
         fixed = [out[f'fixed_{p}'] for p in self.plan.profiles]
-        return {s.name:out.get(s.name) or {k:np.mean([f[k] for f in fixed], axis=0).round(4).tolist() for k in fixed[0]} for s in self.strategies}
+        expected = {k:np.mean([f[k] for f in fixed], axis=0).round(4).tolist() for k in fixed[0]}
+        return {s.name:out.get(s.name) or expected for s in self.strategies}
 
     @torch.no_grad()
     def _score(self, s, deltas, ids):
@@ -114,24 +132,27 @@ class _Bench:
         for b,keys,d,i in zip(self.batches, self.keys, deltas, ids):
             got = []
             for number in range(1 if s.per=='run' else self.plan.repeats):
-                with use_strategy(self.model, s, keys, self.seed, number): got.append(torch.stack([x.float() for x in row_scores(self.model, b | dict(input_ids=i), d)]))
+                with use_strategy(self.model, s, keys, self.seed, number):
+                    got.append(torch.stack([x.float() for x in row_scores(self.model, b | dict(input_ids=i), d)]))
             rows.append(torch.stack(got).mean(0).T.tolist())
         nll,right = zip(*self.ordered(rows))
         return dict(nll=[round(x, 4) for x in nll], right=[round(x, 3) for x in right])
 
     def attack(self, attack, radius, attacker):   # perturbations of all batches
         attack = replace(attack, steps=self.plan.steps, restarts=self.plan.restarts) if attack.steps>1 else attack
-        return [perturbation(self.model, b, radius, attack, attacker, k, w, seed=self.seed) for b,k,w in zip(self.batches, self.keys, self.prompt)]
+        return [perturbation(self.model, b, radius, attack, attacker, k, w, seed=self.seed)
+                for b,k,w in zip(self.batches, self.keys, self.prompt)]
 
     def flip(self, budget, attacker):
-        return [flip_tokens(self.model, b, budget, self.allowed, attacker, k, w, self.plan.tries, self.seed) for b,k,w in zip(self.batches, self.keys, self.spared)]
+        return [flip_tokens(self.model, b, budget, self.allowed, attacker, k, w, self.plan.tries, self.seed)
+                for b,k,w in zip(self.batches, self.keys, self.spared)]
 
 def run_robustness(
     preset:Preset,                # Model, questions, training; its seed is the run's
     out:str|Path='runs',          # Folder of records; work in progress goes below it too
     plan:Plan|None=None,          # How much is run; by default the preset's of `PLANS`, or that of 'tiny'
     arms:Iterable[str]=('joint',),# Of `TRAININGS`; 'joint' is run whole, the others only as far as a comparison needs
-    checkpoint:str|Path|None=None,# The jointly trained model; by default the one of `run_joint` below `out`, or one trained now
+    checkpoint:str|Path|None=None,# The jointly trained model; by default that of `run_joint`, or one trained now
     progress:bool=True,           # Show bars
     say:Callable=lambda *a: None, # Told what is going on, in words
 )->list[dict]: # The records, one for each arm, which are also saved
@@ -139,58 +160,80 @@ def run_robustness(
     check_single()
     arms,plan = list(arms),plan or PLANS.get(preset.name, PLANS['tiny'])
     for a in arms: chosen(TRAININGS, a, 'arm')
-    if bad := [p for p in plan.profiles if p not in preset.profiles]: raise ValueError(f"profiles={bad[0]!r}: not among those that the preset trains, {', '.join(preset.profiles)}")
-    return [_run_arm(a, preset, Path(out), plan if a=='joint' else short_plan(plan), checkpoint if a=='joint' else None, progress, say) for a in arms]
+    if bad := [p for p in plan.profiles if p not in preset.profiles]:
+        raise ValueError(f"profiles={bad[0]!r}: not among those that the preset trains, {', '.join(preset.profiles)}")
+    def run(arm):
+        whole = arm=='joint'
+        return _run_arm(arm, preset, Path(out), plan if whole else short_plan(plan), checkpoint if whole else None,
+                        progress, say)
+    return [run(a) for a in arms]
 
 def _folder(arm, preset, out, checkpoint):
-    usual = out/'progress'/preset.name/f'{run_name(preset)}-s{preset.seed}'/'model'
-    return Path(checkpoint) if checkpoint else usual if arm=='joint' and usual.exists() else out/'progress'/preset.name/f'robustness-{arm}-s{preset.seed}'/'model'
+    if checkpoint: return Path(checkpoint)
+    progress = out/'progress'/preset.name
+    usual = progress/f'{run_name(preset)}-s{preset.seed}'/'model'
+    return usual if arm=='joint' and usual.exists() else progress/f'robustness-{arm}-s{preset.seed}'/'model'
 
 def _arm_model(arm, preset, plan, folder, work, progress):
     if not folder.exists():
         model,tokenizer = study_model(preset)
         data = study_data(preset, tokenizer)[0]
         calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
-        fit(preset, model, tokenizer, data, task=TRAININGS[arm](plan, high_to_low(model, plan.profiles)[0]), checkpoint=work/'training', progress=progress)
+        task = TRAININGS[arm](plan, high_to_low(model, plan.profiles)[0])
+        fit(preset, model, tokenizer, data, task=task, checkpoint=work/'training', progress=progress)
         save_switchable(model, folder, base=preset.model)
     model,tokenizer = trained_model(preset, folder, work/'training', progress)
     return model, tokenizer, high_to_low(model, plan.profiles)[0]
 
 def _run_arm(arm, preset, out, plan, checkpoint, progress, say):
     work,folder = out/'progress'/preset.name/f'robustness-{arm}-s{preset.seed}',_folder(arm, preset, out, checkpoint)
-    config = json.loads(json.dumps(dict(preset=asdict(preset), arm=arm, plan=asdict(plan))))
+    config = as_saved(dict(preset=asdict(preset), arm=arm, plan=asdict(plan)))
     if (old := known_record(out, preset.name, 'robustness', arm, preset.seed, config)) is not None: return old
     stage(work/'settings.json', config, lambda: None)      # with other settings this folder is taken
     model,tokenizer,highest = _arm_model(arm, preset, plan, folder, work, progress)
     adapters = read_switchable(folder)['tensors_sha256']
     settings = dict(config, adapters=adapters)
-    asked = [q for q in study_data(preset, tokenizer)[2] if len(encode(q, tokenizer, 10**6).ids)<=preset.max_length][:plan.questions]
+    def fits(q): return len(encode(q, tokenizer, 10**6).ids)<=preset.max_length
+    asked = list(filter(fits, study_data(preset, tokenizer)[2]))[:plan.questions]
     if not asked: raise ValueError(f"max_length={preset.max_length}: no validation question fits")
     with scoring_mode(model):
         b = _Bench(model, tokenizer, asked, plan, preset)
         saved = lambda name, make: stage(work/f'{name}.json', settings, make)
+        def misspelt(rate): return saved(f'typos-{rate:g}', lambda: _typos(b, tokenizer, asked, rate, preset))
+        def attacked(a, r, w):
+            scores = saved(f'{a}-{r:g}-{w.name}', lambda: b.scores(b.attack(ATTACKS[a], r, w)))
+            return dict(attack=a, radius=r, attacker=w.name, scores=scores)
+        def flipped(n, w):
+            scores = saved(f'flips-{n}-{w.name}', lambda: b.scores(ids=b.flip(n, w)))
+            return dict(budget=n, attacker=w.name, scores=scores)
         clean = saved('clean', b.scores)
-        typos = [saved(f'typos-{r:g}', lambda: _typos(b, tokenizer, asked, r, preset)) for r in ((0., *plan.rates) if plan.rates else ())]
+        typos = [misspelt(r) for r in ((0., *plan.rates) if plan.rates else ())]
         say(f'{preset.name}, {arm}, seed {preset.seed}: typos done')
-        attacks = [dict(attack=a, radius=r, attacker=w.name, scores=saved(f'{a}-{r:g}-{w.name}', lambda: b.scores(b.attack(ATTACKS[a], r, w)))) for a,r,w in _attacks(plan, highest)]
+        attacks = [attacked(*how) for how in _attacks(plan, highest)]
         say(f'{preset.name}, {arm}, seed {preset.seed}: {len(attacks)} gradient attacks done')
-        flips = [dict(budget=n, attacker=w.name, scores=saved(f'flips-{n}-{w.name}', lambda: b.scores(ids=b.flip(n, w)))) for n in plan.flips for w in _flippers(plan)]
-    record = dict(preset=preset.name, experiment='robustness', name=arm, seed=preset.seed, config=config, base=dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model)), adapters=adapters,
-                  highest=highest, ids=[str(q['id']) for q in asked], n_answer=b.n_answer, clean=clean, typos=typos, attacks=attacks, flips=flips)
+        flips = [flipped(n, w) for n in plan.flips for w in _flippers(plan)]
+    base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
+    record = dict(preset=preset.name, experiment='robustness', name=arm, seed=preset.seed, config=config, base=base,
+                  adapters=adapters, highest=highest, ids=[str(q['id']) for q in asked], n_answer=b.n_answer,
+                  clean=clean, typos=typos, attacks=attacks, flips=flips)
     save_record(record, out)
     say(f'{preset.name}, {arm}, seed {preset.seed}: done')
     return record
 
 def _attacks(plan, highest):   # attack, radius, attacker; noise has no precision, and is made once
-    grid = [(a, r, w) for a in plan.attacks for r in plan.radii for w in (attackers(plan)[:1] if ATTACKS[a].steps==0 else attackers(plan))]
+    every = attackers(plan)
+    grid = [(a, r, w) for a in plan.attacks for r in plan.radii for w in (every[:1] if ATTACKS[a].steps==0 else every)]
     if plan.unbounded is None: return grid
     own,mid = white_box(highest),middle(plan.radii)
-    checks = [('noise', mid, attackers(plan)[0]), ('fgsm', mid, own), *(('pgd', r, own) for r in (mid/2, 2*mid, plan.unbounded))]
+    iterated = [('pgd', r, own) for r in (mid/2, 2*mid, plan.unbounded)]
+    checks = [('noise', mid, every[0]), ('fgsm', mid, own), *iterated]
     return grid+[c for c in checks if c not in grid]
 
 def _flippers(plan): return [w for w in attackers(plan) if w.name not in ('white_float','random')]
 
 def _typos(b, tokenizer, asked, rate, preset):
     changed = [with_typos(q, rate, b.plan.where, seed=preset.seed) for q in asked]
-    score = lambda s: score_strategy(b.model, tokenizer, changed, s, preset.seed, preset.max_length, preset.max_new_tokens, b.plan.tokens_per_batch).lean()
+    def score(s):
+        return score_strategy(b.model, tokenizer, changed, s, preset.seed, preset.max_length, preset.max_new_tokens,
+                              b.plan.tokens_per_batch).lean()
     return dict(rate=rate, distortion=distortion(asked, changed), scores=b.each(score))

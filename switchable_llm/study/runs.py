@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNT', 'SEED', 'QUESTIONS', 'NUMBERS', 'WORDS', 'POLICIES', 'OBJECTIVES', 'Number', 'check_preset', 'check_name',
            'chosen', 'study_device', 'study_model', 'study_data', 'calibration_batches', 'fit', 'learns_ranges',
-           'range_terms', 'train_config', 'stage', 'check_single', 'run_name', 'run_joint', 'evaluations',
+           'range_terms', 'train_config', 'as_saved', 'stage', 'check_single', 'run_name', 'run_joint', 'evaluations',
            'run_ablation']
 
 # %% ../../nbs/study/runs.ipynb #74b8cd34
@@ -25,9 +25,9 @@ from ..core.calibration import calibrate_, learn_ranges_
 from ..core.switching import make_switchable_, switch_of, use_profile
 from ..lora_routing import add_adapters_
 from ..data.checkpoints import base_hash, save_switchable
-from .presets import Preset, PRESETS
-from ..data.encoding import collate, encode
-from .records import environment, save_record
+from .presets import Preset
+from ..data.encoding import encode
+from .records import save_record
 from ..data.models import load_model
 from ..data.squad import load_squad
 from switchable_llm.joint_training import (
@@ -36,7 +36,6 @@ from switchable_llm.joint_training import (
 from ..data.tasks import Task, answering
 from ..training.settings import TrainConfig
 from ..training.objectives import Distillation, RangePenalty, Stability
-from ..search.intervals import interval
 from ..profiles_eval import Evaluation, evaluate, perplexity
 
 # %% ../../nbs/study/runs.ipynb #0368c49d
@@ -100,7 +99,8 @@ def check_name(
     "Raise a `ValueError` where a name could not be one file, or would be one elsewhere."
     odd = not isinstance(name, str) or name.strip('. ')!=name or not name.isprintable() or len(name.encode())>150
     if not name or odd or any(c in name for c in '/\\:*?"<>|'):
-        raise ValueError(f"{what}={name!r}: becomes the name of a file: use letters, digits, '-', '_' and inner dots, at most 150 of them")
+        raise ValueError(f"{what}={name!r}: becomes the name of a file: "
+                         "use letters, digits, '-', '_' and inner dots, at most 150 of them")
     return name
 
 def chosen(
@@ -109,7 +109,8 @@ def chosen(
     what:str,   # What the error calls it
 ): # The entry; of words, the word
     "Look up a name; a `ValueError` lists the names."
-    if not isinstance(name, str) or name not in table: raise ValueError(f"{what}={name!r}: choose one of {', '.join(table)}")
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{what}={name!r}: choose one of {', '.join(table)}")
     return table[name] if isinstance(table, dict) else name
 
 # %% ../../nbs/study/runs.ipynb #7c368160
@@ -126,7 +127,8 @@ def study_model(
     "Load the model of a preset and make it switchable."
     model,tokenizer = load_model(check_preset(preset).model, preset.dtype, head=head, seed=preset.seed)
     model.set_attn_implementation(preset.attention)
-    make_switchable_(model, [p for p in read_profiles(preset.profiles) if p.name!='float'], QuantConfig(weight=preset.weight, act=preset.act, codes=preset.codes))
+    profiles = [p for p in read_profiles(preset.profiles) if p.name!='float']
+    make_switchable_(model, profiles, QuantConfig(weight=preset.weight, act=preset.act, codes=preset.codes))
     switch_of(model).kernel = preset.kernel
     return model.to(study_device() if device is None else device), tokenizer
 
@@ -146,7 +148,10 @@ def study_data(
     asked = _questions(preset, 'validation', 'eval_n', preset.eval_seed)
     long = [encode(q, tokenizer, 10**6) for q in questions]
     fit = [e for e in long if len(e.ids)<=preset.max_length]
-    if not fit: raise ValueError(f"max_length={preset.max_length}: none of {len(long)} training questions fits, the shortest has {min(len(e.ids) for e in long)} tokens")
+    if not fit:
+        shortest = min(len(e.ids) for e in long)
+        raise ValueError(f"max_length={preset.max_length}: none of {len(long)} training questions fits, "
+                         f"the shortest has {shortest} tokens")
     return fit, len(long)-len(fit), asked
 
 def calibration_batches(
@@ -157,12 +162,15 @@ def calibration_batches(
 )->list[dict]: # `preset.calibration` batches of `preset.calibration_size`
     "Training batches for `calibrate_`; a `ValueError` where the preset's batches are larger than the data."
     for k in ('batch_size','calibration_size'):
-        if getattr(preset, k)>len(data): raise ValueError(f"{k}={getattr(preset, k)}: there are {len(data)} training examples of at most {preset.max_length} tokens")
+        if (n := getattr(preset, k))>len(data):
+            raise ValueError(f"{k}={n}: there are {len(data)} training examples of at most {preset.max_length} tokens")
     rows = partial(batch_rows, tuple(map(task.length, data)), preset.calibration_size, seed=preset.seed)
     return [task.collate([data[j] for j in rows(i)], pad_id) for i in range(preset.calibration)]
 
 # %% ../../nbs/study/runs.ipynb #bfb602fa
-def _layer_bits(model, names): return dict.fromkeys(str(b) for n in names for b in switch_of(model).profiles[n].bits(switch_of(model).sites).values())
+def _layer_bits(model, names):   # that layers have under these profiles
+    switch = switch_of(model)
+    return dict.fromkeys(str(b) for n in names for b in switch.profiles[n].bits(switch.sites).values())
 
 POLICIES = dict(   # name -> (model, names of the profiles, seed) -> policy
     random_profile = lambda model, names, seed: random_profile(names, seed),
@@ -188,10 +196,10 @@ def fit(
     model:nn.Module,          # Calibrated, without adapters; changed in place
     tokenizer,                # Of the model
     data:list,                # Training examples, as the task takes them
-    policy:str|Callable='random_profile', # One of `POLICIES`, or like them: (model, names of the profiles, seed) -> policy
+    policy:str|Callable='random_profile', # One of `POLICIES`, or like them: (model, names of profiles, seed) -> policy
     objective:Objective=Objective(), # What is minimised
     task:Task=answering,      # What is learnt
-    prepare:Callable=lambda model: None, # Called when the adapters are there: may set other things to be trained, and may return a context to train in
+    prepare:Callable=lambda model: None, # Called with the adapters in place; may return a context to train in
     checkpoint:str|Path|None=None, # Folder of the loop's checkpoints
     progress:bool=True,       # Show a bar
     route:str='bits',         # How layers find their adapters, as `add_adapters_` takes it
@@ -203,13 +211,16 @@ def fit(
     if learns_ranges(preset): objective = replace(objective, terms=(*objective.terms, *range_terms(model)))
     around = prepare(model) or nullcontext()
     drawn = make(model, [n for n in switch_of(model).profiles if n!='float'], preset.seed)
-    with around: return drawn, train(model, data, drawn, train_config(preset), tokenizer.pad_token_id, task, objective, checkpoint=checkpoint, progress=progress)
+    with around:
+        return drawn, train(model, data, drawn, train_config(preset), tokenizer.pad_token_id, task, objective,
+                            checkpoint=checkpoint, progress=progress)
 
 def learns_ranges(
     preset:Preset, # What to run
 )->bool: # Whether activation ranges are trained
     "Static ranges are, unless the preset says 'calibrated'; dynamic ones follow each token and have nothing to learn."
-    if preset.ranges not in ('learned','calibrated'): raise ValueError(f"ranges={preset.ranges!r}: choose 'learned' or 'calibrated'")
+    if preset.ranges not in ('learned','calibrated'):
+        raise ValueError(f"ranges={preset.ranges!r}: choose 'learned' or 'calibrated'")
     return preset.act=='per_tensor' and preset.ranges=='learned'
 
 def range_terms(
@@ -223,7 +234,14 @@ def train_config(
     preset:Preset, # Steps, batch, learning rate, ...
 )->TrainConfig: # For `train`
     "What a preset says of the loop."
-    return TrainConfig(text_weight=float(preset.target=='text'), **{f.name:getattr(preset, f.name) for f in fields(TrainConfig) if hasattr(preset, f.name)})
+    shared = {f.name:getattr(preset, f.name) for f in fields(TrainConfig) if hasattr(preset, f.name)}
+    return TrainConfig(text_weight=float(preset.target=='text'), **shared)
+
+def as_saved(
+    d, # What JSON can hold
+): # What JSON reads back
+    "Tuples are lists and keys are strings: as a record or a stage keeps it."
+    return json.loads(json.dumps(d))
 
 def stage(
     path:Path,     # JSON file of the result
@@ -231,10 +249,12 @@ def stage(
     make:Callable, # () -> the result, which JSON can hold
 ): # The result
     "A stage of a run, made once for its settings; a `ValueError` where the file belongs to others, or is damaged."
-    settings = json.loads(json.dumps(settings))
+    settings = as_saved(settings)
     if path.exists():
         made_with,result = _read_stage(path)
-        if made_with!=settings: raise ValueError(f"{path} belongs to a run with other settings: choose another output folder, or delete {path.parent}")
+        if made_with!=settings:
+            raise ValueError(f"{path} belongs to a run with other settings: "
+                             f"choose another output folder, or delete {path.parent}")
         return result
     text = json.dumps(dict(settings=settings, result=make()))
     write_whole(path, text.encode())
@@ -245,47 +265,57 @@ def _read_stage(path):
         d = json.loads(path.read_text(encoding='utf-8'))
         return d['settings'],d['result']
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path}: is damaged ({type(e).__name__}: {e}): delete it, and the same command makes it anew") from e
+        raise ValueError(f"{path}: is damaged ({type(e).__name__}: {e}): "
+                         "delete it, and the same command makes it anew") from e
 
 def check_single(
 ): # Nothing
     "Raise a `ValueError` under a launcher of several processes."
-    if int(os.environ.get('WORLD_SIZE', 1))>1: raise ValueError("the study run scores and writes in one process: start it without a launcher, or launch a script that calls `train`")
+    if int(os.environ.get('WORLD_SIZE', 1))>1:
+        raise ValueError("the study run scores and writes in one process: "
+                         "start it without a launcher, or launch a script that calls `train`")
 
 def run_name(
     preset:Preset,             # What is run
     policy:str='random_profile', # One of `POLICIES`
     objective:str='cross_entropy', # One of `OBJECTIVES`
 )->str: # Name of the record
-    "Policy, objective if it is another than cross-entropy, activation scheme; and, where they are so, learned ranges and nested codes."
-    return policy+f'-{objective}'*(objective!='cross_entropy')+f'-{preset.act}'+'-learned'*learns_ranges(preset)+'-nested'*(preset.codes=='nested')
+    "Policy, objective if not cross-entropy, activation scheme; 'learned' ranges and 'nested' codes where they are."
+    aim = '' if objective=='cross_entropy' else f'-{objective}'
+    return f'{policy}{aim}-{preset.act}'+'-learned'*learns_ranges(preset)+'-nested'*(preset.codes=='nested')
 
 def run_joint(
     preset:Preset,             # What to run
     out:str|Path='runs',       # Folder of records; work in progress and the trained model go below it too
     policy:str='random_profile', # One of `POLICIES`
     objective:str='cross_entropy', # One of `OBJECTIVES`
-    name:str|None=None,        # Name of the record; by default policy, objective if it is another, activation scheme and, where nested, codes
+    name:str|None=None,        # Name of the record; by default `run_name`
     progress:bool=True,        # Show bars
     say:Callable=lambda *a: None, # Told what is going on, in words
 )->dict: # The record, which is also saved
     "Calibrate, score every profile, train them together, score again; resumable."
-    chosen(POLICIES, policy, 'policy'); chosen(OBJECTIVES, objective, 'objective'); check_preset(preset); check_single()
+    chosen(POLICIES, policy, 'policy'); chosen(OBJECTIVES, objective, 'objective')
+    check_preset(preset); check_single()
     name,out = run_name(preset, policy, objective) if name is None else check_name(name),Path(out)
     check_target(out/preset.name/'joint'/f'{name}-s{preset.seed}.json', 'a record', ours=lambda p: True)
     with claim(out/'progress'/preset.name/f'{name}-s{preset.seed}') as work:
         return _joint(preset, out, work, policy, objective, name, progress, say)
 
 def _joint(preset, out, work, policy, objective, name, progress, say):
-    aim,plain = OBJECTIVES[objective],objective=='cross_entropy'
-    settings = json.loads(json.dumps(dict(preset=asdict(preset), policy=policy) | (dict() if plain else dict(objective=aim.to_dict()))))
-    if (work/'settings.json').exists(): stage(work/'settings.json', settings, lambda: None)   # with other settings this folder is taken
+    aim,settings = OBJECTIVES[objective],dict(preset=asdict(preset), policy=policy)
+    if objective!='cross_entropy': settings['objective'] = aim.to_dict()
+    settings = as_saved(settings)
+    # with other settings this folder is taken
+    if (work/'settings.json').exists(): stage(work/'settings.json', settings, lambda: None)
     model,tokenizer = study_model(preset)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     data,left_out,questions = study_data(preset, tokenizer)
     stage(work/'settings.json', settings, lambda: None)
-    say(f'{preset.name}: {len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out), {len(questions)} validation questions')
-    def scores(profiles): return lambda: evaluate(model, tokenizer, questions, profiles, preset.max_length, preset.max_new_tokens, progress=progress).to_dict()
+    say(f'{preset.name}: {len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out), '
+        f'{len(questions)} validation questions')
+    def scores(profiles):
+        return lambda: evaluate(model, tokenizer, questions, profiles, preset.max_length, preset.max_new_tokens,
+                                progress=progress).to_dict()
     calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
     before = stage(work/'before.json', settings, scores(None))
     say('scored before training')
@@ -293,8 +323,9 @@ def _joint(preset, out, work, policy, objective, name, progress, say):
     folder = save_switchable(model, work/'model', base=preset.model)
     say(f"trained {preset.steps} steps in {trained['seconds']:.0f} s; the model is in {folder}")
     after = stage(work/'after.json', settings, scores([n for n in switch_of(model).profiles if n!='float']))
-    record = dict(preset=preset.name, experiment='joint', name=name, seed=preset.seed, config=settings, base=base, policy=[drawn.name, drawn.settings], train_questions=len(data),
-                  left_out=left_out, before=before, after=after, training=trained)
+    record = dict(preset=preset.name, experiment='joint', name=name, seed=preset.seed, config=settings, base=base,
+                  policy=[drawn.name, drawn.settings], train_questions=len(data), left_out=left_out,
+                  before=before, after=after, training=trained)
     save_record(record, out)
     return record
 
@@ -310,16 +341,19 @@ def _arms():   # name -> (quantizer settings, profile, where ranges come from)
     w4,w8a8 = Profile('w4', Bits(4)),Profile('w8a8', Bits(8, 8))
     only = lambda s,b: Profile(f'{s}-{b}', Bits(), (Rule(Bits.parse(b), site=(s,)),))
     arms = {f'weights {g}':(q(weight=g), w4, None) for g in ('per_tensor','per_channel','per_group')}
-    arms |= {f'ranges {r}':(q('per_tensor'), w8a8, r) for r in ('calibrated','one question','random tokens','guessed')}
+    sources = 'calibrated','one question','random tokens','guessed'
+    arms |= {f'ranges {r}':(q('per_tensor'), w8a8, r) for r in sources}
     arms |= {'ranges per token':(q(), w8a8, None)}
-    arms |= {f'codes {c}, {b} bits':(q(codes=c), Profile(f'w{b}', Bits(b)), None) for b in (4, 6, 8) for c in ('independent','nested')}
+    arms |= {f'codes {c}, {b} bits':(q(codes=c), Profile(f'w{b}', Bits(b)), None)
+             for b in (4, 6, 8) for c in ('independent','nested')}
     return arms | {f'{s} {b}':(q(), only(s, b), None) for s in SITES[:4] for b in ('w4','a4')}
 
 def _set_ranges(model, source, batches, vocab):
     if source is None: return
     gen = torch.Generator().manual_seed(0)
+    def random_tokens(b): return dict(input_ids=torch.randint(vocab, b['input_ids'].shape, generator=gen))
     kinds = {'calibrated':batches, 'one question':[{k:v[:1] for k,v in batches[0].items()}],
-             'random tokens':[dict(input_ids=torch.randint(vocab, b['input_ids'].shape, generator=gen)) for b in batches]}
+             'random tokens':list(map(random_tokens, batches))}
     calibrate_(model, kinds.get(source, batches[:1]))
     if source=='guessed':
         for l in switch_of(model).layers:
@@ -344,7 +378,7 @@ def _ablation(preset, out, work, n, progress, say):
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     data,_,questions = study_data(replace(preset, eval_n=n), tokenizer)
     batches = calibration_batches(preset, data, tokenizer.pad_token_id)
-    settings = json.loads(json.dumps(dict(preset=asdict(preset), n=n)))
+    settings = as_saved(dict(preset=asdict(preset), n=n))
     def score(arm, cfg, profile, ranges):
         m = copy.deepcopy(model)
         if profile is None: return asdict(perplexity(m, tokenizer, questions, preset.max_length))
@@ -355,6 +389,7 @@ def _ablation(preset, out, work, n, progress, say):
     for arm,spec in (dict(float=(None, None, None)) | _arms()).items():
         arms[arm] = stage(work/f"{arm.replace(' ', '-')}.json", settings, lambda: score(arm, *spec))
         say(f'ablation: {arm} done')
-    record = dict(preset=preset.name, experiment='ablation', name='untrained', seed=preset.seed, config=settings, base=base, arms=arms)
+    record = dict(preset=preset.name, experiment='ablation', name='untrained', seed=preset.seed, config=settings,
+                  base=base, arms=arms)
     save_record(record, out)
     return record

@@ -52,7 +52,8 @@ class Claim:
         wrong = lambda why: ValueError(f"claim {self.text!r}: {why}")
         if not self.above<self.below: raise wrong(f"above={self.above}, below={self.below}: no number lies between")
         if open_ends==2: raise wrong("every number would do: give `below`, `above` or both")
-        if not self.room and open_ends==0: raise wrong("room=False: a region with two edges has no side that lacks room")
+        if not self.room and open_ends==0:
+            raise wrong("room=False: a region with two edges has no side that lacks room")
 
 def better(
     text:str,                 # What is claimed, in words
@@ -212,10 +213,11 @@ class Findings(tuple):
         together,few = family if len(self)>1 else '95 % interval.',any(f.seeds==1 for f in self)
         once = ' One seed: intervals are over its examples, and say nothing of other seeds.'*few
         why = f" No verdict: {'; '.join(self.faults)}." if self.faults else ''
-        return '\n'.join([head, '|:--|:--'+'|--:'*(len(self.table()[0])-2)+'|', *rows, '', f'*{together}{once}{why}*'])
+        rule = '|:--|:--'+'|--:'*(len(self.table()[0])-2)+'|'
+        return '\n'.join([head, rule, *rows, '', f'*{together}{once}{why}*'])
     def __repr__(self): return '\n'.join(f.show() for f in self)
 
-_GROUPS = {'confirmed':'confirmed','refuted':'refuted','undecided':'open','no room':'no room','no verdict':'no verdict'}
+_GROUPS = {v:'open' if v=='undecided' else v for v in VERDICTS}
 
 def _examples(findings, n):   # with their effects, and what the run would have seen of the others
     shown = '; '.join(f"{f.claim}{'?'*(f.verdict=='no verdict')} ({_effect(f)})" for f in findings[:n])
@@ -286,25 +288,30 @@ def paired(
     "Paired differences."
     one,other = ({r['seed']:r for r in rs} for rs in (a, b))
     seeds = sorted(one.keys() & other.keys())
-    if not seeds: raise ValueError(f"no seed in common: there are {sorted(one) or 'none'} and {sorted(other) or 'none'}")
+    if not seeds:
+        raise ValueError(f"no seed in common: there are {sorted(one) or 'none'} and {sorted(other) or 'none'}")
     first = one[seeds[0]]['ids']
     for r in (*(one[s] for s in seeds), *(other[s] for s in seeds)):
-        if r['ids']!=first: raise ValueError(f"record {r.get('name', '?')!r}, seed {r['seed']}: was scored on other examples: a paired comparison needs the same, in the same order")
+        if r['ids']!=first:
+            raise ValueError(f"record {r.get('name', '?')!r}, seed {r['seed']}: was scored on other examples: "
+                             "a paired comparison needs the same, in the same order")
     return np.array([np.subtract(score(one[s]), (score_b or score)(other[s])) for s in seeds], dtype=float)
 
 # %% ../../nbs/study/statistics.ipynb #219128fe
-_colors = {'confirmed':'#1B9E77', 'refuted':'#C856C6', 'undecided':'#7f7f7f', 'no room':'#BAB206', 'no verdict':'#7f7f7f'}
-_markers = {'confirmed':'o', 'refuted':'X', 'undecided':'D', 'no room':'s', 'no verdict':'|'}
+_colors = dict(zip(VERDICTS, ('#1B9E77','#C856C6','#7f7f7f','#BAB206','#7f7f7f')))
+_markers = dict(zip(VERDICTS, 'oXDs|'))
 
 def plot_findings(
     panels:dict,    # Title -> findings; a claim has the same row in every panel
     xlabel:str='',  # What the differences are; by default their unit
 )->Figure: # A panel for each title
     "Effects with their intervals, by verdict, and the regions that were claimed."
-    if not panels or not all(panels.values()): raise ValueError("panels is empty: give at least one title with at least one finding")
+    if not panels or not all(panels.values()):
+        raise ValueError("panels is empty: give at least one title with at least one finding")
     claims = list(dict.fromkeys(f.claim for fs in panels.values() for f in fs))
     with figure_style():
-        fig,axs = plt.subplots(1, len(panels), figsize=(3+2.6*len(panels), 1.1+.3*len(claims)), layout='constrained', sharey=True, squeeze=False)
+        size = 3+2.6*len(panels),1.1+.3*len(claims)
+        fig,axs = plt.subplots(1, len(panels), figsize=size, layout='constrained', sharey=True, squeeze=False)
         plt.close(fig)
         for ax,(title,fs) in zip(axs[0], panels.items()):
             for f in fs:
