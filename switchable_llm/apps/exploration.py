@@ -29,7 +29,7 @@ from ..study.figures import figure_style, profile_style
 from ..profiles_eval import Cost, answer, profile_cost, scoring_mode
 from ..search.sensitivity import compact_profile
 from ..study.runs import fit, study_data, study_model
-from .cli import load_checkpoint
+from .commands import load_checkpoint
 
 # %% ../../nbs/apps/exploration.ipynb #32cae7b2
 class Source(NamedTuple):

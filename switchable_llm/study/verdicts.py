@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from ..core.switching import Profile, Site
 from ..data.squad import PRESETS, load_records
-from .figures import plot_bits
+from ..findings.plots import plot_bits
 from .statistics import (ANSWERS, MARGIN, VERDICTS, Findings, Interval, as_good, basis, better, crossed_mean,
     decide, exposure, mean_exposure, paired, plural, same_exposure, show_exposure, side)
 from .runs import run_name
