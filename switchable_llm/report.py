@@ -15,11 +15,14 @@ from typing import Iterable, NamedTuple
 from .data.squad import PRESETS
 from .study.statistics import MARGIN, Finding, Findings, Interval, plural
 from .study.cycles import CPT_QUESTIONS, cpt_findings
-from .study.defences import earlier_statements, sanity_checks
-from .study.verdicts import (COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
-    allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer, objectives_brief, profile_names,
+from .findings.defences import earlier_statements, sanity_checks
+from .findings.verdicts import COMMANDS, _title
+from .findings.verdicts import (
+    PRESET_NAMES, Study, _listed, accuracy_answer, accuracy_brief, accuracy_findings, allocation_answer,
+    allocation_brief, allocation_findings, markdown_table, objectives_answer, objectives_brief, profile_names,
     profile_scores, shared_findings, tried, unequal_exposure)
-from .study.reasons import cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings
+from .findings.reasons import (
+    cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings)
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(

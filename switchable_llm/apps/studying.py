@@ -23,8 +23,8 @@ from ..study.experiments import (
     ARMS, calibration_verdict, gate_verdict, objective_verdicts, run_calibration, run_objectives)
 from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, cpt_verdicts, run_cpt
 from ..study.robustness import PLANS, TRAININGS, run_robustness
-from ..study.defences import robustness_verdicts
-from ..study.verdicts import profile_labels, unequal_exposure
+from ..findings.defences import robustness_verdicts
+from ..findings.verdicts import profile_labels, unequal_exposure
 from .cli import teller
 from .options import add_preset_options, check_record, chosen_preset, option_type, text_table
 from .commands import add_policy, check_readable
