@@ -28,8 +28,8 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),
     ('study', 'Study', 'runs and their records', 'presets records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
-        'comparisons widths cycling defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli page exploration explorer'))]
+        'plots comparisons widths cycling defences verdicts reasons earlier'),
+    ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli options commands studying page exploration explorer'))]
 
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb

@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 from conftest import heed_ctrl_c
-from switchable_llm.apps import cli as module
-from switchable_llm.apps.cli import main, make_parser, one_line
+from switchable_llm.apps import commands as module
+from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_package, one_line
+from switchable_llm.apps.options import GROUPS
 from switchable_llm.study.presets import Preset
 from switchable_llm.core.files import claim
 from switchable_llm.study.runs import NUMBERS, WORDS
 
 COMMAND = Path(sys.executable).with_name('switchable-llm')
 installed = pytest.mark.skipif(not COMMAND.exists(), reason='the package is not installed')
-SHORT = '--steps 4 --batch-size 4 --train-n 40 --calibration 2 --calibration-size 4 --profiles bw4 mixed8648'.split()
+SHORT = '--steps 4 --batch-size 4 --train-n 40 --profiles bw4 mixed8648'.split()
+STUDY = [*SHORT, '--calibration', '2', '--calibration-size', '4']   # with options that only `run` and `experiment` have
+CODE = 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))'
 ASK = ['--question', 'Who?', '--context', 'Bemola was born in 1834.']
+MIX = ['--mix', 'w4a4', 'w6a8', '--unseen', 1]
 
 @pytest.fixture
 def cli(monkeypatch, tmp_path, capsys):
@@ -48,7 +52,8 @@ def mine(tmp_path_factory, toy_folder):
     folder = tmp_path_factory.mktemp('trained')
     train = ['train', '--model', toy_folder, *SHORT, '--act', 'per_token', '--quiet', '--out', folder/'mine']
     assert main([*train])==0
-    assert main(['freeze', str(folder/'mine'), '--out', str(folder/'mine.safetensors'), '--embedding', '8', '--lm-head', '8'])==0
+    packed = ['--out', str(folder/'mine.safetensors'), '--embedding', '8', '--lm-head', '8']
+    assert main(['freeze', str(folder/'mine'), *packed])==0
     return folder
 
 @pytest.fixture(scope='module')
@@ -58,7 +63,8 @@ def runs(tmp_path_factory, toy_folder):
     out,err = folder/'out',folder/'err'
     with open(out, 'w') as o, open(err, 'w') as e, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'stdout', o); patch.setattr(sys, 'stderr', e)
-        status = main(['run', '--model', str(toy_folder), *SHORT, '--eval-n', '12', '--no-ablation', '--out', str(folder/'runs')])
+        how = [*STUDY, '--eval-n', '12', '--no-ablation', '--out', str(folder/'runs')]
+        status = main(['run', '--model', str(toy_folder), *how])
     assert status==0, err.read_text()
     return folder, out.read_text(), err.read_text()
 
@@ -69,12 +75,13 @@ def test_the_installed_command(child_env, tmp_path):
     p = subprocess.run([COMMAND, 'presets'], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=600)
     assert (p.returncode, p.stderr)==(0, '')
     table = dict(re.split(r'\s{2,}', l, maxsplit=1) for l in p.stdout.splitlines())
-    assert table['setting'].split()==['tiny','smollm2','gpt2'] and table['dtype'].split()==['float32','bfloat16','float32']
+    assert table['setting'].split()==['tiny','smollm2','gpt2']
+    assert table['dtype'].split()==['float32','bfloat16','float32']
 
 @pytest.mark.skipif(os.name!='posix', reason='needs a shell')
 def test_a_closed_pipe_is_no_traceback(child_env):
-    code = 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))'
-    p = subprocess.run(f"{sys.executable} -c '{code}' presets | true", shell=True, env=child_env, capture_output=True, text=True, timeout=600)
+    line = f"{sys.executable} -c '{CODE}' presets | true"
+    p = subprocess.run(line, shell=True, env=child_env, capture_output=True, text=True, timeout=600)
     assert 'Traceback' not in p.stderr and 'Error' not in p.stderr
 
 def commands(parser, path=()):
@@ -82,23 +89,44 @@ def commands(parser, path=()):
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name,p in action.choices.items():
-                yield ' '.join((*path, name)),p
+                yield ' '.join((*path, name)),p.filled()
                 yield from commands(p, (*path, name))
 
 COMMANDS = dict(commands(make_parser()))
 
 def test_the_commands(cli):
-    assert set(COMMANDS)>=set('run train experiment evaluate answer profiles presets freeze export kernels explore'.split()) | {f'profiles {c}' for c in ('list','show','check')}
+    verbs = 'run train experiment evaluate answer profiles presets freeze export check kernels explore'.split()
+    assert set(ALL)==set(verbs) and set(COMMANDS)=={*verbs, *(f'profiles {c}' for c in ('list','show','check'))}
     status,out,err = cli('--help')
     assert (status, err)==(0, '') and all(c in out for c in COMMANDS if ' ' not in c)
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_help_has_an_example_and_says_what_each_option_is(command, cli):
     status,out,err = cli(*command.split(), '--help')
-    assert (status, err)==(0, '') and out.startswith(f'usage: switchable-llm {command}') and f'examples:\n  switchable-llm {command}' in out
-    for a in COMMANDS[command]._actions: assert a.help or isinstance(a, argparse._SubParsersAction), f'{command}: {a.dest} has no help'
+    assert (status, err)==(0, '') and out.startswith(f'usage: switchable-llm {command}')
+    assert f'examples:\n  switchable-llm {command}' in out
+    for a in COMMANDS[command]._actions:
+        assert a.help or isinstance(a, argparse._SubParsersAction), f'{command}: {a.dest} has no help'
     for l in out.partition('examples:')[2].strip().splitlines():      # they are read by the parser that shows them
-        if '"' not in l: make_parser().parse_args(l.split()[1:] if ' < ' not in l else l.partition(' < ')[0].split()[1:])
+        if '"' not in l: make_parser().parse_args(l.partition(' < ')[0].split()[1:])
+
+def options(command): return {a.option_strings[0] for a in COMMANDS[command]._actions if a.option_strings}
+
+def test_train_has_few_options_and_the_study_has_all():
+    "What a person sets; the rest stands in a preset, and can be changed where the study is run."
+    asked = ('out model data profiles preset steps batch-size lr r max-length train-n act dtype seed policy quiet debug')
+    assert options('train')=={'-h', *('--'+o for o in asked.split())} and len(options('train'))<=18
+    every = {'--'+f.name.replace('_','-') for f in fields(Preset) if f.name!='name'}
+    for c in ('run','experiment'): assert every<=options(c)
+    assert '--objective' in options('run')
+
+def test_options_stand_in_groups_that_say_what_a_person_wants(cli):
+    _,out,_ = cli('train', '--help')
+    titles = [l[:-1] for l in out.splitlines() if l.endswith(':') and not l.startswith(' ')]
+    groups = ['what to work on', 'how layers are quantized', 'adapters', 'how long to train', 'output']
+    assert titles==['options', *groups, 'examples']
+    grouped = [n for names in GROUPS.values() for n in names]
+    assert sorted(grouped)==sorted(f.name for f in fields(Preset) if f.name!='name')
 
 def test_usage(cli):
     assert cli()[0]==cli('fly')[0]==cli('experiment', 'luck')[0]==cli('train')[0]==2
@@ -119,16 +147,21 @@ WRONG = {'int':['0', '-1', '1.5', 'nan', 'many', ''], 'float':['-1', 'nan', 'inf
 def test_every_setting_is_refused_by_its_own_name(name, cli):
     option = '--'+name.replace('_','-')
     low = NUMBERS[name].low if name in NUMBERS else None
-    values = ['int8', ''] if name in WORDS else [v for v in WRONG['int' if NUMBERS[name].whole else 'float'] if v!='0' or low==1]
+    kind = 'float' if name in NUMBERS and not NUMBERS[name].whole else 'int'
+    values = ['int8', ''] if name in WORDS else [v for v in WRONG[kind] if v!='0' or low==1]
     for v in values:
-        status,out,err = cli('train', '--out', 'x', f'{option}={v}')
+        status,out,err = cli('run', '--out', 'x', f'{option}={v}')
         assert (status, out)==(2, '') and f'argument {option}:' in err and repr(v) in err, err
     assert not Path('x').exists()
 
-@pytest.mark.parametrize('line', ['run --ablation-n 0', 'experiment cpt --seeds -1', 'experiment cpt --seeds 0 x', 'experiment cpt --jobs 0', 'experiment cpt --questions 0', 'experiment cpt --unseen 0',
-                                  'experiment cpt --cycles 0', 'experiment cpt --b-min 1', 'experiment cpt --b-max 17', 'experiment allocation --search-questions 0', 'experiment allocation --evaluations 0',
-                                  'experiment allocation --w-bits 4 1', 'experiment allocation --a-bits 0', 'evaluate m --n 0', 'evaluate m --n -3', 'evaluate m --seed -1', 'evaluate m --max-length 0',
-                                  'answer m --question Q --context C --max-length -1', 'freeze m --out x --embedding 1', 'freeze m --out x --lm-head 9', 'explore --port 0', 'explore --max-sessions 0', 'explore --idle 0'])
+@pytest.mark.parametrize('line', [
+    'run --ablation-n 0', 'experiment cpt --seeds -1', 'experiment cpt --seeds 0 x', 'experiment cpt --jobs 0',
+    'experiment cpt --questions 0', 'experiment cpt --unseen 0', 'experiment cpt --cycles 0', 'experiment cpt --b-min 1',
+    'experiment cpt --b-max 17', 'experiment allocation --search-questions 0', 'experiment allocation --evaluations 0',
+    'experiment allocation --w-bits 4 1', 'experiment allocation --a-bits 0', 'evaluate m --n 0', 'evaluate m --n -3',
+    'evaluate m --seed -1', 'evaluate m --max-length 0', 'answer m --question Q --context C --max-length -1',
+    'freeze m --out x --embedding 1', 'freeze m --out x --lm-head 9', 'explore --port 0', 'explore --max-sessions 0',
+    'explore --idle 0'])
 def test_every_other_number_too(line, cli):
     *_,option,value = [w for w in line.split()]
     option = next(w for w in reversed(line.split()) if w.startswith('--'))
@@ -136,14 +169,24 @@ def test_every_other_number_too(line, cli):
     assert (status, out)==(2, '') and f'argument {option}:' in err and repr(value) in err and 'needs a' in err, err
 
 def test_what_only_the_data_can_tell(cli, monkeypatch, toy_folder):
-    monkeypatch.setattr(module, 'calibrate_', lambda *a: pytest.fail('work was begun'))
-    small = ['--model', toy_folder, '--train-n', 10, '--profiles', 'bw4', '--out', 'x', '--quiet']
-    for options,says in ((['--batch-size', 11, '--calibration-size', 2], 'batch_size=11: there are 10'), (['--batch-size', 2, '--calibration-size', 11], 'calibration_size=11: there are 10')):
-        status,out,err = cli('train', *small, *options)
-        assert (status, out)==(1, '') and says in err and err.count('\n')==1
+    def begun(*a): pytest.fail('work was begun')
+    monkeypatch.setattr(module, 'calibrate_', begun); monkeypatch.setattr('switchable_llm.study.runs.calibrate_', begun)
+    small = ['--model', toy_folder, '--train-n', 10, '--profiles', 'bw4', '--quiet']
+    for line,says in (
+            (['train', '--batch-size', 11], 'batch_size=11: there are 10'),
+            (['run', '--batch-size', 11, '--calibration-size', 2], 'batch_size=11: there are 10'),
+            (['run', '--batch-size', 2, '--calibration-size', 11], 'calibration_size=11: there are 10')):
+        status,out,err = cli(*line, *small, '--out', '-'.join(map(str, line)))
+        assert (status, out)==(1, '') and says in err and err.count('\n')==1, err
+
+def test_few_questions_are_enough_to_train(cli, tmp_path, toy_folder):
+    "The preset's calibration batches are larger than the data, and are no option of `train`."
+    small = ['--model', toy_folder, '--train-n', 10, '--batch-size', 2, '--steps', 1, '--profiles', 'bw4', '--quiet']
+    assert cli('train', *small, '--out', 'x')==(0, 'model  x\n', '')
 
 def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, 'study_model', lambda *a, **kw: pytest.fail('a model was loaded'))
+    def loaded(*a, **kw): pytest.fail('a model was loaded')
+    for room in ('apps.commands','study.runs'): monkeypatch.setattr(f'switchable_llm.{room}.study_model', loaded)
     (tmp_path/'bad.yaml').write_text('name: mine\ndefault: w1\n')
     for command in (['train', '--out', 'x'], ['run'], ['experiment', 'objectives']):
         refused(*command, '--profiles', 'bw5', says="'bw5'")
@@ -160,25 +203,41 @@ def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypa
     def never(*a, **kw): pytest.fail('work was begun')
     for name in ('study_model','load_checkpoint'): monkeypatch.setattr(module, name, never)
     monkeypatch.setattr('switchable_llm.study.runs.study_model', never)
-    (tmp_path/'file').write_text('mine'); (tmp_path/'notes').mkdir(); (tmp_path/'notes/diary.txt').write_text('dear'); (tmp_path/'w.safetensors').write_text('weights')
-    for command in (['train', '--out'], ['export', mine/'mine', '--profile', 'bw4', '--format', 'float', '--overwrite', '--out']):
+    (tmp_path/'notes').mkdir()
+    for name,text in (('file','mine'), ('notes/diary.txt','dear'), ('w.safetensors','weights')):
+        (tmp_path/name).write_text(text)
+    export = ['export', mine/'mine', '--profile', 'bw4', '--format']
+    for command in (['train', '--out'], [*export, 'float', '--overwrite', '--out']):
         refused(*command, 'file', says=['file', 'is a folder'])
         refused(*command, 'file/below', says='is a file, not a folder')
     refused('train', '--out', 'notes', says=['diary.txt', 'is not a switchable checkpoint'])
     refused('train', '--out', '.', says='is not a switchable checkpoint')
     refused('train', '--out', 'x'*250, says='longer than 200 bytes')
     refused('freeze', mine/'mine', '--out', 'notes', says='is a file')
-    for name in ('w.safetensors','file'): refused('freeze', mine/'mine', '--out', name, says=[name, 'is not a packed file'])
-    refused('export', mine/'mine', '--profile', 'bw4', '--format', 'gguf', '--out', 'file', says='--overwrite')
-    refused('export', mine/'mine', '--profile', 'bw4', '--format', 'gguf', '--overwrite', '--out', 'notes', says='is a file')
-    for command in (['run'], ['experiment', 'cpt'], ['evaluate', mine/'mine']): refused(*command, '--out', 'file', says='is a file, not a folder')
+    for name in ('w.safetensors','file'):
+        refused('freeze', mine/'mine', '--out', name, says=[name, 'is not a packed file'])
+    refused(*export, 'gguf', '--out', 'file', says='--overwrite')
+    refused(*export, 'gguf', '--overwrite', '--out', 'notes', says='is a file')
+    for command in (['run'], ['experiment', 'cpt'], ['evaluate', mine/'mine']):
+        refused(*command, '--out', 'file', says='is a file, not a folder')
     assert (tmp_path/'notes/diary.txt').read_text()=='dear'
 
-@pytest.mark.skipif(os.name!='posix' or not hasattr(os, 'geteuid') or os.geteuid()==0, reason='needs a user whom permissions bind')
+def test_the_checkpoint_can_be_the_empty_folder_in_which_one_stands(cli, tmp_path, monkeypatch):
+    (tmp_path/'mine').mkdir()
+    monkeypatch.chdir(tmp_path/'mine')
+    line = 'train --preset tiny --steps 1 --batch-size 4 --train-n 20 --quiet --out .'
+    status,out,err = cli(*line.split())
+    assert (status, out.split(), err)==(0, ['model', str(tmp_path/'mine')], '')
+    assert sorted(p.name for p in tmp_path.iterdir())==['mine','mine.training']
+    assert {'switchable.json','adapters.safetensors'}<={p.name for p in (tmp_path/'mine').iterdir()}
+
+BOUND = os.name=='posix' and hasattr(os, 'geteuid') and os.geteuid()!=0
+
+@pytest.mark.skipif(not BOUND, reason='needs a user whom permissions bind')
 def test_no_permission_is_told_before_the_work(refused, tmp_path, mine):
     (tmp_path/'shut').mkdir(mode=0o555)
-    for command in (['train', '--out', 'shut/x'], ['run', '--out', 'shut/x'], ['experiment', 'cpt', '--out', 'shut/x'], ['evaluate', mine/'mine', '--out', 'shut/x'], ['freeze', mine/'mine', '--out', 'shut/x']):
-        refused(*command, says='permission')
+    for command in (['train'], ['run'], ['experiment', 'cpt'], ['evaluate', mine/'mine'], ['freeze', mine/'mine']):
+        refused(*command, '--out', 'shut/x', says='permission')
 
 @pytest.mark.parametrize('name', ['../x', '..', '', 'a/b', 'C:\\x', 'a\nb', 'x'*200])
 def test_a_name_stays_in_its_folder(name, refused, mine):
@@ -188,27 +247,34 @@ def test_a_name_stays_in_its_folder(name, refused, mine):
 
 def test_the_second_of_two_is_told(cli, tmp_path, toy_folder):
     "Work folders of `run`, `train` and each experiment and seed."
-    common = ['--quiet', '--model', toy_folder, *SHORT, '--eval-n', 3]
+    common,scored = ['--quiet', '--model', toy_folder],[*STUDY, '--eval-n', 3]
     work = tmp_path/'runs/progress/tiny'
-    for folder,command in ((work/'random_profile-per_tensor-learned-nested-s0', ['run', '--no-ablation']), (work/'objectives-s1', ['experiment', 'objectives', '--seeds', 1]), (tmp_path/'x.training', ['train', '--out', 'x'])):
+    for folder,command in (
+            (work/'random_profile-per_tensor-learned-nested-s0', ['run', '--no-ablation', *scored]),
+            (work/'objectives-s1', ['experiment', 'objectives', '--seeds', 1, *scored]),
+            (tmp_path/'x.training', ['train', '--out', 'x', *SHORT])):
         with claim(folder):
             status,out,err = cli(*command, *common)
-            assert (status, out)==(1, '') and f'process {os.getpid()} on ' in err and 'choose another folder' in err and err.count('\n')==1, err
+            assert (status, out)==(1, '') and f'process {os.getpid()} on ' in err, err
+            assert 'choose another folder' in err and err.count('\n')==1, err
     assert not (tmp_path/'x').exists()
 
 # --- profiles -----------------------------------------------------------------------------------------------------
 
 def test_check_of_profiles(cli, tmp_path, toy_folder):
     (tmp_path/'good.yaml').write_text('name: mine\ndefault: w8a8\nrules: [{site: mlp_in, bits: w4}]\n')
-    (tmp_path/'deep.json').write_text('{"name": "deep", "default": "w8a8", "rules": [{"layers": 7, "bits": "w4"}]}')
-    (tmp_path/'long.json').write_text('{"name": "long", "default": "w8a8", "rules": [{"layers": "0-9", "bits": "w4"}]}')
+    for name,layers in (('deep','7'), ('long','"0-9"')):
+        rule = f'{{"layers": {layers}, "bits": "w4"}}'
+        (tmp_path/f'{name}.json').write_text(f'{{"name": "{name}", "default": "w8a8", "rules": [{rule}]}}')
     (tmp_path/'bad.yaml').write_text('name: mine\ndefault: w1\n')
     assert cli('profiles', 'check', 'good.yaml')==(0, 'good.yaml: mine is sound\n', '')
-    status,out,err = cli('profiles', 'check', 'good.yaml', 'deep.json', 'long.json', 'bad.yaml', 'none.json', '--fit', '--model', toy_folder)
+    files = 'good.yaml','deep.json','long.json','bad.yaml','none.json'
+    status,out,err = cli('profiles', 'check', *files, '--fit', '--model', toy_folder)
     assert status==1 and out=='good.yaml: mine is sound and fits the model\n'
     lines = err.splitlines()
     assert len(lines)==4 and all(l.startswith('error: ') for l in lines)
-    for l,words in zip(lines, (('deep.json','layer 7'), ('long.json',"'0-9'",'layer 2'), ('bad.yaml','w=1'), ('none.json','No such file'))): assert all(w in l for w in words), l
+    told = ('deep.json','layer 7'),('long.json',"'0-9'",'layer 2'),('bad.yaml','w=1'),('none.json','No such file')
+    for l,words in zip(lines, told): assert all(w in l for w in words), l
 
 # --- the study ------------------------------------------------------------------------------------------------------
 
@@ -217,21 +283,25 @@ def test_run_evaluate_answer(cli, runs):
     assert 'before training\nprofile' in out and 'after training\nprofile' in out and 'train' in err
     paths = dict(re.findall(r'^(record|figures|model) +(\S+)$', out, flags=re.M))
     record = json.loads(Path(paths['record']).read_text())
-    assert [s['profile']['name'] for s in record['after']['scores']]==['bw4','mixed8648'] and record['config']['preset']['steps']==4
+    assert [s['profile']['name'] for s in record['after']['scores']]==['bw4','mixed8648']
+    assert record['config']['preset']['steps']==4
     *parent,pattern = Path(paths['figures']).parts
     figures = list(Path(*parent).glob(pattern))
     assert len(figures)==3 and all('<svg' in f.read_text() for f in figures)
     status,out,err = cli('evaluate', paths['model'], '--n', 4, '--profiles', 'bw4')
     assert status==0 and 'bw4' in out and Path(re.search(r'record +(\S+)', out)[1]).exists(), err
-    status,out,err = cli('answer', paths['model'], '--question', 'Where?', '--context', '-', stdin='Bemola lives in Tarito.')
+    asked = ['--question', 'Where?', '--context', '-']
+    status,out,err = cli('answer', paths['model'], *asked, stdin='Bemola lives in Tarito.')
     assert status==0 and [l.split(':')[0] for l in out.splitlines()]==['float','bw4','mixed8648'], err
 
 @pytest.mark.parametrize('name,options,word,records', [
-    ('objectives', ['--seeds', 0, 1, 0, '--arms', 'random_profile', 'ranges', '--mix', 'w4a4', 'w6a8', '--unseen', 1], 'By default: ', 4), ('calibration', ['--mix', 'w4a4', 'w6a8', '--unseen', 1], 'ranges', 1),
-    ('spans', [], 'extractive F1 %', 1), ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ', 1)])
+    ('objectives', ['--seeds', 0, 1, 0, '--arms', 'random_profile', 'ranges', *MIX], 'By default: ', 4),
+    ('calibration', MIX, 'ranges', 1),
+    ('spans', [], 'extractive F1 %', 1),
+    ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ', 1)])
 def test_experiments(name, options, word, records, cli, runs, toy_folder):
     folder = runs[0]/'runs'
-    command = ['experiment', name, '--quiet', '--model', toy_folder, *SHORT, '--eval-n', 12, '--out', folder, *options]
+    command = ['experiment', name, '--quiet', '--model', toy_folder, *STUDY, '--eval-n', 12, '--out', folder, *options]
     status,out,err = cli(*command)
     assert (status, err)==(0, '') and word in out, (name, out, err)
     assert len(list((folder/'tiny'/name).glob('*.json')))==records
@@ -241,19 +311,24 @@ def test_experiments(name, options, word, records, cli, runs, toy_folder):
     assert status==1 and err.startswith('error: ') and 'other settings' in err
 
 def test_the_seed_of_an_experiment(cli, tmp_path, toy_folder):
-    common = ['experiment', 'objectives', '--quiet', '--model', toy_folder, *SHORT, '--eval-n', 3, '--arms', 'random_profile']
+    short = ['--quiet', '--model', toy_folder, *STUDY, '--eval-n', 3]
+    common = ['experiment', 'objectives', *short, '--arms', 'random_profile']
     assert 'mix=w6a6: no profile' in cli(*common)[2]         # the default mix, without six activation bits
-    status,_,err = cli(*common, '--mix', 'w4a4', 'w6a8', '--unseen', 1, '--seed', 3)
+    status,_,err = cli(*common, *MIX, '--seed', 3)
     assert status==0, err
     assert [p.name for p in (tmp_path/'runs/tiny/objectives').iterdir()]==['random_profile-s3.json']
 
 def test_seeds_at_once(cli, tmp_path, toy_folder, child_env, monkeypatch):
     "Two processes write what one does, and an error in one is told."
     for k,v in child_env.items(): monkeypatch.setenv(k, v)
-    common = ['experiment', 'calibration', '--model', toy_folder, *SHORT, '--eval-n', 3, '--calibration', 8, '--mix', 'w4a4', 'w6a8', '--unseen', 1, '--quiet', '--seeds', 0, 1]
+    short = ['--quiet', '--model', toy_folder, *STUDY, '--calibration', 8, '--eval-n', 3]
+    common = ['experiment', 'calibration', *short, *MIX, '--seeds', 0, 1]
     one,two = (cli(*common, '--jobs', n, '--out', f'jobs{n}') for n in (1, 2))
     assert one[0]==two[0]==0 and one[1]==two[1], (one, two)
-    ways = [[json.loads((tmp_path/f'jobs{n}/tiny/calibration/static-s{s}.json').read_text())['ways'] for s in (0, 1)] for n in (1, 2)]
+    def found(jobs, seed):
+        path = tmp_path/f'jobs{jobs}/tiny/calibration/static-s{seed}.json'
+        return json.loads(path.read_text())['ways']
+    ways = [[found(n, s) for s in (0, 1)] for n in (1, 2)]
     assert ways[0]==ways[1] and ways[0][0]!=ways[0][1]
     for f in (tmp_path/'jobs2/progress/tiny/calibration-s1').glob('*.json'): f.write_text('{')
     status,_,err = cli(*common, '--jobs', 2, '--out', 'jobs2')
@@ -264,15 +339,19 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     "A real Ctrl-C in the middle of training; the same command then ends with the bits of a run that was left alone."
     argv = ['train', '--model', toy_folder, *SHORT[2:], '--steps', 300, '--quiet', '--out']
     log = tmp_path/'log'
-    code = 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))'
-    with open(log, 'w') as f: p = subprocess.Popen([sys.executable, '-c', code, *map(str, argv), 'model'], cwd=tmp_path, env=child_env, stderr=f, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
+    with open(log, 'w') as f:
+        child = [sys.executable, '-c', CODE, *map(str, argv), 'model']
+        quiet = dict(stderr=f, stdout=subprocess.DEVNULL)
+        p = subprocess.Popen(child, cwd=tmp_path, env=child_env, preexec_fn=heed_ctrl_c, **quiet)
     try:
         deadline = time.time()+900
-        while not list(tmp_path.glob('model.training/step-*')) and p.poll() is None and time.time()<deadline: time.sleep(.01)
+        def begun(): return list(tmp_path.glob('model.training/step-*')) or p.poll() is not None
+        while not begun() and time.time()<deadline: time.sleep(.01)
         p.send_signal(signal.SIGINT)
         status = p.wait(600)
     finally: p.kill(); p.wait()
-    assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint\n' and not (tmp_path/'model').exists()
+    assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint\n'
+    assert not (tmp_path/'model').exists()
     assert cli(*argv, 'model')[0]==cli(*argv, 'other')[0]==0
     assert (tmp_path/'model/adapters.safetensors').read_bytes()==(tmp_path/'other/adapters.safetensors').read_bytes()
 
@@ -288,7 +367,7 @@ def test_a_packed_file_answers_and_is_scored(cli, mine):
 def test_freeze(cli, refused, tmp_path, mine):
     status,out,err = cli('freeze', mine/'mine', '--out', 'small.safetensors', '--profiles', 'bw4')
     assert status==0 and 'codes' in out and f"{(tmp_path/'small.safetensors').stat().st_size:,}" in out, err
-    assert cli('freeze', mine/'mine', '--out', 'small.safetensors')[0]==0                      # an older packed file is replaced
+    assert cli('freeze', mine/'mine', '--out', 'small.safetensors')[0]==0      # an older packed file is replaced
     refused('freeze', mine/'mine', '--out', 'x.safetensors', '--profiles', 'bw5', says="'bw5'")
 
 def test_export(cli, monkeypatch, tmp_path, mine):
@@ -306,7 +385,8 @@ def test_export(cli, monkeypatch, tmp_path, mine):
 
 def test_a_packed_file_has_no_float_weights(refused, mine, toy_folder):
     for command in (['export', '--profile', 'bw4', '--format', 'float'], ['freeze']):
-        refused(command[0], mine/'mine.safetensors', *command[1:], '--out', 'x', says=['mine.safetensors: is a file', f'no float weights to {command[0]} from', 'from which it was frozen'])
+        says = 'mine.safetensors: is a file',f'no float weights to {command[0]} from','from which it was frozen'
+        refused(command[0], mine/'mine.safetensors', *command[1:], '--out', 'x', says=says)
     refused('answer', mine/'mine.safetensors', '--model', toy_folder, *ASK, says='leave out --model')
 
 def test_kernels(cli, mine):
@@ -315,35 +395,48 @@ def test_kernels(cli, mine):
     status,more,err = cli('kernels', mine/'mine.safetensors', 'nowhere')
     assert status==1 and more.startswith(out) and err.count('\n')==1 and 'nowhere' in err
     rows = dict(l.split(maxsplit=1) for l in more[len(out):].splitlines()[2:])
-    assert list(rows)[1:]==['bw4','mixed8648'] and all(r.strip().startswith(('native steps','modules: ')) for p,r in rows.items() if p!='profile')
+    assert list(rows)[1:]==['bw4','mixed8648']
+    assert all(r.strip().startswith(('native steps','modules: ')) for p,r in rows.items() if p!='profile')
 
 def test_check(cli, refused, tmp_path, mine):
     whole = (mine/'mine.safetensors').read_bytes()
     good,bad = tmp_path/'good.safetensors',tmp_path/'bad.safetensors'
     good.write_bytes(whole); bad.write_bytes(whole[:-1]+bytes([whole[-1]^1]))
-    assert cli('check', 'good.safetensors')==(0, f'good.safetensors: every byte is as it was written; {len(whole):,} bytes\n', '')
+    said = f'good.safetensors: every byte is as it was written; {len(whole):,} bytes\n'
+    assert cli('check', 'good.safetensors')==(0, said, '')
     status,out,err = cli('check', 'bad.safetensors', 'good.safetensors', 'nowhere', mine/'mine')
     assert status==1 and out.startswith('good.safetensors: every byte')
     lines = err.splitlines()
     assert len(lines)==3 and all(l.startswith('error: ') for l in lines)
-    for l,words in zip(lines, (('bad.safetensors','damaged'), ('nowhere',), ('is a folder','freeze'))): assert all(w in l for w in words), l
+    told = ('bad.safetensors','damaged'),('nowhere',),('is a folder','freeze')
+    for l,words in zip(lines, told): assert all(w in l for w in words), l
 
 # --- one way out ------------------------------------------------------------------------------------------------------
 
 def test_a_mistake_is_one_line(refused, cli, mine, tmp_path):
-    for command in (['evaluate','nowhere'], ['answer','nowhere',*ASK], ['freeze','nowhere','--out','x'], ['export','nowhere','--profile','bw4','--format','float','--out','x'], ['explore','nowhere'], ['explore', str(mine/'mine'), 'nowhere']):
+    for command in (
+            ['evaluate','nowhere'], ['answer','nowhere',*ASK], ['freeze','nowhere','--out','x'],
+            ['export','nowhere','--profile','bw4','--format','float','--out','x'],
+            ['explore','nowhere'], ['explore', str(mine/'mine'), 'nowhere']):
         refused(*command, says='nowhere: missing')
     refused('evaluate', mine/'mine', '--data', 'nowhere.json', says='nowhere.json')
     refused('evaluate', mine/'mine', '--profiles', 'bw5', says="'bw5'")
-    for asked in (['--question', ' ', '--context', 'C'], ['--question', 'Q', '--context', '']): refused('answer', mine/'mine', *asked, says='is empty')
+    for q,c in ((' ', 'C'), ('Q', '')): refused('answer', mine/'mine', '--question', q, '--context', c, says='is empty')
     refused('answer', mine/'mine', '--question', 'Q', '--context', 'C', '--max-length', 5, says='max_length=5')
     (tmp_path/'no.safetensors').write_bytes(b'\x00'*9)
     refused('answer', 'no.safetensors', *ASK, says='no.safetensors')
     status,out,err = cli('evaluate', 'nowhere', '--debug')
     assert status==1 and 'Traceback' in err and err.splitlines()[-1].startswith('error: ')
 
-@pytest.mark.parametrize('e,says', [(KeyError('rotary'), "KeyError: 'rotary'"), (MemoryError(), 'not enough memory'), (SafetensorError('header'), 'SafetensorError: header'), (AttributeError('x'), 'AttributeError: x'),
-                                    (RuntimeError('Error(s) in loading:\n\n\tsize mismatch'), 'Error(s) in loading: size mismatch'), (ValueError(''), 'ValueError'), (ValueError('a\nb'), 'a b'), (RecursionError('deep'), 'deep'), (AssertionError(), 'AssertionError')])
+class PanicException(BaseException):
+    "As `pyo3_runtime` raises it where compiled code of the tokenizers panics: no `Exception`."
+
+@pytest.mark.parametrize('e,says', [
+    (KeyError('rotary'), "KeyError: 'rotary'"), (MemoryError(), 'not enough memory'), (AttributeError('x'), 'AttributeError: x'),
+    (SafetensorError('header'), 'SafetensorError: header'), (ValueError(''), 'ValueError'), (ValueError('a\nb'), 'a b'),
+    (RuntimeError('Error(s) in loading:\n\n\tsize mismatch'), 'Error(s) in loading: size mismatch'),
+    (RecursionError('deep'), 'deep'), (AssertionError(), 'AssertionError'),
+    (PanicException('index out of bounds'), 'PanicException: index out of bounds')])
 def test_whatever_happens_is_a_line(e, says, cli, monkeypatch):
     def fail(*a): raise e
     monkeypatch.setattr(module, 'native_report', fail)
@@ -351,3 +444,52 @@ def test_whatever_happens_is_a_line(e, says, cli, monkeypatch):
     assert (status, out)==(1, '') and err.startswith('error: ') and says in err and err.count('\n')==1
     assert 'Traceback' in cli('kernels', '--debug')[2]
     assert len(one_line(ValueError('x'*10_000)))<=600
+
+# --- packages that are not installed ----------------------------------------------------------------------------------
+
+BLOCKED = """
+import sys
+class Missing:   # as where the extras are not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('matplotlib','datasets','torchmetrics','scipy','ipywidgets','voila','ipykernel'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Missing())
+"""
+
+@pytest.fixture
+def without(child_env, tmp_path):
+    "Run the command in a process in which the packages of the extras cannot be imported."
+    def run(*argv):
+        line = [sys.executable, '-c', BLOCKED+CODE, *map(str, argv)]
+        p = subprocess.run(line, cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=600)
+        return p.returncode, p.stdout, p.stderr
+    return run
+
+def is_told(verb, extra, err):
+    "One line that says which command needs which package, and how to get it."
+    said = rf"error: `switchable-llm {verb}` needs the package \w+: pip install 'switchable-llm\[{extra}\]'\n"
+    return re.fullmatch(said, err) is not None
+
+def test_without_the_extras_help_is_there_and_the_study_says_what_it_needs(without):
+    for argv in (['--help'], ['fly']): assert without(*argv)[0]==(2 if argv==['fly'] else 0)
+    for line in ('run', 'experiment cpt'):
+        status,out,err = without(*line.split())
+        assert (status, out)==(1, '') and is_told(line.split()[0], 'study', err), err
+    status,out,err = without('explore')
+    assert (status, out)==(1, '') and is_told('explore', 'explore', err), err
+
+SERVE = ['check mine.safetensors', 'kernels', 'freeze mine --out b.safetensors', 'profiles',
+         'export mine --profile bw4 --format float --out merged', 'train --steps 1 --train-n 20 --quiet --out new']
+
+@pytest.mark.parametrize('line', SERVE)
+def test_without_the_extras_one_can_train_and_serve(line, without, tmp_path, mine, toy_folder):
+    for name in ('mine','mine.safetensors'): (tmp_path/name).symlink_to(mine/name)
+    model = ['--model', toy_folder] if line.split()[0] in ('freeze','export','train') else []
+    status,out,err = without(*line.split(), *model)
+    assert status==0 or is_told(line.split()[0], 'study', err), err      # never a traceback
+    if status: pytest.xfail('a room below imports a package of the extras at its top')
+
+def test_only_a_missing_package_of_an_extra_is_told_so():
+    assert 'pip install' in missing_package(ModuleNotFoundError('x', name='scipy.stats'), 'run')
+    for e in (ModuleNotFoundError('x', name='fastcore'), ImportError('x', name='scipy'), ValueError('scipy')):
+        assert missing_package(e, 'run')==''

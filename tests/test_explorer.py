@@ -4,7 +4,8 @@ from pathlib import Path
 import psutil, pytest
 from conftest import heed_ctrl_c
 from switchable_llm.study.presets import PRESETS
-from switchable_llm.apps.cli import main, page_code
+from switchable_llm.apps.cli import main
+from switchable_llm.apps.commands import page_code
 
 def browser_path():
     "A Chromium or Chrome of this machine: `BROWSER_PATH`, or the first on the path."

@@ -4,12 +4,11 @@ import pytest, torch
 from safetensors import SafetensorError
 from switchable_llm.data.models import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
-from switchable_llm.serving.exports import export_float, merge
+from switchable_llm.serving.exports import export_float, merge, freeze
 from switchable_llm.serving.formats import export_gguf, export_torchao, save_torchao
 from switchable_llm.core.files import named_errors
 from switchable_llm.lora_routing import adapter_params, add_adapters_, export_peft
 from switchable_llm.data.checkpoints import check_save_target, save_switchable
-from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.switching import make_switchable_

@@ -32,7 +32,7 @@ from ..search.costs import Cost, profile_cost
 from ..profiles_eval import answer, scoring_mode
 from ..search.sensitivity import compact_profile
 from ..study.runs import fit, study_data, study_model
-from .cli import load_checkpoint
+from .commands import load_checkpoint
 
 # %% ../../nbs/apps/exploration.ipynb #32cae7b2
 class Source(NamedTuple):

@@ -8,8 +8,8 @@ __all__ = ['SOURCES', 'EARLIER', 'Earlier', 'earlier', 'plot_earlier_accuracy', 
 
 # %% ../../nbs/findings/earlier.ipynb #ff0b404d
 import math
-from typing import Iterable, NamedTuple
 import numpy as np
+from typing import Iterable, NamedTuple
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from ..search.intervals import Interval, crossed_mean
@@ -17,7 +17,8 @@ from ..study.statistics import paired
 from ..study.figures import figure_style
 from .cycling import cpt_findings, cpt_verdicts
 from .defences import earlier_statements
-from .verdicts import (PRESET_NAMES, Study, _title, cheaper_part, joint_score, markdown_table, no_record, profile_names,
+from .verdicts import (
+    PRESET_NAMES, Study, _title, cheaper_part, joint_score, markdown_table, no_record, profile_names,
     profile_scores, tried, unequal_exposure)
 
 # %% ../../nbs/findings/earlier.ipynb #447cf23a

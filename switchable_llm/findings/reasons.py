@@ -8,13 +8,14 @@ __all__ = ['CPT_STATIC', 'ROBUSTNESS', 'cpt_parts', 'cpt_answer', 'cpt_brief', '
 
 # %% ../../nbs/findings/reasons.ipynb #394fd0b4
 import math
-from typing import Iterable
 import numpy as np
+from typing import Iterable
 from ..study.statistics import ANSWERS, Findings, basis, decide, paired, plural
 from ..search.intervals import MARGIN, Interval, crossed_mean, digits
 from .cycling import cpt_faults, cpt_findings, cpt_score
 from ..study.cycles import range_of
-from switchable_llm.findings.defences import (attack_faults, defence_claim, earlier_statements, is_question, robustness_verdicts, sanity_checks,
+from switchable_llm.findings.defences import (
+    attack_faults, defence_claim, earlier_statements, is_question, robustness_verdicts, sanity_checks,
     threat_scores, transfer_claim)
 from .verdicts import Study, no_record, unequal_exposure
 

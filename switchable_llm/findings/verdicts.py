@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ..core.profiles import Profile, Site
 from ..study.presets import PRESETS
 from ..study.records import load_records
-from ..study.figures import plot_bits
+from .plots import plot_bits
 from switchable_llm.study.statistics import (
     ANSWERS, VERDICTS, Findings, as_good, basis, better, decide, exposure, mean_exposure, paired, plural,
     same_exposure, show_exposure)

@@ -16,7 +16,7 @@ from ..study.presets import PRESETS
 from ..study.records import load_records
 from ..profiles_eval import Evaluation, Perplexity, bounded_exp, compare, ppl_interval, with_tokens
 from ..search.intervals import Interval, interval, per_token
-from ..study.figures import plot_ablation
+from .plots import plot_ablation
 
 # %% ../../nbs/findings/widths.ipynb #d50a8ae1
 def verdict(
