@@ -65,7 +65,7 @@ class QuantLayer(nn.Module):
     multiplies = True   # Whether it multiplies its input, and does not look up rows
     def __init__(self,
         base:nn.Module,  # The original layer, held
-        switch:'Switch', # Shared by all layers of the model
+        switch,          # The `Switch` that all layers of the model share
         index:int,       # This layer's number in it
     ):
         super().__init__()
