@@ -18,8 +18,9 @@ def run(folder, per='layer', steps=4, dropout=0., checkpoint=None, callback=None
     m,tok,data = toy(folder, per, dropout)
     m = model or m
     with use_gates(m):
-        result = train(m, data, fixed_profile('gates'), train_worker.settings(steps, lr=2e-3, **kw), tok.pad_token_id, objective=Objective((BitBudget(budget),)),
-                       checkpoint=checkpoint, every=2, progress=False, callback=callback, cpu=True)
+        cfg,objective = train_worker.settings(steps, lr=2e-3, **kw),Objective((BitBudget(budget),))
+        result = train(m, data, fixed_profile('gates'), cfg, tok.pad_token_id, objective=objective,
+                       checkpoint=checkpoint, every=2, callback=callback, **train_worker.QUIET)
     return m, result
 
 def learnt(m): return {n:p.detach().clone() for n,p in (gate_params(m)|adapter_params(m)).items()}

@@ -1,4 +1,5 @@
 "Every model family of the table: the real transformers class at toy size, the same list for each."
+from collections import Counter
 import pytest, torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CodeGenForCausalLM, MptForCausalLM
@@ -15,15 +16,26 @@ from switchable_llm.core.profiles import FAMILIES, Profile, Rule
 from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile
 
-COMMON = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-              pad_token_id=0, bos_token_id=1, eos_token_id=2)
-OWN = {k:dict(head_dim=8) for k in ('gemma','gemma2','gemma3_text','qwen3')} | dict(   # what a family's configuration calls otherwise, or needs beside
-    opt=dict(ffn_dim=48, word_embed_proj_dim=32), gpt_neo=dict(num_layers=2, num_heads=4, attention_types=[[['global','local'], 1]], window_size=4),
-    mpt=dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=64), bloom=dict(n_layer=2, n_head=4))
-OWN |= {k:dict(n_positions=64, n_embd=32, n_layer=2, n_head=4) for k in ('gpt2','gpt_bigcode')} | {k:dict(n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4) for k in ('gptj','codegen')}
+COMMON = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LIKE_GPT2 = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4)
+OWN = dict(   # what a family's configuration calls otherwise, or needs beside
+    **dict.fromkeys(('gemma','gemma2','gemma3_text','qwen3'), dict(head_dim=8)),
+    **dict.fromkeys(('gpt2','gpt_bigcode'), LIKE_GPT2),
+    **dict.fromkeys(('gptj','codegen'), LIKE_GPT2|dict(rotary_dim=4)),
+    opt=dict(ffn_dim=48, word_embed_proj_dim=32),
+    gpt_neo=dict(num_layers=2, num_heads=4, attention_types=[[['global','local'], 1]], window_size=4),
+    mpt=dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+    bloom=dict(n_layer=2, n_head=4))
 COUNTS = dict(attn_qkv=3, attn_out=1, mlp_in=2, mlp_out=1)     # layers of a block, in most families
-OTHER = (dict.fromkeys(('gpt2','gpt_bigcode','gpt_neox','bloom','falcon','phi3'), dict(attn_qkv=1, mlp_in=1)) | dict.fromkeys(('gpt_neo','gptj','opt','phi','starcoder2'), dict(mlp_in=1)))
-MIXED = Profile('mixed', Bits(8, 8), (Rule(Bits(4, 8), site=('mlp_in',)), Rule(Bits(6, 6), site=('attn_qkv',), layers=(1,)), Rule(Bits(4, 4), site=('mlp_out',), layers=(0,))))
+OTHER = dict(
+    **dict.fromkeys(('gpt2','gpt_bigcode','gpt_neox','bloom','falcon','phi3'), dict(attn_qkv=1, mlp_in=1)),
+    **dict.fromkeys(('gpt_neo','gptj','opt','phi','starcoder2'), dict(mlp_in=1)))
+MIXED = Profile('mixed', Bits(8, 8), (
+    Rule(Bits(4, 8), site=('mlp_in',)),
+    Rule(Bits(6, 6), site=('attn_qkv',), layers=(1,)),
+    Rule(Bits(4, 4), site=('mlp_out',), layers=(0,))))
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS); MASK[0, :4] = 0
 
@@ -43,57 +55,65 @@ def adapted(kind, act='per_tensor', profiles=('bw4','bw8',MIXED), **kw):
     return model, names
 
 @torch.no_grad()
-def logits(model, profile=None, **kw):
-    with use_profile(model, profile or model.switch.profile): return model(IDS, attention_mask=MASK, **kw).logits[MASK.bool()]
+def plain_logits(model): return model(IDS, attention_mask=MASK).logits[MASK.bool()]
+
+def logits(model, profile):
+    with use_profile(model, profile): return plain_logits(model)
+
+@torch.no_grad()
+def by_hand(kind, model, bits):
+    "The plain model with the quantized weights of these layers put in."
+    plain = toy(kind)
+    for l,s,b in zip(model.switch.layers, model.switch.sites, bits):
+        plain.get_submodule(s.name).weight.copy_(l.weight_at(b))
+    return plain
 
 def in_blocks(model):
     "Names of the layers that multiply inside the blocks."
-    return {n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and any(p.isdigit() for p in n.split('.'))}
+    multiply = {n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return {n for n in multiply if any(p.isdigit() for p in n.split('.'))}
 
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_sites(kind):
     model = toy(kind); blocks = in_blocks(model)
     names = make_switchable_(model, [MIXED], QuantConfig(act='per_token'))
     assert set(names)==blocks, 'a layer forgotten, or one too many'
-    found = {}
-    for s in model.switch.sites: found.setdefault((s.site, s.layer), []).append(s.name)
-    assert {k:len(v) for k,v in found.items()}=={(site, layer):n for site,n in (COUNTS|OTHER.get(kind, {})).items() for layer in (0, 1)}
+    wanted = COUNTS|OTHER.get(kind, {})
+    found = Counter((s.site, s.layer) for s in model.switch.sites)
+    assert found=={(site, layer):n for site,n in wanted.items() for layer in (0, 1)}
 
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_float_profile_and_generate(kind):
     plain = toy(kind); model,_ = adapted(kind)
-    low = logits(model, 'bw4')
-    with torch.no_grad(): want = plain(IDS, attention_mask=MASK).logits[MASK.bool()]
+    low,want = logits(model, 'bw4'),plain_logits(plain)
     assert torch.equal(logits(model, 'float'), want) and not torch.allclose(low, want, atol=1e-3)
-    kw = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(plain.generate(IDS[1:], attention_mask=MASK[1:], **kw), model.generate(IDS[1:], attention_mask=MASK[1:], **kw))
+    kw = dict(attention_mask=MASK[1:], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(plain.generate(IDS[1:], **kw), model.generate(IDS[1:], **kw))
 
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_bits_of_every_layer_matter(kind):
     "The oracle for a mixed profile: the plain model with quantized weights put in by hand."
-    model,_ = adapted(kind, 'per_token', [Profile('w', Bits(8), (Rule(Bits(4), site=('mlp_in',)), Rule(Bits(3), site=('attn_out',), layers=(1,))))])
+    mixed = Profile('w', Bits(8), (Rule(Bits(4), site=('mlp_in',)), Rule(Bits(3), site=('attn_out',), layers=(1,))))
+    model,_ = adapted(kind, 'per_token', [mixed])
     for p in adapter_params(model).values(): nn.init.zeros_(p)
-    byhand = toy(kind)
-    with torch.no_grad():
-        for l,s,(bits,_) in zip(model.switch.layers, model.switch.sites, model.switch.bound['w']): byhand.get_submodule(s.name).weight.copy_(l.weight_at(bits.w))
-        torch.testing.assert_close(logits(model, 'w'), byhand(IDS, attention_mask=MASK).logits[MASK.bool()], rtol=1e-3, atol=1e-3)
-    for i,s in enumerate(model.switch.sites):       # each layer's own bits reach the output
-        model.switch.profile = 'float'
-        assert not torch.equal(logits(model, Profile('one', rules=(Rule(Bits(8), glob=s.name),))), logits(model, 'float')), s.name
+    byhand = by_hand(kind, model, [s.bits.w for s in model.switch.bound['w']])
+    torch.testing.assert_close(logits(model, 'w'), plain_logits(byhand), rtol=1e-3, atol=1e-3)
+    for s in model.switch.sites:       # each layer's own bits reach the output
+        one = Profile('one', rules=(Rule(Bits(8), glob=s.name),))
+        assert not torch.equal(logits(model, one), logits(model, 'float')), s.name
 
 @pytest.mark.parametrize('kind', ['gpt2','opt','bloom','phi','gpt_neox','qwen3','gemma','gemma3_text','granite'])
 def test_embedding_and_head(kind, tmp_path):
     "Ends in the profile too, scaled embeddings included; tied or not."
-    model = toy(kind); make_switchable_(model, [Profile('w', Bits(5))], QuantConfig(act='per_token'), embedding=True, lm_head=True)
-    byhand = toy(kind)
-    with torch.no_grad():
-        for l,s in zip(model.switch.layers, model.switch.sites): byhand.get_submodule(s.name).weight.copy_(l.weight_at(5))
-        want = byhand(IDS, attention_mask=MASK).logits[MASK.bool()]
+    model = toy(kind)
+    make_switchable_(model, [Profile('w', Bits(5))], QuantConfig(act='per_token'), embedding=True, lm_head=True)
+    want = plain_logits(by_hand(kind, model, [5]*len(model.switch.layers)))
     torch.testing.assert_close(logits(model, 'w'), want, rtol=1e-3, atol=1e-3)
     assert {'embedding','lm_head'}<={s.site for s in model.switch.sites}
     if type(model.get_input_embeddings().base) is nn.Embedding:
         freeze(model, tmp_path/'model.safetensors')
-        torch.testing.assert_close(logits(load_packed(tmp_path/'model.safetensors'), 'w'), want, rtol=1e-2, atol=1e-2)
+        packed = load_packed(tmp_path/'model.safetensors')
+        torch.testing.assert_close(logits(packed, 'w'), want, rtol=1e-2, atol=1e-2)
     else:
         with pytest.raises(ValueError, match='leave it float'): freeze(model, tmp_path/'model.safetensors')
 
@@ -101,9 +121,11 @@ def test_embedding_and_head(kind, tmp_path):
 def test_a_step_moves_the_routed_adapters(kind):
     model,_ = adapted(kind); start = {n:p.detach().clone() for n,p in model.named_parameters()}
     data = [Encoded(tuple(row.tolist()), 8) for row in IDS]
-    run = train(model, data, fixed_profile('mixed'), TrainConfig(steps=1, batch_size=3, accumulate=1, lr=1e-2, warmup=0), progress=False, cpu=True)
+    cfg = TrainConfig(steps=1, batch_size=3, accumulate=1, lr=1e-2, warmup=0)
+    run = train(model, data, fixed_profile('mixed'), cfg, progress=False, cpu=True)
     assert run['curve'][0][1]>0
-    routed = {f'{s.name}.adapters.{st.adapter}.{ab}' for s,st in zip(model.switch.sites, model.switch.bound['mixed']) for ab in 'ab'}
+    live = zip(model.switch.sites, model.switch.bound['mixed'])
+    routed = {f'{s.name}.adapters.{setting.adapter}.{ab}' for s,setting in live for ab in 'ab'}
     assert {n for n,p in model.named_parameters() if not torch.equal(p, start[n])}==routed
 
 @pytest.mark.parametrize('kind', FAMILIES)
@@ -162,19 +184,26 @@ def test_packed(kind, tmp_path):
 
 # --- families that are not in the table -----------------------------------------------------------------------------
 
-GLOBS = dict(codegen=dict(attn_qkv=('*.attn.qkv_proj',), attn_out=('*.attn.out_proj',), mlp_in=('*.mlp.fc_in',), mlp_out=('*.mlp.fc_out',)),
-             mpt=dict(attn_qkv=('*.attn.Wqkv',), attn_out=('*.attn.out_proj',), mlp_in=('*.ffn.up_proj',), mlp_out=('*.ffn.down_proj',)))
+def globs(*patterns): return {site:(p,) for site,p in zip(COUNTS, patterns)}
+GLOBS = dict(
+    codegen=globs('*.attn.qkv_proj', '*.attn.out_proj', '*.mlp.fc_in', '*.mlp.fc_out'),
+    mpt=globs('*.attn.Wqkv', '*.attn.out_proj', '*.ffn.up_proj', '*.ffn.down_proj'))
 
-@pytest.mark.parametrize('kind,cls,inner', [('codegen', CodeGenForCausalLM, 'mlp.fc_in'), ('mpt', MptForCausalLM, 'ffn.up_proj')])
+@pytest.mark.parametrize('kind,cls,inner', [
+    ('codegen', CodeGenForCausalLM, 'mlp.fc_in'),
+    ('mpt', MptForCausalLM, 'ffn.up_proj')])
 def test_a_family_that_is_not_in_the_table(kind, cls, inner, tmp_path):
     model = toy(kind); assert type(model) is cls
-    with pytest.raises(ValueError, match=rf"FAMILIES\['{kind}'\] = dict\(attn_qkv=.*sites.*{inner}"): make_switchable_(model)
+    with pytest.raises(ValueError, match=rf"FAMILIES\['{kind}'\] = dict\(attn_qkv=.*sites.*{inner}"):
+        make_switchable_(model)
     assert not hasattr(model, 'switch')
     model,names = adapted(kind, sites=GLOBS[kind])
     assert set(names)==in_blocks(toy(kind)) and {s.site for s in model.switch.sites}==set(COUNTS)
-    with torch.no_grad(): assert torch.equal(logits(model, 'float'), toy(kind)(IDS, attention_mask=MASK).logits[MASK.bool()])
+    plain = logits(model, 'float')
+    assert torch.equal(plain, plain_logits(toy(kind)))
     back = load_switchable(save_switchable(model, tmp_path/'model'), toy(kind))
-    for p in ('bw4','mixed'): assert torch.equal(logits(model, p), logits(back, p)) and not torch.equal(logits(model, p), logits(model, 'float'))
+    for p in ('bw4','mixed'):
+        assert torch.equal(logits(model, p), logits(back, p)) and not torch.equal(logits(model, p), plain)
 
 def test_padding_is_left_out_where_tokens_are_on_one_axis():
     "OPT's MLP sees (batch x length, features): the ranges must not see padding there either."
@@ -183,5 +212,6 @@ def test_padding_is_left_out_where_tokens_are_on_one_axis():
         model = toy('opt'); make_switchable_(model, ['bw8'])
         ids = IDS.masked_fill(MASK==0, filler)
         calibrate_(model, [dict(input_ids=ids, attention_mask=MASK)])
-        ranges.append(torch.stack([torch.stack([l.observers['8'].lo, l.observers['8'].hi]) for l in model.switch.layers]))
+        observers = [l.observers['8'] for l in model.switch.layers]
+        ranges.append(torch.stack([torch.stack([o.lo, o.hi]) for o in observers]))
     torch.testing.assert_close(*ranges, rtol=1e-5, atol=1e-6)

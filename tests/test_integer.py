@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
+import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.core.integer import KERNELS, int_linear, pick_kernel, signed_codes, try_kernel
 from switchable_llm.lora_routing import add_adapters_, adapter_params
@@ -18,31 +19,40 @@ def compared(kernel, x, w, wbits, abits, cfg, symmetric, bias, dtype):
     dynamic = cfg.act=='per_token'
     qp = None if dynamic or abits is None else qparams(x.float().min()*.7, x.float().max()*.7, abits, symmetric)
     ours,ref = (x.clone().to(dtype).requires_grad_() for _ in range(2))
-    q = ref.float() if abits is None else fake_quant(ref.float(), token_qparams(ref.float(), abits, symmetric) if qp is None else qp, qp is None)
-    y = int_linear(ours, kernel.prepare(signed_codes(w, wbits, cfg), lambda: dense.float()), kernel, abits, symmetric, qp, bias)
+    q = ref.float()
+    if abits is not None: q = fake_quant(q, token_qparams(q, abits, symmetric) if qp is None else qp, qp is None)
+    prepared = kernel.prepare(signed_codes(w, wbits, cfg), lambda: dense.float())
+    y = int_linear(ours, prepared, kernel, abits, symmetric, qp, bias)
     exact = q.double() @ dense.T + bias.double()
     g = torch.randn_like(y)
     y.backward(g); exact.backward(g.double())
-    unit = 2**-8 if dtype==torch.bfloat16 else 2**-22
-    rows = q.double().abs().amax(-1, keepdim=True)*2 if abits is not None else ref.double().abs().amax(-1, keepdim=True)
-    scale = dense.abs().amax(1)
-    sums = 2**-16 if abits is None and dtype==torch.bfloat16 else 2**-21    # bfloat16 activations go in as two bytes, relative to the largest of their token
-    return ((y.double()-exact).abs(), unit*exact.abs()+sums*rows*dense.abs().sum(1)+1e-30,
-            (ours.grad.double()-ref.grad.double()).abs(), unit*2*ref.grad.double().abs()+(unit if dtype==torch.bfloat16 else 2**-21)*(g.double().abs()*scale).amax(-1, keepdim=True)*(dense.abs()/scale.clamp_min(1e-30)[:, None]).sum(0)+1e-30)
+    half = dtype==torch.bfloat16
+    unit = 2**-8 if half else 2**-22
+    rows = q.double().abs().amax(-1, keepdim=True)*(1 if abits is None else 2)
+    # bfloat16 activations go in as two bytes, relative to the largest of their token.
+    sums = 2**-16 if abits is None and half else 2**-21
+    bound = unit*exact.abs()+sums*rows*dense.abs().sum(1)+1e-30
+    scale,grad = dense.abs().amax(1),ref.grad.double()
+    largest = (g.double().abs()*scale).amax(-1, keepdim=True)             # of a row of the gradient, in its codes
+    weights = (dense.abs()/scale.clamp_min(1e-30)[:, None]).sum(0)
+    grad_bound = unit*2*grad.abs()+(unit if half else 2**-21)*largest*weights+1e-30
+    return (y.double()-exact).abs(), bound, (ours.grad.double()-grad).abs(), grad_bound
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('name', HERE)
 def test_within_the_rounding_of_a_float_sum(name, dtype):
     kernel,_ = try_kernel(name, 'cpu')
     gen = torch.Generator().manual_seed(1)
-    pick = lambda *choices: choices[torch.randint(len(choices), (1,), generator=gen)]
+    def pick(*choices): return choices[torch.randint(len(choices), (1,), generator=gen)]
     torch.manual_seed(0)
     for _ in range(120):
         m,k,n = pick(1, 2, 5, 31, 33, 70),pick(1, 3, 63, 64, 65, 130, 300),pick(1, 2, 15, 16, 17, 90)
         x = (torch.randn(m, 2*k)*pick(.01, 1., 300.)+pick(0., 2.))[:, ::2] if pick(0, 1) else torch.randn(m, k)
-        cfg = QuantConfig(codes=pick('independent','nested'), act=pick('per_tensor','per_token'), weight=pick('per_channel','per_tensor'))
+        codes,act,weight = pick('independent','nested'),pick('per_tensor','per_token'),pick('per_channel','per_tensor')
+        cfg = QuantConfig(codes=codes, act=act, weight=weight)
         wbits,abits = pick(2, 3, 4, 5, 6, 7, 8),pick(2, 4, 6, 8, *[None]*hasattr(kernel, 'forward_float'))
-        dy,by,dg,bg = compared(kernel, x.to(dtype), torch.randn(n, k), wbits, abits, cfg, pick(True, False), torch.randn(n), dtype)
+        w,symmetric,bias = torch.randn(n, k),pick(True, False),torch.randn(n)
+        dy,by,dg,bg = compared(kernel, x.to(dtype), w, wbits, abits, cfg, symmetric, bias, dtype)
         assert (dy<=by).all() and (dg<=bg).all(), (m, k, n, cfg, wbits, abits, (dy/by).max(), (dg/bg).max())
 
 @pytest.mark.parametrize('name', HERE)
@@ -56,10 +66,17 @@ def test_strange_rows(name):
     right = fake_quant(x, token_qparams(x, 8, False), True) @ dense.T
     torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-30)
 
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4, embd_pdrop=0., attn_pdrop=0., resid_pdrop=0.))
+def llama():
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64))
+
 def small(kind='gpt2', **kw):
     torch.manual_seed(0)
-    if kind=='gpt2': model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4, embd_pdrop=0., attn_pdrop=0., resid_pdrop=0.))
-    else: model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64))
+    model = dict(gpt2=gpt2, llama=llama)[kind]()
     profiles = ['bw4','bw8','mixed8648',Profile('w4', Bits(4))]
     make_switchable_(model, profiles, QuantConfig(**kw))
     calibrate_(model, [batch()])
@@ -74,7 +91,9 @@ def batch():
 
 def gradients(model, profile):
     model.zero_grad()
-    with use_profile(model, profile): loss = model(**batch(), labels=batch()['input_ids']).loss; loss.backward()
+    with use_profile(model, profile):
+        loss = model(**batch(), labels=batch()['input_ids']).loss
+        loss.backward()
     return loss.detach(), {n:p.grad.clone() for n,p in adapter_params(model).items() if p.grad is not None}
 
 def close(a, b):
@@ -95,7 +114,9 @@ def test_gradient_checkpointing_changes_nothing():
     right = gradients(model, 'bw8')
     model.train(); model.gradient_checkpointing_enable()
     model.zero_grad()
-    with use_profile(model, 'bw8'): loss = model(**batch(), labels=batch()['input_ids'], use_cache=False).loss; loss.backward()
+    with use_profile(model, 'bw8'):
+        loss = model(**batch(), labels=batch()['input_ids'], use_cache=False).loss
+        loss.backward()
     got = {n:p.grad for n,p in adapter_params(model).items() if p.grad is not None}
     assert torch.equal(loss.detach(), right[0]) and all(torch.equal(got[n], right[1][n]) for n in right[1])
 
@@ -104,10 +125,11 @@ def test_autocast_gives_its_type_and_gradients(kernel):
     model = small(act='per_token'); model.switch.kernel = kernel
     right = gradients(model, 'bw8')
     with torch.autocast('cpu', torch.bfloat16):
-        with use_profile(model, 'bw8'): assert model.transformer.h[0].attn.c_attn(torch.randn(2, 48)).dtype==torch.bfloat16
+        with use_profile(model, 'bw8'): y = model.transformer.h[0].attn.c_attn(torch.randn(2, 48))
+        assert y.dtype==torch.bfloat16
         got = gradients(model, 'bw8')
     assert abs(got[0]-right[0])<.05 and all(g.dtype==torch.float32 for g in got[1].values())
-    for n in right[1]: assert torch.nn.functional.cosine_similarity(got[1][n].flatten(), right[1][n].flatten(), 0)>.95, n
+    for n,g in right[1].items(): assert F.cosine_similarity(got[1][n].flatten(), g.flatten(), 0)>.95, n
 
 def test_report_says_what_ran_and_why():
     model = small()
@@ -125,15 +147,15 @@ def test_memory_against_speed():
         for p in ('bw4','bw8'): gradients(model, p)
         return held_bytes(model)
     everything,last = used(None),used(1)
-    assert any('w4' in k for k in everything) and not any('w4' in k for k in last) and last['base']==everything['base']
+    assert any('w4' in k for k in everything) and not any('w4' in k for k in last)
+    assert last['base']==everything['base']
 
 # --- without the kernels --------------------------------------------------------------------------------------------
 
 PROBE = """
 import json, torch
 from test_integer import gradients, small
-from switchable_llm.core.integer import pick_kernel
-from switchable_llm.core.integer import native_report
+from switchable_llm.core.integer import native_report, pick_kernel
 out = {}
 for act in ('per_tensor','per_token'):
     model = small(act=act, codes='nested')
@@ -147,16 +169,22 @@ print(json.dumps(dict(numbers=out, kernel=kernel and kernel.name, why=why, nativ
 @pytest.fixture(scope='module')
 def everywhere():
     "The same steps in processes that lack something."
-    lacking = dict(nothing={}, library=dict(SWITCHABLE_LLM_NATIVE='0'), instructions=dict(SWITCHABLE_LLM_NATIVE='0', ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='SSE41'))
+    no_library = dict(SWITCHABLE_LLM_NATIVE='0')
+    lacking = dict(nothing={}, library=no_library,
+                   instructions=no_library|dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='SSE41'))
+    here = Path(__file__).parent
+    paths = dict(PYTHONPATH=os.pathsep.join([str(here), str(here.parent)]))
     def run(env):
-        p = subprocess.run([sys.executable, '-c', PROBE], capture_output=True, text=True, env=os.environ|env|dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])))
+        p = subprocess.run([sys.executable, '-c', PROBE], capture_output=True, text=True, env=os.environ|env|paths)
         assert p.returncode==0, p.stderr[-2000:]
         return json.loads(p.stdout.splitlines()[-1])
     return {k:run(env) for k,env in lacking.items()}
 
 @pytest.mark.parametrize('without', ['library','instructions'])
 def test_the_same_numbers_without(everywhere, without):
-    for k,right in everywhere['nothing']['numbers'].items(): assert everywhere[without]['numbers'][k]==pytest.approx(right, rel=2e-2), k
+    got = everywhere[without]['numbers']
+    for k,right in everywhere['nothing']['numbers'].items(): assert got[k]==pytest.approx(right, rel=2e-2), k
 
 def test_without_the_library_it_says_so(everywhere):
-    assert everywhere['library']['kernel']!='native' and all('SWITCHABLE_LLM_NATIVE=0' in v for v in everywhere['library']['native'].values())
+    without = everywhere['library']
+    assert without['kernel']!='native' and all('SWITCHABLE_LLM_NATIVE=0' in v for v in without['native'].values())

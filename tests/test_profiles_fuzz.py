@@ -10,12 +10,18 @@ def random_bits(rng): return Bits(rng.choice([None, 2, 3, 4, 5, 6, 8, 12, 16]), 
 
 def random_rule(rng, sites):
     some = rng.choice(sites)
-    parts = dict(site=tuple(rng.sample(SITES[:4], rng.randint(1, 4))), layers=tuple(sorted(rng.sample(range(2), rng.randint(1, 2)))),
-                 glob=rng.choice([some.name, '*', f'*.{some.layer}.*', '*.'+some.name.rpartition('.')[2]]))
+    parts = dict(
+        site=tuple(rng.sample(SITES[:4], rng.randint(1, 4))),
+        layers=tuple(sorted(rng.sample(range(2), rng.randint(1, 2)))),
+        glob=rng.choice([some.name, '*', f'*.{some.layer}.*', '*.'+some.name.rpartition('.')[2]]))
     keep = rng.sample(list(parts), rng.randint(1, 3))
     return Rule(random_bits(rng), **{k:v for k,v in parts.items() if k in keep})
 
-def random_one(rng, sites, name): return Profile(name, random_bits(rng), tuple(random_rule(rng, sites) for _ in range(rng.randint(0, 5))))
+def random_one(rng, sites, name):
+    default = random_bits(rng)
+    return Profile(name, default, tuple(random_rule(rng, sites) for _ in range(rng.randint(0, 5))))
+
+def through_json(p): return Profile.from_dict(json.loads(json.dumps(p.to_dict())))
 
 @pytest.fixture(scope='module')
 def model(toy_folder):
@@ -27,7 +33,7 @@ def model(toy_folder):
 def test_round_trips(seed, model, tmp_path):
     rng,sites = random.Random(seed),model.switch.sites
     profiles = [random_one(rng, sites, f'p-{seed}_{i}') for i in range(12)]
-    for p in profiles: assert Profile.from_dict(p.to_dict())==p==Profile.from_dict(json.loads(json.dumps(p.to_dict())))
+    for p in profiles: assert Profile.from_dict(p.to_dict())==p==through_json(p)
     for suffix in ('json','yaml','yml'):
         save_profiles(profiles, tmp_path/f'p.{suffix}')
         assert load_profiles(tmp_path/f'p.{suffix}')==profiles
@@ -45,6 +51,7 @@ def test_bits_of_each_layer(seed, model):
         for s in sites:
             want = next((r.bits for r in reversed(p.rules) if r.matches(s)), p.default)
             assert got[s.name]==want
+        assert Profile.from_bits(p.name, got).bits(sites)==got
         model.switch.add(p)
         assert [x.bits for x in model.switch.bound[p.name]]==[got[s.name] for s in sites]
 
@@ -64,13 +71,16 @@ def test_switching_at_random_leaves_no_trace(model):
             assert torch.equal(first.setdefault(n, y), y), n
     assert len(first)>6
 
-NONSENSE = (None, True, 0, -1, 3.5, 4, '', 'w', 'w99', 'w4a8x', [], [1], {}, {'a': 1}, 'ä', [None], ['attn_qkv', 3], 'mlp_in', '5-2', '0-', 'x-y', [-1], [True])
+NONSENSE = (None, True, 0, -1, 3.5, 4, '', 'w', 'w99', 'w4a8x', [], [1], {}, {'a': 1}, 'ä', [None], ['attn_qkv', 3],
+            'mlp_in', '5-2', '0-', 'x-y', [-1], [True])
 
 def nonsense(rng):
     "A profile's dictionary with one or two values replaced, dropped or added."
-    d = dict(name='p', default='w4a8', rules=[dict(site='mlp_in', bits='w4'), dict(layers='0-1', bits='float'), dict(glob='*', bits='a8')])
+    rules = [dict(site='mlp_in', bits='w4'), dict(layers='0-1', bits='float'), dict(glob='*', bits='a8')]
+    d = dict(name='p', default='w4a8', rules=rules)
     for _ in range(rng.randint(1, 2)):
-        at = rng.choice([d, d, *(r for r in d.get('rules') or [] if isinstance(r, dict))] if isinstance(d.get('rules'), (list, type(None))) else [d])
+        rules = d.get('rules') or []
+        at = rng.choice([d, d, *(r for r in rules if isinstance(r, dict))] if isinstance(rules, list) else [d])
         k = rng.choice([*at, 'extra'])
         if rng.random()<.15: at.pop(k, None)
         else: at[k] = rng.choice(NONSENSE)
@@ -83,11 +93,13 @@ def test_nonsense_is_a_value_error(seed, model, tmp_path):
         d = nonsense(rng)
         try:
             p = Profile.from_dict(d)
-            assert Profile.from_dict(json.loads(json.dumps(p.to_dict()))).bits(model.switch.sites)==p.bits(model.switch.sites), d
+            assert through_json(p).bits(model.switch.sites)==p.bits(model.switch.sites), d
         except ValueError as e: refused += bool(str(e))
     assert refused>20
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '[1]', 'null', '"x"', '{"profiles": []}', '{"profiles": 3}', '{"profiles": {}}', '{"name": "a"}', '[{"name": "a", "default": "w4"}, {"name": "a", "default": "w8"}]', '\x00'])
+TWO = '[{"name": "a", "default": "w4"}, {"name": "a", "default": "w8"}]'   # of one name
+@pytest.mark.parametrize('text', ['', '{', '[]', '[1]', 'null', '"x"', '{"profiles": []}', '{"profiles": 3}',
+                                  '{"profiles": {}}', '{"name": "a"}', TWO, '\x00'])
 @pytest.mark.parametrize('suffix', ['json','yaml'])
 def test_files_of_nonsense(text, suffix, tmp_path):
     f = tmp_path/f'p.{suffix}'; f.write_text(text)

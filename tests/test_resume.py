@@ -18,7 +18,8 @@ def spawn(child_env):
     ctx,started = mp.get_context('forkserver'),[]
     ctx.set_forkserver_preload(['train_worker', 'test_resume'])
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([child_env['PYTHONPATH'], os.path.dirname(__file__)]))   # for the preload
+    paths = [child_env['PYTHONPATH'], os.path.dirname(__file__)]   # for the preload
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(paths))
     def start(f, *args):
         started.append(p := ctx.Process(target=f, args=args))
         p.start()
@@ -46,7 +47,7 @@ def whole(toy_folder, spawn, tmp_path_factory):
     return torch.load(out/'done.pt')
 
 def whole_files(folder):
-    "Check the checkpoint that counts, the newest: it can be read. (An older one may be half deleted.) Returns how many there are."
+    "Check that the newest checkpoint can be read. (An older one may be half deleted.) Returns how many there are."
     done = checkpoints(folder) if folder.exists() else []
     for d in done[-1:]: read_checkpoint(d)
     return len(done)
@@ -62,7 +63,7 @@ def test_killed_at_random_moments(seed, toy_folder, spawn, whole, tmp_path):
     for attempt in range(100):
         p,until = spawn(training, toy_folder, tmp_path),mark.stat().st_size+rng.randint(1, 8)
         while p.exitcode is None and mark.stat().st_size<until: time.sleep(.0005)
-        p.join(rng.uniform(0, .02))                                     # between two steps, or while a checkpoint is written
+        p.join(rng.uniform(0, .02))   # between two steps, or while a checkpoint is written
         p.kill(); p.join()
         kills += p.exitcode==-signal.SIGKILL
         whole_files(tmp_path/'checkpoints')
@@ -156,7 +157,8 @@ def test_a_full_disk_leaves_the_old_model(toy_folder, spawn, tmp_path):
     assert (out/'adapters.safetensors').stat().st_size>20_000
     p = spawn(limited, save_large, toy_folder, out); p.join()
     assert p.exitcode==7
-    assert set(load_file(out/'adapters.safetensors')[next(iter(adapter_params(worker.toy(toy_folder)[0])))].flatten().tolist())=={1.}
+    name = next(iter(adapter_params(worker.toy(toy_folder)[0])))
+    assert set(load_file(out/'adapters.safetensors')[name].flatten().tolist())=={1.}
     load_switchable(out, load_model(toy_folder)[0])
 
 def train_on(folder, out): worker.run(folder, 'random_profile', 4, checkpoint=out, every=2)
@@ -166,6 +168,7 @@ def test_a_full_disk_leaves_the_last_training_checkpoint(toy_folder, spawn, tmp_
     p = spawn(limited, train_on, toy_folder, tmp_path/'c'); p.join()
     assert p.exitcode==7
     assert names(tmp_path/'c')==['step-000002']
-    again,want = worker.run(toy_folder, 'random_profile', 4, checkpoint=tmp_path/'c', every=2),worker.run(toy_folder, 'random_profile', 4)
+    again = worker.run(toy_folder, 'random_profile', 4, checkpoint=tmp_path/'c', every=2)
+    want = worker.run(toy_folder, 'random_profile', 4)
     for k,x in want['params'].items(): assert torch.equal(again['params'][k], x), k
     assert names(tmp_path/'c')==['step-000004']

@@ -1,8 +1,8 @@
 """Trains a toy model: the body of the tests that start, kill or multiply processes.
 
-As a script, under `accelerate launch`: `train_worker.py FOLDER OUT PHASE`, with PHASE `whole` (gradients of three policies and of questions without
-answers, one uninterrupted run with dropout, and one that stops in the middle) or `resume` (the stopped one goes on). Each process writes
-OUT/PHASE-RANK.pt."""
+As a script, under `accelerate launch`: `train_worker.py FOLDER OUT PHASE`. PHASE is `whole` (gradients of three
+policies and of questions without answers, one uninterrupted run with dropout, and one that stops in the middle) or `resume` (the
+stopped one goes on). Each process writes OUT/PHASE-RANK.pt."""
 import hashlib, os, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +20,23 @@ from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import make_switchable_
 
 NAMES = ('bw4','bw6','bw8')
-POLICIES = dict(random_profile=lambda m: random_profile(NAMES, seed=3), random_layers=lambda m: random_layers(m, seed=3),
-                all_profiles=lambda m: all_profiles(NAMES))
-# With float activations no code can flip where two processes add in another order than one: what is compared is a continuous function.
+def policies(names, bits):
+    return dict(
+        random_profile=lambda m: random_profile(names, seed=3),
+        random_layers=lambda m: random_layers(m, bits, seed=3),
+        all_profiles=lambda m: all_profiles(names))
+POLICIES = policies(NAMES, ('w4a4','w6a6','w8a8'))
+# With float activations no code can flip where two processes add in another order than one: what is compared is a
+# continuous function.
 SMOOTH = [Profile(f'w{w}', Bits(w)) for w in (4, 6, 8)]
-SMOOTH_POLICIES = dict(random_profile=lambda m: random_profile(('w4','w6','w8'), seed=3), random_layers=lambda m: random_layers(m, ('w4','w6','w8'), seed=3),
-                       all_profiles=lambda m: all_profiles(('w4','w6','w8')))
+SMOOTH_POLICIES = policies(('w4','w6','w8'), ('w4','w6','w8'))
+QUIET = dict(progress=False, cpu=True)   # how all tests train
+
+# `--multi_gpu` is what makes accelerate start several processes on this machine; with `train(cpu=True)` they meet over
+# gloo. `--cpu` alone starts one.
+LAUNCH = ('-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no '
+          '--dynamo_backend no --main_process_port 0').split()
+HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 
 class Stopped(Exception):
     "Raised in the middle of a run."
@@ -39,7 +50,9 @@ def toy(folder, dropout=0., profiles=NAMES, **kw):
     set_seed(0); add_adapters_(model, r=4, dropout=dropout, **kw)
     return model, tok, questions(tok)
 
-def settings(steps, **kw): return TrainConfig(**(dict(steps=steps, batch_size=4, accumulate=2, lr=1e-2, warmup=2, weight_decay=.1) | kw))
+def settings(steps, **kw):
+    own = dict(batch_size=4, accumulate=2, lr=1e-2, warmup=2, weight_decay=.1)
+    return TrainConfig(steps=steps, **own|kw)
 
 def watched(policy, seen):
     "The policy, with a digest of what it chose at each step in `seen`."
@@ -58,7 +71,9 @@ def run(folder, policy, steps, dropout=0., checkpoint=None, every=2, stop_at=Non
     def callback(step, curve):
         if pause: pause(step)
         if step==stop_at: raise Stopped
-    try: result = train(model, data, watched(POLICIES[policy](model), seen), settings(steps, **kw), tok.pad_token_id, checkpoint=checkpoint, every=every, progress=False, callback=callback, cpu=True)
+    pick = watched(POLICIES[policy](model), seen)
+    try: result = train(model, data, pick, settings(steps, **kw), tok.pad_token_id,
+                        checkpoint=checkpoint, every=every, callback=callback, **QUIET)
     except Stopped: result = dict(curve=[], processes=None)
     return dict(params=learnt(model), seen=seen, curve=result['curve'], processes=result['processes'])
 
@@ -79,8 +94,8 @@ def smooth(folder, policy, steps=4, without=(), **kw):
     data = [e._replace(ids=e.ids[:e.prompt]) if i in without else e for i,e in enumerate(data)]
     seen,start = [],learnt(model)
     cfg = settings(steps, **(dict(lr=1e-30, warmup=0, clip=None) | kw))
-    with gradients(model) as found:
-        result = train(model, data, watched(SMOOTH_POLICIES[policy](model), seen), cfg, tok.pad_token_id, progress=False, cpu=True)
+    pick = watched(SMOOTH_POLICIES[policy](model), seen)
+    with gradients(model) as found: result = train(model, data, pick, cfg, tok.pad_token_id, **QUIET)
     assert all(torch.equal(p, start[n]) for n,p in adapter_params(model).items())
     return dict(gradients=found, seen=seen) | result
 
@@ -96,6 +111,7 @@ def main(folder, out, phase):
         run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'stopped', stop_at=2)
     else: todo['dropout'] = run(folder, 'random_profile', 6, dropout=.1, checkpoint=out/'stopped')
     torch.save(todo, out/f"{phase}-{os.environ['RANK']}.pt")
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()   # its threads must not outlive the interpreter
+    # The group's threads must not outlive the interpreter.
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 if __name__=='__main__': main(*sys.argv[1:])

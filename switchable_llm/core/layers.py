@@ -69,7 +69,7 @@ class QuantLayer(nn.Module):
     multiplies = True   # Whether it multiplies its input, and does not look up rows
     def __init__(self,
         base:nn.Module,  # The original layer, held
-        switch,          # The model's `Switch`, shared by all its layers
+        switch,          # The `Switch` that all layers of the model share
         index:int,       # This layer's number in it
     ):
         super().__init__()
