@@ -124,11 +124,16 @@ def test_a_disk_that_is_full_already(writer, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize('writer', WRITERS)
 def test_others_can_read_what_is_written(writer, model, tmp_path):
     needs(writer)
+    def modes(folder): return {p.stat().st_mode & 0o777 for p in folder.rglob('*') if p.is_file()}
     for mask,mode in ((0o022, 0o644), (0o027, 0o640)):
+        folder = tmp_path/str(mask); folder.mkdir()
         before = os.umask(mask)
-        try: WRITERS[writer](model, place(writer, tmp_path))
+        try: WRITERS[writer](model, place(writer, folder))
         finally: os.umask(before)
-        assert {p.stat().st_mode & 0o777 for p in tmp_path.rglob('*') if p.is_file()}=={mode}
+        assert modes(folder)=={mode}
+    for p in folder.rglob('*'): p.chmod(0o700 if p.is_dir() else 0o600)
+    WRITERS[writer](model, place(writer, folder))
+    assert modes(folder)=={0o600} and place(writer, folder).stat().st_mode & 0o077==0    # what is private stays so
 
 def test_a_target_is_looked_at_before_training(model, toy_folder, tmp_path):
     save_switchable(model, tmp_path/'old', base='x')
