@@ -11,7 +11,9 @@ from switchable_llm.lora_routing import adapter_params, add_adapters_, export_pe
 from switchable_llm.data.checkpoints import check_save_target, save_switchable
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
+from switchable_llm.core.profiles import Profile, load_profiles, save_profiles
 from switchable_llm.core.switching import make_switchable_
+from switchable_llm.study.records import load_records, save_record
 import test_resume
 
 pytestmark = pytest.mark.skipif('forkserver' not in mp.get_all_start_methods(), reason='this system has no fork')
@@ -21,9 +23,22 @@ WRITERS = dict(   # name -> (write a model to a path, an older one there is repl
     export_peft=lambda m, path: export_peft(m, '8', path),
     export_float=lambda m, path: export_float(m, 'bw8', path, tiny_tokenizer(), overwrite=True),
     export_gguf=lambda m, path: export_gguf(m, 'bw8', path, overwrite=True),
-    save_torchao=lambda m, path: save_torchao(m, 'bw8', path, overwrite=True))
-NAMES = dict(export_gguf='model.gguf', save_torchao='model.pt')   # of those that write a file, and not a folder
+    save_torchao=lambda m, path: save_torchao(m, 'bw8', path, overwrite=True),
+    freeze=lambda m, path: freeze(m, path),
+    save_profiles=lambda m, path: save_profiles(many_profiles(m), path),
+    save_record=lambda m, path: save_record(long_record(m, path), path.parents[2]))
+NAMES = dict(export_gguf='model.gguf', save_torchao='model.pt', freeze='model.safetensors', save_profiles='model.json',
+             save_record='model-s0.json')   # of those that write a file, and not a folder
 FOLDERS = [w for w in WRITERS if w not in NAMES]
+
+def value(model): return next(iter(adapter_params(model).values())).flatten()[0].item()
+
+def many_profiles(model): return [Profile(f'number_{value(model):.0f}_{i}', 'w4a8') for i in range(400)]
+
+def long_record(model, path):
+    "One that says the same whenever it is written; its folders are its names."
+    names = dict(preset=path.parents[1].name, experiment=path.parent.name, name='model', seed=0)
+    return names | dict(time='then', numbers=[value(model)]*6000)
 
 def needs(writer):
     "Skip where what the writer writes with is not installed."
@@ -46,11 +61,22 @@ def content(folder):
     "Every file below, hidden ones too, and the folders."
     return {str(p.relative_to(folder)):p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
 
+def said(folder):
+    "The same, without what differs from one writing to the next: the order of a header, and where a record lies."
+    def read(name, data):
+        if name.endswith('.json') and data.startswith(b'{"versions"'):
+            return {k:v for k,v in json.loads(data).items() if k not in ('preset','experiment')}
+        if not name.endswith('.safetensors'): return data
+        end = 8+int.from_bytes(data[:8], 'little')
+        return json.loads(data[8:end]), data[end:]
+    return {k:read(k, v) for k,v in content(folder).items()}
+
 def no_work(monkeypatch):
     "Anything that costs time is an error."
     def spent(*a, **k): raise AssertionError('work was spent')
     for name in ('serving.exports.merge', 'serving.formats.merge', 'serving.formats.export_torchao',
-                 'data.checkpoints.base_hash', 'lora_routing.save_tensors'):
+                 'data.checkpoints.base_hash', 'lora_routing.save_tensors', 'serving.exports._pack_layer',
+                 'study.records.environment', 'core.profiles.yaml.safe_dump'):
         monkeypatch.setattr(f'switchable_llm.{name}', spent)
 
 def stays(writer, model, folder, monkeypatch, match, path=None):
@@ -123,11 +149,16 @@ def test_a_disk_that_is_full_already(writer, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize('writer', WRITERS)
 def test_others_can_read_what_is_written(writer, model, tmp_path):
     needs(writer)
+    def modes(folder): return {p.stat().st_mode & 0o777 for p in folder.rglob('*') if p.is_file()}
     for mask,mode in ((0o022, 0o644), (0o027, 0o640)):
+        folder = tmp_path/str(mask); folder.mkdir()
         before = os.umask(mask)
-        try: WRITERS[writer](model, place(writer, tmp_path))
+        try: WRITERS[writer](model, place(writer, folder))
         finally: os.umask(before)
-        assert {p.stat().st_mode & 0o777 for p in tmp_path.rglob('*') if p.is_file()}=={mode}
+        assert modes(folder)=={mode}
+    for p in folder.rglob('*'): p.chmod(0o700 if p.is_dir() else 0o600)
+    WRITERS[writer](model, place(writer, folder))
+    assert modes(folder)=={0o600} and place(writer, folder).stat().st_mode & 0o077==0    # what is private stays so
 
 def test_a_target_is_looked_at_before_training(model, toy_folder, tmp_path):
     save_switchable(model, tmp_path/'old', base='x')
@@ -143,6 +174,32 @@ def test_a_checkpoint_of_a_newer_library_is_replaced_and_a_damaged_one_is_not(mo
     (path/'switchable.json').write_text(json.dumps(d | dict(format_version=99))); save_switchable(model, path, base='x')
     (path/'switchable.json').write_text('{"format_version": 1'); (path/'adapters.safetensors').write_bytes(b'')
     with pytest.raises(FileExistsError, match='is not a switchable checkpoint'): save_switchable(model, path, base='x')
+
+@pytest.mark.parametrize('name, mine', [('config.json', '{"model_type": "gpt2"}'), ('notes.yaml', 'a: text'), ('empty.json', ''),
+                                        ('settings.yml', 'name: p\ndefault: w8\ncolour: red')])
+def test_profiles_replace_profiles_only(name, mine, tmp_path):
+    path,p = tmp_path/name,Profile('p', 'w4a8')
+    path.write_text(mine)
+    with pytest.raises(FileExistsError, match=f'{name}: is there already and is not a file of profiles: it stays as it is'):
+        save_profiles([p], path)
+    assert path.read_text()==mine
+    path.write_text('{"name": "one", "default": "w8"}')          # by hand, and profiles nevertheless
+    save_profiles([p], path)
+    assert load_profiles(path)==[p]
+    with pytest.raises(ValueError, match='larger than 1,000,000 bytes'):
+        save_profiles([Profile(f'{i}_'+'x'*10_000, 'w8') for i in range(101)], path)
+    assert load_profiles(path)==[p]
+
+@pytest.mark.parametrize('mine', ['my text', '', '{"preset": "p"}', '[]'])
+def test_records_replace_records_only(mine, tmp_path):
+    record = dict(preset='p', experiment='e', name='n', seed=0)
+    path = save_record(record, tmp_path)
+    save_record(record | dict(score=1), tmp_path)
+    assert [r['score'] for r in load_records(tmp_path)]==[1]
+    path.write_text(mine)
+    with pytest.raises(FileExistsError, match='n-s0.json: is there already and is not a record: it stays as it is'):
+        save_record(record, tmp_path)
+    assert path.read_text()==mine
 
 def test_an_error_names_what_torch_and_safetensors_hide(tmp_path):
     with pytest.raises(OSError, match='x.bin: no space left on the disk'):
@@ -208,18 +265,18 @@ def killed(writer, folder, path, n):
 @pytest.mark.parametrize('writer', [w for w in WRITERS if w!='save_switchable'])   # that one is killed in test_resume
 def test_killed_while_an_older_one_is_replaced(writer, model, toy_folder, child, tmp_path):
     needs(writer)
-    WRITERS[writer](model, place(writer, tmp_path)); old = content(tmp_path)
-    WRITERS[writer](made(toy_folder, 2.), place(writer, tmp_path)); new = content(tmp_path)
+    WRITERS[writer](model, place(writer, tmp_path)); old = said(tmp_path)
+    WRITERS[writer](made(toy_folder, 2.), place(writer, tmp_path)); new = said(tmp_path)
     assert old!=new
     for n in range(60):
         folder = tmp_path/str(n); folder.mkdir()
         WRITERS[writer](model, place(writer, folder))
         code = child(killed, writer, toy_folder, place(writer, folder), n)
         assert code in (0, -signal.SIGKILL)
-        found = {k:v for k,v in content(folder).items() if not k.startswith('.')}
+        found = {k:v for k,v in said(folder).items() if not k.startswith('.')}
         aside = any(k.endswith('.old') for k in content(folder))
         assert found in (old, new) or not found and aside, f'killed at operation {n}'
         WRITERS[writer](made(toy_folder, 2.), place(writer, folder))                 # and it can be replaced again
-        assert content(folder)==new, 'something was left behind'
+        assert said(folder)==new, 'something was left behind'
         if code==0: return
     raise AssertionError('more file operations than expected: raise the range')

@@ -21,14 +21,13 @@ from ..data.checkpoints import check_save_target, load_switchable, read_switchab
 from ..study.presets import PRESETS, Preset
 from ..data.models import load_model
 from ..data.squad import load_squad
-from ..study.records import save_record
+from ..study.records import save_record, check_name
 from ..profiles_eval import answer, evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import check_packed, is_packed, load_packed, load_packed_tokenizer, packed_size
 from ..serving.exports import freeze, export_float
 from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
-from ..study.runs import (
-    COUNT, POLICIES, SEED, Number, calibration_batches, check_name, fit, study_data, study_model)
+from ..study.runs import COUNT, POLICIES, SEED, Number, calibration_batches, fit, study_data, study_model
 from .cli import add_command, complain, one_line, teller
 from .options import SAID, add_preset_options, check_record, chosen_preset, option_type, text_table
 

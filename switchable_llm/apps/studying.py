@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from ..quantizers import Bits
 from ..core.files import check_target, claim
-from ..study.records import load_records
+from ..study.records import load_records, check_name
 from ..study.experiments import run_spans, ARMS, run_calibration, run_objectives
 from ..findings.comparisons import span_reports, calibration_verdict, gate_verdict, objective_verdicts
 from ..study.searches import run_allocation
 from ..study.figures import is_figure, save_figure
 from ..findings.plots import plot_ablation, plot_cost, plot_curves, plot_profiles
 from ..study.runs import (
-    COUNT, OBJECTIVES, SEED, Number, check_name, chosen, evaluations, run_ablation, run_joint, run_name)
+    COUNT, OBJECTIVES, SEED, Number, chosen, evaluations, run_ablation, run_joint, run_name)
 from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, run_cpt
 from ..findings.cycling import cpt_verdicts
 from ..study.robustness import PLANS, TRAININGS, run_robustness

@@ -6,22 +6,43 @@
 __all__ = ['LOCK', 'named_errors', 'write_whole', 'check_target', 'writing_folder', 'whole_folder', 'claim']
 
 # %% ../../nbs/core/files.ipynb #d9e1cd65
-import errno, glob, os, secrets, shutil, socket
-from contextlib import contextmanager
+import errno, hashlib, os, re, secrets, shutil, socket, time
+from contextlib import contextmanager, suppress
+from functools import partial
+from glob import escape
 from pathlib import Path
+from stat import S_IMODE
 from typing import Callable, Iterator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 # %% ../../nbs/core/files.ipynb #caffd97e
-def _temporary(path, kind):   # a new name beside `path` that says who writes
-    return path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(3)}-{socket.gethostname()}.{kind}')
+_DAY = 86_400   # seconds without a change, after which what another machine or container began is given up
 
-def _left_behind(path, kind):   # temporary names beside `path` whose writers on this machine are gone
-    before,after = f'.{path.name}.',f'.{kind}'
-    for p in path.parent.glob(glob.escape(before)+f'*{after}'):
-        pid,_,rest = p.name[len(before):-len(after)].partition('-')
-        if pid.isdigit() and rest.partition('-')[2]==socket.gethostname() and not _runs(int(pid)): yield p
+def _place():   # a mark of this machine since it was started, and of the container
+    parts = [socket.gethostname()]
+    for read,file in ((os.readlink, '/proc/self/ns/pid'), (Path.read_text, Path('/proc/sys/kernel/random/boot_id'))):
+        with suppress(OSError): parts.append(read(file))   # Linux has both
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:12]
+
+def _temporary(path, kind):   # a new name beside `path` that says who writes; at most 35 bytes longer
+    return path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(3)}-{_place()}.{kind}')
+
+def _beside(path, kind):   # the temporary files, or folders, of `path` that some writer made
+    form = re.compile(re.escape(f'.{path.name}.')+r'[0-9]{1,9}-[0-9a-f]{6}-[0-9a-f]{12}\.'+kind)
+    found = path.parent.glob(f'.{escape(path.name)}.*.{kind}')
+    return [p for p in found if form.fullmatch(p.name) and p.is_file()==(kind=='tmp')]
+
+def _left_behind(path, kind):   # those whose writers are gone
+    return [p for p in _beside(path, kind) if _is_left(p)]
+
+def _is_left(p):
+    pid,_,place = p.name.rsplit('.', 2)[1].split('-')
+    return not _runs(int(pid)) if place==_place() else time.time()-_last_change(p)>_DAY
+
+def _last_change(p):
+    try: return max(f.lstat().st_ctime for f in (p, *p.rglob('*')))
+    except OSError: return time.time()   # it is being changed right now
 
 def _runs(pid):
     try: os.kill(pid, 0)
@@ -46,7 +67,7 @@ def write_whole(
     path:str|Path,                      # File to write; a link is followed
     data:bytes|Callable[[Path],object], # Its content, or a function that writes it to the path it is given
 )->Path: # The file
-    "Write a file so that it appears whole or not at all, with the permissions that new files have."
+    "Write a file so that it appears whole or not at all; it keeps the permissions of the file that it replaces."
     path = Path(os.path.realpath(path))
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,17 +75,23 @@ def write_whole(
         tmp = _temporary(path, 'tmp')
         try:
             tmp.touch()
-            mode = tmp.stat().st_mode
+            mode = _mode(path, tmp.stat().st_mode)
+            tmp.chmod(mode|0o600)    # what is private is so from the first byte
             if callable(data): data(tmp)
             else: tmp.write_bytes(data)
-            tmp.chmod(mode)                 # safetensors makes files that only their owner can read
-            _to_disk(tmp)
+            _to_disk(tmp, mode)
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
     return path
 
-def _to_disk(file):   # what a power cut must not undo
-    with open(file, 'rb') as f: os.fsync(f.fileno())
+def _mode(older, new):   # the permissions of what is replaced; where nothing is, the new ones
+    try: return S_IMODE(older.stat().st_mode)
+    except OSError: return S_IMODE(new)
+
+def _to_disk(file, mode):   # what a power cut must not undo
+    with open(file, 'rb') as f:
+        file.chmod(mode & 0o777)   # safetensors makes files that only their owner can read
+        os.fsync(f.fileno())
 
 # %% ../../nbs/core/files.ipynb #09839b7e
 def check_target(
@@ -92,14 +119,26 @@ def check_target(
     return path
 
 def _check_older(path, what, ours, folder):
+    for _ in range(10):   # where another writer replaces it meanwhile, look again
+        try:
+            before = path.stat().st_ino
+            fault = _in_the_way(path, what, ours, folder)
+            moved = path.stat().st_ino!=before
+        except FileNotFoundError as e:
+            if not path.exists(): return
+            fault,moved = f'cannot be read: {e}',True
+        if not fault: return
+        if not moved: break
+    raise FileExistsError(f"{path}: {fault}")
+
+def _in_the_way(path, what, ours, folder):   # why it cannot be replaced
     kind = {True:'folder', False:'file'}
-    if folder!=path.is_dir():
-        raise FileExistsError(f"{path}: is a {kind[path.is_dir()]}, and {what} is a {kind[folder]}: choose another name")
+    if folder!=path.is_dir(): return f"is a {kind[path.is_dir()]}, and {what} is a {kind[folder]}: choose another name"
     holds = sorted(p.name for p in path.iterdir()) if folder else [path.name]
-    if not holds or ours(path): return
+    if not holds or ours(path): return None
     more = f' and {len(holds)-3} more' if len(holds)>3 else ''
     found = f"holds {', '.join(holds[:3])}{more}" if folder else 'is there already'
-    raise FileExistsError(f"{path}: {found} and is not {what}: it stays as it is; choose another name, or move it away")
+    return f"{found} and is not {what}: it stays as it is; choose another name, or move it away"
 
 # %% ../../nbs/core/files.ipynb #30a3bbbe
 @contextmanager
@@ -108,43 +147,69 @@ def writing_folder(
     what:str,        # What it is, for the error
     ours:Callable[[Path],bool], # Whether a folder that stands there is an older one, and may be replaced
 )->Iterator[Path]: # A temporary folder to write into
-    "Write a folder so that it appears whole or not at all; an older one of the same kind is replaced."
+    "Write a folder so that it appears whole or not at all; an older one of the same kind is replaced, permissions stay."
     folder = check_target(folder, what, ours, folder=True)
+    check = partial(check_target, folder, what, ours, folder=True)
     with named_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
+        _clear(folder, ours)
         tmp = _temporary(folder, 'new')
         try:
             tmp.mkdir()
+            mode = S_IMODE(tmp.stat().st_mode)
+            tmp.chmod(mode & ~0o077)  # until it is done
             yield tmp
-            mode = tmp.stat().st_mode & 0o666   # of a new file: safetensors makes files that only their owner can read
-            for f in tmp.rglob('*'):
-                if f.is_file(): f.chmod(mode); _to_disk(f)
-            check_target(folder, what, ours, folder=True)   # somebody may have put something there meanwhile
-            _swap(tmp, folder)
-        finally: shutil.rmtree(tmp, ignore_errors=True)
+            _finish(tmp, folder, mode)
+            check()                   # somebody may have put something there meanwhile
+            _swap(tmp, folder, check)
+        finally:
+            if folder.exists() or not tmp.with_suffix('.old').exists(): _remove(tmp)
 
-def _swap(tmp, folder):   # `tmp` takes the name `folder`
-    old = _temporary(folder, 'old')
-    if folder.exists(): os.replace(folder, old)
-    try: os.replace(tmp, folder)
-    except OSError:
-        if old.exists(): os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _finish(tmp, folder, mode):   # to the disk, with the permissions of what is replaced; `mode` is that of new folders
+    for f in tmp.rglob('*'):
+        if f.is_file(): _to_disk(f, _mode(folder/f.relative_to(tmp), mode & 0o666))
+    tmp.chmod(_mode(folder, mode))
 
-def _clear(folder):   # of killed writers
-    if not folder.exists() and (old := whole_folder(folder))!=folder: os.replace(old, folder)
-    for kind in ('new','old'):
-        for f in _left_behind(folder, kind): shutil.rmtree(f, ignore_errors=True)
+def _swap(tmp, folder, check):   # `tmp` takes the name `folder`
+    old = tmp.with_suffix('.old')
+    for _ in range(10):
+        try:
+            with suppress(FileNotFoundError): os.replace(folder, old)
+            os.replace(tmp, folder)
+            return _remove(old)
+        except BaseException as e:
+            with suppress(OSError):
+                if not folder.exists(): os.replace(old, folder)
+            if getattr(e, 'errno', None) not in (errno.ENOTEMPTY, errno.EEXIST): raise
+        check()   # another writer was faster: replace what it wrote
+        _remove(old)
+    raise FileExistsError(f"{folder}: another process writes it again and again: give each a folder of its own")
+
+def _remove(folder):
+    with suppress(OSError): folder.chmod(0o700)   # an older one may be closed
+    shutil.rmtree(folder, ignore_errors=True)
+
+def _clear(folder, ours):   # what killed writers left; an older folder that stands aside comes back
+    for old in _left_behind(folder, 'old'):
+        new = old.with_suffix('.new')
+        if not new.exists(): _remove(old)
+        elif not ours(old): continue      # a writer of other folders left it
+        elif folder.exists():
+            _remove(new)                  # first: without it the older one never comes back, half deleted or not
+            _remove(old)
+        else:
+            with suppress(OSError): os.replace(old, folder)   # another process may have done it by now
+    for new in _left_behind(folder, 'new'):
+        if not new.with_suffix('.old').exists(): _remove(new)
 
 def whole_folder(
     folder:str|Path, # A folder that `writing_folder` wrote
 )->Path: # Where it is now
     "The folder; or, where a writer was killed between its two renames, the older one that stands aside."
     folder = Path(os.path.realpath(folder))
-    aside = sorted(folder.parent.glob(glob.escape(f'.{folder.name}.')+'*.old'), key=lambda p: p.stat().st_mtime)
-    return folder if folder.exists() or not aside else aside[-1]
+    if folder.exists(): return folder
+    aside = [p for p in _beside(folder, 'old') if p.with_suffix('.new').exists()]
+    return folder if folder.exists() or not aside else max(aside, key=_last_change)
 
 # %% ../../nbs/core/files.ipynb #33b9f62b
 LOCK = '.lock'

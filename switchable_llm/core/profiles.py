@@ -16,7 +16,7 @@ from typing import Iterable, NamedTuple
 import yaml
 from torch import nn
 from ..quantizers import Bits
-from .files import write_whole
+from .files import check_target, write_whole
 from .layers import LAYERS
 
 # %% ../../nbs/core/profiles.ipynb #381d7b58
@@ -305,12 +305,20 @@ def check_unique(
         names.add(p.name)
     return profiles
 
+def _holds_profiles(path):
+    try: return bool(load_profiles(path))
+    except (OSError, ValueError): return False
+
 def save_profiles(
     profiles:Iterable[Profile], # Profiles to write
-    path:str|Path,              # A .json, .yaml or .yml file
+    path:str|Path,              # A .json, .yaml or .yml file; older profiles there are replaced, anything else is an error
 ):
     "Write profiles so that `load_profiles` reads them back; the file appears whole or not at all."
     path,d = Path(path),dict(profiles=[p.to_dict() for p in check_unique(profiles)])
     _check_ending(path)
+    check_target(path, 'a file of profiles', _holds_profiles)
     text = json.dumps(d, indent=2) if path.suffix=='.json' else yaml.safe_dump(d, sort_keys=False)
+    if len(text.encode())>MOST_BYTES:
+        raise ValueError(f"{path}: would be larger than {MOST_BYTES:,} bytes, which is not read back: "
+                         "write the profiles into several files")
     write_whole(path, text.encode())

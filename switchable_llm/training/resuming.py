@@ -284,7 +284,9 @@ def kept(
         acc.wait_for_everyone()
         if done := checkpoints(folder): _resume(acc, done[-1], settings, state)
         acc.wait_for_everyone()
-        if acc.is_main_process: _remove_left(folder)
+        if acc.is_main_process:
+            _remove_left(folder)
+            if done: _remove_older(folder, done[-1])   # a removal that was killed after the last step has no next one
         yield partial(_save, acc, folder, settings, state)
 
 def _room(state):   # bytes of the parameters and of two moments of each, and some
