@@ -25,7 +25,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('search', 'Search', 'sensitivity allocation strategies'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
     ('study', 'Study', 'figures statistics runs experiments cycles robustness'),
-    ('findings', 'Findings', 'plots verdicts defences reasons earlier'),
+    ('findings', 'Findings', 'plots verdicts choices defences reasons earlier'),
     ('apps', 'Apps', 'front_door cli options commands studying exploration explorer page'))]
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb
