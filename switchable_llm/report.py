@@ -18,9 +18,10 @@ from .study.statistics import Finding, Findings, plural
 from .findings.cycling import CPT_QUESTIONS, cpt_findings
 from .findings.defences import earlier_statements, sanity_checks
 from .findings.verdicts import (
-    COMMANDS, PRESET_NAMES, Study, _listed, _title, accuracy_answer, accuracy_brief, accuracy_findings,
-    allocation_answer, allocation_brief, allocation_findings, markdown_table, objectives_answer,
-    objectives_brief, profile_names, profile_scores, shared_findings, tried, unequal_exposure)
+    PRESET_NAMES, Study, accuracy_answer, accuracy_brief, accuracy_findings, markdown_table, profile_names,
+    profile_scores, shared_findings, tried, unequal_exposure, COMMAND_OF, capital, listed)
+from .findings.choices import (
+    allocation_answer, allocation_brief, allocation_findings, objectives_answer, objectives_brief)
 from .findings.reasons import (
     cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings)
 
@@ -81,7 +82,7 @@ def missing_records(
     study:Study,  # All records
 )->list[str]: # Commands
     "What was not run."
-    return [f'{c} --preset {p}' for p in PRESET_NAMES for e,c in COMMANDS.items() if not (study.joint(p) if e=='joint' else study.of(p, e)) and (e!='calibration' or PRESETS[p].act=='per_tensor')]
+    return [f'{c} --preset {p}' for p in PRESET_NAMES for e,c in COMMAND_OF.items() if not (study.joint(p) if e=='joint' else study.of(p, e)) and (e!='calibration' or PRESETS[p].act=='per_tensor')]
 
 def directions_answer(
     study:Study,  # All records
@@ -94,7 +95,7 @@ def directions_answer(
     lost = [f'`{c}`' for c in missing_records(study) if c.endswith(f' {preset}')]
     lines = [f"Of {plural(len(fs), 'claim')}: {fs.count()}.",
              near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
-             f'Not run: {_listed(lost)}.' if lost else 'Every experiment of the report was run.',
+             f'Not run: {listed(lost)}.' if lost else 'Every experiment of the report was run.',
              'Where there is one seed, nothing tells the spread between seeds: more of them come first.'*any(f.seeds==1 for f in fs)]
     return '\n'.join(filter(None, lines))
 
@@ -107,7 +108,7 @@ def answers(
     study:Study, # All records
 )->dict[str,str]: # Question -> answer, in Markdown: the real model first
     "The six questions and what the records say."
-    return {q:'\n'.join(f'- **{_title(name)}.** '+tried(answer, study, p).replace('\n', '\n    - ') for p,name in PRESET_NAMES.items()) for q,answer in QUESTIONS.items()}
+    return {q:'\n'.join(f'- **{capital(name)}.** '+tried(answer, study, p).replace('\n', '\n    - ') for p,name in PRESET_NAMES.items()) for q,answer in QUESTIONS.items()}
 
 IN_BRIEF = {'One checkpoint, many precisions':accuracy_brief, 'Bits chosen per layer':allocation_brief, 'What to train with':objectives_brief,
             'Cyclic precision':cpt_brief, 'Random precision at inference':robustness_brief}   # topic -> its clause, for one preset
@@ -118,7 +119,7 @@ def abstract(
     "What was found, in one minute."
     out = {'What it rests on':_rests_on(study)}
     for topic,make in IN_BRIEF.items():
-        told = {_title(name):tried(make, study, p) or 'No record yet.' for p,name in PRESET_NAMES.items()}
+        told = {capital(name):tried(make, study, p) or 'No record yet.' for p,name in PRESET_NAMES.items()}
         out[topic] = ''.join(f'\n    - *{name}*: {said}' for name,said in told.items())
     fs,qs = _all_of(study, study.records),open_questions(study)
     takes = lambda q: f' The nearest to a decision ({_nearest(q)}) takes about {_much(q.times)} times as many seeds and questions.'
@@ -129,7 +130,7 @@ def _rests_on(study):
     seeds = {p:len({r['seed'] for rs in study.records[p].values() for r in rs}) for p in PRESET_NAMES if p in study.records}
     if not seeds: return 'There is no record yet.'
     once = [PRESET_NAMES[p] for p,n in seeds.items() if n==1]
-    few = f' With one seed ({_listed(once)}) the intervals are over questions, and say nothing of other runs.' if once else ''
+    few = f' With one seed ({listed(once)}) the intervals are over questions, and say nothing of other runs.' if once else ''
     models = ', '.join(f"{PRESET_NAMES[p]} ({plural(n, 'seed')})" for p,n in seeds.items())
     return (f'{len(study)} records: {models}. Verdicts are read off intervals that hold together for all claims of a question; '
             f'an effect counts from {MARGIN:g} nats per token, or {100*MARGIN:g} points of F1.{few}')
@@ -150,7 +151,7 @@ def records_table(
 )->str: # In Markdown
     "What was run: records, seeds and questions of each experiment."
     def asked(r): return next((n for n in (len(r.get('ids', ())), len(r.get('after', {}).get('ids', ())), r.get('score_questions'), r.get('config', {}).get('questions'), r.get('config', {}).get('n')) if n), '–')
-    rows = [[_title(PRESET_NAMES[p]), e, len(rs), ', '.join(map(str, sorted({r['seed'] for r in rs}))), asked(rs[0])] for p in PRESET_NAMES for e,rs in sorted(study.records.get(p, {}).items())]
+    rows = [[capital(PRESET_NAMES[p]), e, len(rs), ', '.join(map(str, sorted({r['seed'] for r in rs}))), asked(rs[0])] for p in PRESET_NAMES for e,rs in sorted(study.records.get(p, {}).items())]
     return markdown_table([['model','experiment','records','seeds','questions'], *rows]) if rows else '*No record yet.*'
 
 def cost_table(

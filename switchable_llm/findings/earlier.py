@@ -17,9 +17,10 @@ from ..study.statistics import paired
 from ..study.figures import figure_style
 from .cycling import cpt_findings, cpt_verdicts
 from .defences import earlier_statements
-from .verdicts import (
-    PRESET_NAMES, Study, _title, cheaper_part, joint_score, markdown_table, no_record, profile_names,
-    profile_scores, tried, unequal_exposure)
+from switchable_llm.findings.verdicts import (
+    PRESET_NAMES, Study, joint_score, markdown_table, no_record, profile_names, profile_scores, tried,
+    unequal_exposure, capital)
+from .choices import cheaper_part
 
 # %% ../../nbs/findings/earlier.ipynb #447cf23a
 class Earlier(NamedTuple):
@@ -70,7 +71,7 @@ def _task_curves(study):   # label -> bits -> Interval, percent
         for experiment,how in (('joint','writing'),('spans','pointing')):
             if rs := study.joint(p) if experiment=='joint' else study.of(p, experiment):
                 found = {16:joint_score(rs, 'float', when='before')} if how=='writing' else {}
-                out[f'{_title(name)}, {how}'] = found | {b:joint_score(rs, n) for n,b in _uniform(rs).items()}
+                out[f'{capital(name)}, {how}'] = found | {b:joint_score(rs, n) for n,b in _uniform(rs).items()}
     return out
 
 _ours = dict(zip(PRESET_NAMES, (('#0F8BC6','o'), ('#A0703C','X'))))   # no colours of profiles
@@ -87,7 +88,7 @@ def plot_earlier_accuracy(
             if points := [e for e in earlier('accuracy', score='f1', source=source) if e.bits in (4,5,6,8,16)]:
                 ax.plot([x(e.bits) for e in points], [e.value for e in points], '--', marker=_their_markers[source], c='#7f7f7f', mfc='none', ms=5.5, lw=1, label=source, gid=f'theirs-{source}')
         for label,curve in _task_curves(study).items():
-            color,marker = next(c for p,(c,_) in _ours.items() if label.startswith(_title(PRESET_NAMES[p]))),'<' if label.endswith('pointing') else 'o'
+            color,marker = next(c for p,(c,_) in _ours.items() if label.startswith(capital(PRESET_NAMES[p]))),'<' if label.endswith('pointing') else 'o'
             for bits,line in ((sorted(curve.keys()-{16}), '-'), (curve.keys()&{16}, '')):   # float was not trained
                 v,low,high = 100*np.array([curve[b] for b in bits]).reshape(-1, 3).T
                 ax.errorbar(list(map(x, bits)), v, yerr=[v-low, high-v], ls=line, marker=marker, c=color, mfc=color if line else 'none', ms=6.5, lw=1.8, label=label if line else None, gid=f'ours-{label}{"" if line else ", float"}')
@@ -116,7 +117,7 @@ def plot_earlier_cpt(
         for q in ('static','random'):
             found = cpt_findings(study.of(p, 'cpt'), q, 'f1', ranges=study.of(p, 'range_test'))
             said = lambda f: f.claim.removeprefix('cyclic ').replace(' better than ', ', against ')
-            rows += [(f'{_title(name)}, {said(f)}', tuple(100*x for x in f.effect), *_ours[p], True)
+            rows += [(f'{capital(name)}, {said(f)}', tuple(100*x for x in f.effect), *_ours[p], True)
                      for f in found if ' = ' not in f.claim and not f.fault]
     return _row_plot(rows, 'F1 of cyclic precision less its baseline (points)', 40)
 
@@ -135,7 +136,7 @@ def plot_earlier_typos(
     "Rise of log perplexity by typos: theirs hollow, ours with intervals."
     rows = [(f'{e.source}, {e.setting}', math.log(e.value/e.other), '#7f7f7f', _their_markers[e.source], False) for e in earlier('typos', score='ppl')]
     for p,name in PRESET_NAMES.items():
-        rows += [(f"{_title(name)}, {s.removeprefix('fixed_').replace('_', ' ')}", tuple(i), *_ours[p], True) for s,i in typo_harm(study.of(p, 'robustness', 'joint')).items()]
+        rows += [(f"{capital(name)}, {s.removeprefix('fixed_').replace('_', ' ')}", tuple(i), *_ours[p], True) for s,i in typo_harm(study.of(p, 'robustness', 'joint')).items()]
     return _row_plot(rows, 'rise of log perplexity (nats per token): full text (theirs), answer (ours)')
 
 # %% ../../nbs/findings/earlier.ipynb #c2939b89
@@ -158,7 +159,7 @@ def statements_table(
     said = {p:tried(_stated, study, p) for p in PRESET_NAMES}
     said = {p:v if isinstance(v, dict) else {} for p,v in said.items()}
     names = list(dict.fromkeys(k for v in said.values() for k in v))
-    return markdown_table([['statement', *map(_title, PRESET_NAMES.values())], *([k, *(v.get(k, 'no record') for v in said.values())] for k in names)])
+    return markdown_table([['statement', *map(capital, PRESET_NAMES.values())], *([k, *(v.get(k, 'no record') for v in said.values())] for k in names)])
 
 def earlier_table(
     study:Study, # All records
@@ -168,10 +169,10 @@ def earlier_table(
     for x in earlier('accuracy', 'f1'): rows.setdefault(x.source, {})[x.bits] = f'{x.value:.1f}'
     for label,curve in _task_curves(study).items(): rows[label] = {b:i.show(100) for b,i in curve.items()}
     for p,name in PRESET_NAMES.items():
-        if (rs := study.joint(p)) and 'mixed8648' in profile_names(rs[0]): rows[f'{_title(name)}, writing'][None] = joint_score(rs, 'mixed8648').show(100)
+        if (rs := study.joint(p)) and 'mixed8648' in profile_names(rs[0]): rows[f'{capital(name)}, writing'][None] = joint_score(rs, 'mixed8648').show(100)
     heads = ['F1 %','float','8 bits','6 bits','5 bits','4 bits','mixed']
     cells = ([name, *(r.get(c, '') for c in columns)] for name,r in rows.items())
-    differ = {_title(name):unequal_exposure(study.joint(p)) for p,name in PRESET_NAMES.items()}
+    differ = {capital(name):unequal_exposure(study.joint(p)) for p,name in PRESET_NAMES.items()}
     steps = ' '.join(f'{name}: {said}.' for name,said in differ.items() if said)
     note = f'Theirs: trained, also in float. Ours: float not trained; mixed is `mixed8648`. {steps}'
     return markdown_table([heads, *cells], note.strip())

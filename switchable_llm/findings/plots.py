@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['plot_profiles', 'plot_cost', 'plot_curves', 'plot_ablation', 'plot_bits', 'plot_sensitivity', 'plot_front',
-           'plot_arms']
+           'plot_transfer', 'plot_radius', 'plot_typos']
 
 # %% ../../nbs/findings/plots.ipynb #be374fd5
-from typing import Iterable
 import matplotlib.pyplot as plt
 import numpy as np
+from typing import Iterable
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from ..quantizers import Bits
 from ..core.profiles import Profile, Site, as_profile
 from ..core.switching import Switch
-from ..study.figures import (
-    CAP, INK, STYLES, ProfileStyle, legend_key, log_axis, mark_interval, name_rows, need_keys, panels, profile_style)
+from switchable_llm.study.figures import (
+    CAP, INK, STYLES, ProfileStyle, legend_key, log_axis, mark_interval, name_rows, need_keys, panels,
+    profile_style)
+from ..search.intervals import crossed_mean
+from ..study.robustness import middle
 
 # %% ../../nbs/findings/plots.ipynb #40475d44
 def _scores(evaluation): return {s['profile']['name']:s for s in evaluation['scores']}
@@ -299,26 +302,95 @@ def _front_style(p):
     name = p['profile']['name']
     return ProfileStyle(*_KINDS[p['kind']]) if p['kind'] in _KINDS else profile_style(_UNIFORM.get(name, name))
 
-# %% ../../nbs/findings/plots.ipynb #1d4286ca
-def plot_arms(
-    comparisons:dict,          # Title of a panel -> comparisons: `arm`, `at` ('steps' or 'bit-operations'), `difference` (interval)
-    xlabel:str='difference in log perplexity of the answer (nats per token)', # What the differences are
-    margin:float=0.,           # Differences up to here do not matter; drawn as a band
-)->Figure: # A panel for each title, arms in the order of the first panel's differences at equal steps
-    "Paired differences of arms from a baseline, with their intervals."
-    if not comparisons or not all(comparisons.values()):
-        raise ValueError("comparisons is empty: give at least one panel with at least one comparison")
-    first = next(iter(comparisons.values()))
-    arms = list(dict.fromkeys(c.arm for c in sorted(first, key=lambda c: (c.at!='steps', c.difference[0]))))
-    styles = {'steps':_WEIGHTS, 'bit-operations':_ACTIVATIONS}   # two colours that no profile has
-    with panels(1, len(comparisons), 2.2+2.7*len(comparisons), 1.2+.3*len(arms), sharey=True) as (fig,axs):
-        for ax,(title,cs) in zip(axs, comparisons.items()):
-            for c in cs:
-                y = arms.index(c.arm)+(-.16 if c.at=='steps' else .16)
-                mark_interval(ax, y, np.array(c.difference), styles[c.at], c.at!='steps', gid=f'{title}-{c.at}-{c.arm}')
-            ax.axvspan(-margin, margin, color=INK, alpha=.18, lw=0); ax.axvline(0, ls=':', c=INK)
-            ax.set(title=title); ax.grid(axis='y', visible=False)
-        name_rows(axs[0], arms); fig.supxlabel(xlabel, color=INK, fontsize=9)
-        keys = [legend_key(f'at equal {k}', *s, line='-', hollow=k!='steps') for k,s in styles.items()]
-        fig.legend(handles=keys, loc='outside upper center', ncols=2)
+# %% ../../nbs/findings/plots.ipynb #908d56e9
+def plot_transfer(
+    records:Iterable[dict],   # Records of one preset and arm
+    attack:str='pgd',         # Which attack
+    radius:float|None=None,   # By default the middle one
+)->Figure: # Precision of the attack (rows) by precision of inference (columns)
+    "What an attack made at one precision does at another, in nats per token of the answer; the top row is clean."
+    records = list(records)
+    if not records: raise ValueError("records is empty: run_robustness makes them")
+    first,plan = records[0]['attacks'],records[0]['config']['plan']
+    radius = middle(plan['radii']) if radius is None else radius
+    columns = [f'fixed_{p}' for p in plan['profiles']]+list(plan['strategies'])
+    made = list(dict.fromkeys(a['attacker'] for a in first if (a['attack'], a['radius'])==(attack, radius)))
+    if not made:
+        there = ', '.join(sorted({a['attack'] for a in first}))
+        have = f"{there} at {plan['radii']}"
+        raise ValueError(f'attack={attack!r}, radius={radius}: not in the records, which have {have}')
+    def loss(r, attacker): return r['clean'] if attacker=='clean' else _attack(r, attack, radius, attacker)
+    def mean(attacker, column):
+        total = np.sum([loss(r, attacker)[column]['nll'] for r in records])
+        return total/np.sum([r['n_answer'] for r in records])
+    rows = ['clean', *made]
+    z = np.array([[mean(w, c) for c in columns] for w in rows])
+    with panels(1, 1, 1.8+.8*len(columns), 1.3+.38*len(z)) as (fig,(ax,)):
+        im = ax.imshow(z, aspect='auto', cmap='viridis')
+        for (i,j),v in np.ndenumerate(z):
+            ink = 'white' if im.norm(v)<.6 else 'black'
+            ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=8, color=ink)
+        ax.set_xticks(range(len(columns)), [c.removeprefix('fixed_') for c in columns], rotation=30, ha='right')
+        ax.set_yticks(range(len(rows)), [w.removeprefix('white_') for w in rows])
+        ax.set(xlabel='precision of inference', ylabel='precision of the attack'); ax.grid(False)
+        fig.colorbar(im, label='nats per token')
+    return fig
+
+def _attack(record, attack, radius, attacker):   # strategy -> scores
+    key = attack,radius,attacker
+    return next(a['scores'] for a in record['attacks'] if (a['attack'], a['radius'], a['attacker'])==key)
+
+_RANGE = dict(nll=(0, np.inf), nll_answer=(0, np.inf), right=(0, 1), f1=(0, 1))   # of scores
+
+def _mean_of(records, scores, what):   # an interval, over seeds and questions; losses count by tokens
+    sizes = records[0]['n_answer'] if what.startswith('nll') else None
+    return crossed_mean(scores, sizes).interval(within=_RANGE[what])
+
+def _band(ax, points, name):   # x -> Interval, as a line with a band
+    xs,short = sorted(points),name.removeprefix('fixed_')
+    style,line = profile_style(short),'-' if name.startswith('fixed_') else '--'
+    v,l,h = zip(*(points[x] for x in xs))
+    ax.plot(xs, v, marker=style.marker, ms=4, c=style.color, ls=line, label=short)
+    ax.fill_between(xs, l, h, color=style.color, alpha=.15, lw=0)
+
+def plot_radius(
+    records:Iterable[dict],  # Records of one preset and arm
+    attack:str='pgd',        # Which attack
+)->Figure: # Two panels: nats per token, and share of right answers
+    "Harm against the radius, each strategy under the attacker who knows it."
+    records = list(records)
+    if not records: raise ValueError("records is empty: run_robustness makes them")
+    plan = records[0]['config']['plan']
+    known = {f'fixed_{p}':f'white_{p}' for p in plan['profiles']} | {s:f'adaptive_{s}' for s in plan['strategies']}
+    made = {(a['attack'], a['radius'], a['attacker']) for a in records[0]['attacks']}
+    def at(r, name, x): return r['clean'][name] if x==0 else _attack(r, attack, x, known[name])[name]
+    said = dict(nll='nats per token of the answer', right='answers right, word for word')
+    with panels(1, 2, 8, 3) as (fig,axs):
+        for ax,score in zip(axs, said):
+            for name,w in known.items():
+                xs = [x for x in plan['radii'] if (attack, x, w) in made]
+                if not xs: continue
+                points = {x:[at(r, name, x)[score] for r in records] for x in (0, *xs)}
+                _band(ax, {x:_mean_of(records, found, score) for x,found in points.items()}, name)
+            ax.set(xlabel='radius (share of the embedding norm)', ylabel=said[score])
+        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5)
+    return fig
+
+def plot_typos(
+    records:Iterable[dict], # Records of one preset and arm, with typos
+)->Figure: # Two panels: nats per token, and F1
+    "Harm of typos against the measured character error rate."
+    records = list(records)
+    if not records or not records[0]['typos']:
+        raise ValueError("records is empty, or has no typos: run_robustness makes them")
+    rates = range(len(records[0]['typos']))
+    def rate(i): return float(np.mean([r['typos'][i]['distortion'] for r in records]))
+    def scores(i, name, score): return [r['typos'][i]['scores'][name][score] for r in records]
+    said = dict(nll_answer='nats per token of the answer', f1='F1')
+    with panels(1, 2, 8, 3) as (fig,axs):
+        for ax,score in zip(axs, said):
+            for name in records[0]['clean']:
+                _band(ax, {rate(i):_mean_of(records, scores(i, name, score), score) for i in rates}, name)
+            ax.set(xlabel='character error rate', ylabel=said[score])
+        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5)
     return fig
