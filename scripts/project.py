@@ -26,9 +26,9 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),
-    ('study', 'Study', 'runs and their records', 'presets records figures statistics runs experiments cycles robustness searches'),
+    ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
-        'plots comparisons widths cycling choices defences verdicts reasons earlier'),
+        'plots comparisons widths cycling choices defences verdicts reasons'),
     ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli options commands studying page exploration explorer'))]
 
 

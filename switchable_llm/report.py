@@ -12,7 +12,7 @@ import json, math, re
 from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
-from .study.presets import PRESETS
+from .study.records import PRESETS
 from .search.intervals import MARGIN, Interval
 from .study.statistics import Finding, Findings, plural
 from .findings.cycling import CPT_QUESTIONS, cpt_findings

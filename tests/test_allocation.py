@@ -6,7 +6,7 @@ import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.search.allocation import Choices, allocate, search
 from switchable_llm.study.searches import random_choice, run_allocation
-from switchable_llm.study.presets import PRESETS
+from switchable_llm.study.records import PRESETS
 from switchable_llm.data.encoding import Encoded
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.data.checkpoints import save_switchable

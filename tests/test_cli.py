@@ -10,7 +10,7 @@ from conftest import heed_ctrl_c
 from switchable_llm.apps import commands as module
 from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_package, one_line
 from switchable_llm.apps.options import GROUPS
-from switchable_llm.study.presets import Preset
+from switchable_llm.study.records import Preset
 from switchable_llm.core.files import claim
 from switchable_llm.study.runs import NUMBERS, WORDS
 

@@ -3,7 +3,7 @@ import importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, ti
 from pathlib import Path
 import psutil, pytest
 from conftest import heed_ctrl_c
-from switchable_llm.study.presets import PRESETS
+from switchable_llm.study.records import PRESETS
 from switchable_llm.apps.cli import main
 from switchable_llm.apps.commands import page_code
 

@@ -6,7 +6,7 @@ import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from switchable_llm.study.presets import PRESETS
+from switchable_llm.study.records import PRESETS
 from switchable_llm.data.encoding import encode
 from switchable_llm.data.models import load_model
 from switchable_llm.study.records import load_records

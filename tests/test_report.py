@@ -5,7 +5,7 @@ from conftest import ROOT
 from switchable_llm.study.statistics import read, show_exposure
 from switchable_llm.findings.cycling import cpt_faults, cpt_findings
 from switchable_llm.findings.defences import attack_faults, defence_findings, is_question
-from switchable_llm.findings.earlier import (
+from switchable_llm.findings.reasons import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
 from switchable_llm.findings.reasons import cpt_parts, robustness_findings, robustness_parts, transfer_share
 from switchable_llm.report import (QUESTIONS, abstract, answers, as_markdown, load_benchmarks, missing_records, open_questions, open_table, records_table, speed_table,

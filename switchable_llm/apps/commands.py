@@ -18,10 +18,9 @@ from ..core.profiles import PROFILES, Profile, load_profiles, read_profiles
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
 from ..data.checkpoints import check_save_target, load_switchable, read_switchable, save_switchable
-from ..study.presets import PRESETS, Preset
+from ..study.records import PRESETS, Preset, save_record, check_name
 from ..data.models import load_model
 from ..data.squad import load_squad
-from ..study.records import save_record, check_name
 from ..profiles_eval import answer, evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import check_packed, is_packed, load_packed, load_packed_tokenizer, packed_size

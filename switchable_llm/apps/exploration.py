@@ -25,7 +25,7 @@ from ..core.profiles import SITES, Profile, Site, as_profile
 from ..core.layers import QuantLayer, Setting
 from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
-from ..study.presets import PRESETS, Preset
+from ..study.records import PRESETS, Preset
 from ..data.encoding import encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style
 from ..search.costs import Cost, profile_cost

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..quantizers import Bits
 from ..core.profiles import Profile
 from ..core.switching import switch_of
-from ..study.presets import PRESETS
+from ..study.records import PRESETS
 from ..data.embedded import tiny_squad, tiny_tokenizer
 from ..study.figures import figure_style
 from .cli import one_line

@@ -13,7 +13,7 @@ from typing import Callable
 from fastcore.docments import docments
 from ..core.files import check_target
 from ..core.profiles import read_profiles
-from ..study.presets import PRESETS, Preset
+from ..study.records import PRESETS, Preset
 from ..study.runs import NUMBERS, WORDS, Number, check_preset
 from .cli import Parser
 

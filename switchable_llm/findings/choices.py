@@ -11,7 +11,7 @@ from typing import Iterable
 import numpy as np
 from matplotlib.figure import Figure
 from ..core.profiles import Profile, Site
-from ..study.presets import PRESETS
+from ..study.records import PRESETS
 from ..search.sensitivity import cheaper, total
 from ..search.costs import Cost
 from ..search.intervals import MARGIN, Interval, crossed_mean

@@ -14,8 +14,7 @@ import numpy as np
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
-from ..study.presets import PRESETS
-from ..study.records import load_records
+from ..study.records import PRESETS, load_records
 from switchable_llm.study.statistics import (
     VERDICTS, Findings, as_good, basis, better, decide, exposure, mean_exposure, paired, same_exposure,
     show_exposure)

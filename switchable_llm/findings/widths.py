@@ -12,8 +12,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
-from ..study.presets import PRESETS
-from ..study.records import load_records
+from ..study.records import PRESETS, load_records
 from ..profiles_eval import Evaluation, Perplexity, bounded_exp, compare, ppl_interval, with_tokens
 from ..search.intervals import Interval, interval, per_token
 from .plots import plot_ablation

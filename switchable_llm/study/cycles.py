@@ -19,8 +19,7 @@ from torch import nn
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
 from ..data.checkpoints import base_hash
-from .presets import Preset
-from .records import known_record, save_record
+from .records import Preset, known_record, save_record
 from .figures import figure_style
 from ..profiles_eval import evaluate, perplexity
 from .runs import (

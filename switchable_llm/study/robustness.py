@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Callable, Iterable
 from ..core.calibration import calibrate_
 from ..data.checkpoints import base_hash, read_switchable, save_switchable
-from .presets import Preset
+from .records import Preset, known_record, save_record
 from ..data.encoding import collate, encode
-from .records import known_record, save_record
 from ..data.tasks import answering
 from ..joint_training import high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode

@@ -24,9 +24,8 @@ from ..core.calibration import calibrate_, learn_ranges_
 from ..core.switching import make_switchable_, switch_of, use_profile
 from ..lora_routing import add_adapters_
 from ..data.checkpoints import base_hash, save_switchable
-from .presets import Preset
+from .records import Preset, save_record, check_name, record_target
 from ..data.encoding import encode
-from .records import save_record, check_name, record_target
 from ..data.models import load_model
 from ..data.squad import load_squad
 from switchable_llm.joint_training import (

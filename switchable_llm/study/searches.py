@@ -17,9 +17,8 @@ from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
 from ..data.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
 from ..data.encoding import Encoded, encode
-from .presets import Preset
+from .records import Preset, save_record
 from ..data.models import load_model
-from .records import save_record
 from ..data.squad_scores import em_f1
 from ..joint_training import batch_rows
 from ..profiles_eval import answer
