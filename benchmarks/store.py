@@ -11,7 +11,7 @@ from common import gpt2, table, write
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.exports import freeze
-from switchable_llm.serving.packed import load_packed, packed_size
+from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.switching import held_bytes, make_switchable_
 

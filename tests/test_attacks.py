@@ -3,9 +3,9 @@ import json, math, random
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from switchable_llm.adversarial import (
-    ATTACKS, KINDS, WHERE, adaptive, adversarial_task, allowed_tokens, answer_positions, distortion,
+    ATTACKS, KINDS, WHERE, adaptive, adversarial_task, allowed_tokens, distortion,
     flip_tokens, misspell, perturbation, row_scores, stack_masks, token_mask, white_box, with_typos)
 from switchable_llm.apps.cli import main
 from switchable_llm.cpt import CycleConfig
@@ -17,18 +17,15 @@ from switchable_llm.study.records import load_records
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
-from switchable_llm.data.tasks import answering
 from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.study.robustness import Plan, run_robustness
 from switchable_llm.data.spans import collate_windows, encode_windows
 from switchable_llm.search.extraction import span_extraction
 from switchable_llm.search.strategies import score_strategy, strategy, use_strategy
-from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile
 from test_real_models import byte_bpe
 

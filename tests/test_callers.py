@@ -1,5 +1,5 @@
 "One model, many callers: each gets its own profile, a pass ends as it began, and no weight is stale."
-import asyncio, copy, os, pickle, random, threading
+import asyncio, copy, os, pickle, random
 import pytest, torch
 from concurrent.futures import ThreadPoolExecutor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -1,9 +1,7 @@
 "The front door: six lines that run as written, few names, and nothing imported before it is used."
-import json, os, subprocess, sys
-from pathlib import Path
+import json, subprocess, sys
 import pytest
 import switchable_llm as sl
-from conftest import ROOT
 
 def run(code, env, **kw):
     "What a fresh process prints, as JSON."

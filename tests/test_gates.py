@@ -1,18 +1,16 @@
 "Learned gates in the real loop, in files, at other precisions, on other classes, under faults, and in two processes."
-import copy, json, random, subprocess, sys
+import copy, random, subprocess, sys
 import pytest, torch
 import gates_worker as worker
 from train_worker import HAS_GLOO, LAUNCH, QUIET, settings
-from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering, OPTConfig, OPTForCausalLM
-from switchable_llm.data.encoding import encode
 from switchable_llm.data.models import load_model
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.core.gates import (
     BitBudget, add_gates_, calibrate_gates_, expected_bits, gate_params, gate_profile, mean_bits, realised_bits,
     remove_gates_, use_gates)
-from switchable_llm.joint_training import Objective, all_profiles, random_profile, train
+from switchable_llm.joint_training import Objective, random_profile, train
 from switchable_llm.data.tasks import answering, token_weights
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.data.checkpoints import base_hash, load_switchable, save_switchable
@@ -21,7 +19,7 @@ from switchable_llm.serving.packed import load_packed
 from switchable_llm.profiles_eval import evaluate
 from switchable_llm.search.costs import profile_cost
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.profiles import Profile, Rule
+from switchable_llm.core.profiles import Profile
 from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile
 

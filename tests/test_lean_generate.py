@@ -2,7 +2,6 @@
 import gc
 import pytest, torch
 from transformers import DynamicCache
-from switchable_llm.serving import lean
 from switchable_llm.serving.generating import LeanCache
 from switchable_llm.serving.lean import LiveStep, Step, lean_tokens, live_of
 from switchable_llm.core.integer import native_features

@@ -1,8 +1,8 @@
 "What the native calls do with descriptions that lie: a fault, and never a read or a write past an end."
-import copy, ctypes, os, random
+import ctypes, os, random
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.serving.kernels import ActQuant, FAULTS, _BUFFERS, _Linear, _native, LinearPlan
+from switchable_llm.serving.kernels import ActQuant, FAULTS, _Linear, _native, LinearPlan
 from switchable_llm.serving.parts import Cache, Table, _Cache, _Layer, _Model, parts_of, Dense, native_calls
 from switchable_llm.serving.lean import Step, torch_step
 from switchable_llm.core.integer import native_features

@@ -5,7 +5,7 @@ import pytest, torch
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.serving.packed import PackedLayer, load_packed, packed_size
+from switchable_llm.serving.packed import load_packed, packed_size
 from switchable_llm.serving.exports import freeze
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile

@@ -5,14 +5,13 @@ import pytest, torch, transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.serving.packed import check_packed, load_packed, load_packed_tokenizer, packed_size
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed_file import BLANK, checksum, read_head, seal
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.profiles import FAMILIES
-from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile
 from test_families import toy
 from test_packed import CLASSES, inputs, layer_inputs, switchable

@@ -1,7 +1,6 @@
 "A short run of `fuzz_packed.py`: damaged and forged files neither crash nor hang a process, and every error names the file."
 import os
 from collections import Counter
-import pytest
 from fuzz_packed import WAYS, fuzz, kind
 
 CASES = int(os.environ.get('SWITCHABLE_LLM_FUZZ', 2000))   # 20,000 by hand; `python tests/fuzz_packed.py --asan` looks closer

@@ -3,7 +3,7 @@ import json, random
 import pytest, torch
 from switchable_llm.data.models import load_model
 from switchable_llm.quantizers import Bits, QuantConfig
-from switchable_llm.core.profiles import PROFILES, SITES, Profile, Rule, find_sites, load_profiles, save_profiles
+from switchable_llm.core.profiles import PROFILES, SITES, Profile, Rule, load_profiles, save_profiles
 from switchable_llm.core.switching import make_switchable_, use_profile
 
 def random_bits(rng): return Bits(rng.choice([None, 2, 3, 4, 5, 6, 8, 12, 16]), rng.choice([None, 2, 4, 8, 16]))

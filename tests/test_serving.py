@@ -1,11 +1,10 @@
 "Serving one packed model to many: caches, tables and threads; what memory it takes; and what is said when it does not run natively."
-import copy, gc, os, pickle, random, subprocess, sys, threading, warnings
+import copy, gc, os, pickle, random, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from switchable_llm.serving import generating, lean
-from switchable_llm.serving.kernels import LinearPlan
-from switchable_llm.serving.parts import Cache, Dense, NotLean
+from switchable_llm.serving.parts import Dense
 from switchable_llm.serving.generating import LeanCache, lean_class
 from switchable_llm.serving.lean import LiveStep, Step, lean_tokens, live_of
 from switchable_llm.lora_routing import add_adapters_

@@ -1,7 +1,7 @@
 "The site: what notebooks become, what the check sees, how figures are saved, what a browser shows."
 import base64, inspect, json, shutil, sys
 from pathlib import Path
-import nbformat, pytest
+import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 ROOT = Path(__file__).resolve().parents[1]

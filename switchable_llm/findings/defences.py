@@ -10,7 +10,7 @@ __all__ = ['THREATS', 'UNITS', 'STEPS', 'LEFT', 'threat_scores', 'best_fixed', '
 # %% ../../nbs/findings/defences.ipynb #19a0d806
 import itertools
 import numpy as np
-from typing import Iterable, NamedTuple
+from typing import Iterable
 from ..study.statistics import ANSWERS, Claim, Findings, as_good, basis, better, decide, paired
 from ..search.intervals import MARGIN, crossed_mean
 from ..study.robustness import middle

@@ -11,7 +11,9 @@ __all__ = ['CPT_STATIC', 'ROBUSTNESS', 'SOURCES', 'EARLIER', 'cpt_parts', 'cpt_a
 # %% ../../nbs/findings/reasons.ipynb #394fd0b4
 import math
 import numpy as np
-from typing import Iterable
+from typing import Iterable, NamedTuple
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from ..study.statistics import ANSWERS, Findings, basis, decide, paired, plural
 from ..search.intervals import MARGIN, Interval, crossed_mean, digits
 from .cycling import cpt_faults, cpt_findings, cpt_score, cpt_verdicts
@@ -20,13 +22,8 @@ from switchable_llm.findings.defences import (
     attack_faults, defence_claim, earlier_statements, is_question, robustness_verdicts, sanity_checks,
     threat_scores, transfer_claim)
 from switchable_llm.findings.verdicts import (
-    Study, no_record, unequal_exposure, PRESET_NAMES, joint_score, markdown_table, profile_names, profile_scores,
-    tried, capital)
-import math
-import numpy as np
-from typing import Iterable, NamedTuple
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+    Study, no_record, unequal_exposure, PRESET_NAMES, joint_score, markdown_table, profile_names,
+    profile_scores, tried, capital)
 from ..study.figures import figure_style
 from .choices import cheaper_part
 

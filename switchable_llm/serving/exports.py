@@ -26,21 +26,7 @@ from .packed_file import (
     BLANK, CARRIED, PACKED_VERSION, check_description, checksum, is_elsewhere, make_tokenizer, seal, short)
 
 # %% ../../nbs/serving/exports.ipynb #1aa09584
-import copy, importlib, json, pickle, torch
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Any, Iterable, NamedTuple
-from torch import nn, Tensor
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
-from transformers.pytorch_utils import Conv1D
-from ..quantizers import Bits, quantize_weight
-from ..core.files import check_target, write_whole, writing_folder
-from ..core.switching import refuse_save_, switch_of, use_profile
-from ..core.profiles import Profile, save_profiles
-from ..core.layers import QuantLayer, Setting
-from ..lora_routing import LoRA
-from ..data.models import optional
+from typing import Any
 
 # %% ../../nbs/serving/exports.ipynb #a4f150a8
 def freeze(
