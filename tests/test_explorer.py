@@ -202,7 +202,7 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
 def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
     "It has no float weights: the page says so, and compares with the profile of the most bits."
     monkeypatch.chdir(tmp_path)
-    train = '--act per_token --steps 2 --batch-size 2 --train-n 20 --calibration 1 --profiles bw4 bw8 --out mine'
+    train = '--act per_token --steps 2 --batch-size 2 --train-n 20 --profiles bw4 bw8 --out mine'
     assert main(['train', '--quiet', '--model', str(toy_folder), *train.split()])==0
     assert main(['freeze', 'mine', '--out', 'mine.safetensors'])==0
     with Server(tmp_path, child_env, 'mine.safetensors', 'mine', '--max-sessions', 1) as server:
