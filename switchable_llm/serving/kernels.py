@@ -134,7 +134,7 @@ class ActQuant(NamedTuple):
 _BUFFERS = 'high middle low dense scale sums bias lora_a lora_bt'.split()
 FLOAT_TYPES = {torch.float32:0, torch.bfloat16:1, torch.float16:2}
 
-class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.cpp
+class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.h
     _fields_ = ([('size', ctypes.c_int64)] + [(k, ctypes.c_void_p) for k in _BUFFERS] + [('len', ctypes.c_int64*len(_BUFFERS))]
                 + [(k, ctypes.c_int64) for k in 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero'.split()]
                 + [(k, ctypes.c_double) for k in 'act_scale zero lora_scale'.split()])

@@ -107,7 +107,7 @@ def parts_of(
 _pointers = lambda names: [(k, ctypes.c_void_p) for k in names.split()]
 _integers = lambda names: [(k, ctypes.c_int64) for k in names.split()]
 
-class _Cache(ctypes.Structure):   # SlCache of csrc/packed.cpp
+class _Cache(ctypes.Structure):   # SlCache of csrc/packed.h
     _fields_ = _integers('size') + _pointers('keys values cos sin') + _integers('keys_len values_len cos_len sin_len capacity')
 
 class Cache:
@@ -167,7 +167,7 @@ def _longer(t, room):   # with room for so many tokens
     return new
 
 # %% ../../nbs/serving/parts.ipynb #b2c0a006
-class _Layer(ctypes.Structure):   # SlLayer of csrc/packed.cpp
+class _Layer(ctypes.Structure):   # SlLayer of csrc/packed.h
     _fields_ = _integers('size') + [('norm', ctypes.c_void_p*4), ('norm_len', ctypes.c_int64*4)] + _pointers('q k v out gate up down')
 
 class _Model(ctypes.Structure):   # SlModel
