@@ -8,8 +8,9 @@
 
 static int detect() {           // bit 0: vector kernels, bit 1: tile kernels
     __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))) return 0;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vnni"))) return 0;
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return 1;
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 3 : 1;   // ask the system for tile registers
@@ -79,22 +80,27 @@ static int check_ends(const SlModel *M, i64 *part) {
     if (int fault = check_linear(M->head)) return fault;
     if (M->head->k != M->dim) return SHAPES;
     *part = 9;
-    if (!holds_or_none(M->norm_w, M->norm_w_len, M->dim) || !holds_or_none(M->norm_b, M->norm_b_len, M->dim)) return BUFFER;
+    if (!holds_or_none(M->norm_w, M->norm_w_len, M->dim)) return BUFFER;
+    if (!holds_or_none(M->norm_b, M->norm_b_len, M->dim)) return BUFFER;
     return holds_or_none(M->positions, M->positions_len, times(M->context, M->dim)) ? FINE : BUFFER;
 }
-static void note_size(SlModel *M, const SlLinear *d, bool inside) {   // the largest of all layers, and whether all inside are planes
+// Notes the largest sizes of all layers, and whether all inside are planes.
+static void note_size(SlModel *M, const SlLinear *d, bool inside) {
     if (!d) return;
     if (d->kp > M->max_kp) M->max_kp = d->kp;
     if (d->r > M->max_r) M->max_r = d->r;
     if (inside && d->dense) M->packed = 0;
 }
-// Checks a table once, before its first use; layer and part of the first fault go to `where` (2), -1 where there is none.
+
+// Checks a table once, before its first use. Layer and part of the first fault go to `where` (2), -1 where there
+// is none.
 SL_API int sl_check_model(SlModel *M, i64 *where) {
     where[0] = where[1] = -1;
     if (!M || M->size != (i64)sizeof *M) return STRUCT;
     M->checked = 0;
-    if (!within(M->n_layers, 1, 65536) || !within(M->dim, 1, 65536) || !within(M->hidden, 1, 65536)) return RANGE;
-    if (!within(M->heads, 1, 65536) || !within(M->kv_heads, 1, M->heads) || M->heads % M->kv_heads) return RANGE;
+    if (!within(M->n_layers, 1, 65536) || !within(M->dim, 1, 65536)) return RANGE;
+    if (!within(M->hidden, 1, 65536) || !within(M->heads, 1, 65536)) return RANGE;
+    if (!within(M->kv_heads, 1, M->heads) || M->heads % M->kv_heads) return RANGE;
     if (!within(M->head_dim, 1, 65536) || (M->rotary && M->head_dim % 2)) return RANGE;
     if (!within(M->context, 1, MOST) || !within(M->positions_type, 0, 2) || !M->layers) return RANGE;
     if (int fault = check_ends(M, where + 1)) return fault;
@@ -110,7 +116,8 @@ SL_API int sl_check_model(SlModel *M, i64 *where) {
     M->checked = CHECKED;
     return FINE;
 }
-// Before each pass: tokens ids (m) at position pos.
+
+// Checks a pass before it begins: tokens ids (m) at position pos.
 int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos) {
     if (!M || !C || M->size != (i64)sizeof *M || C->size != (i64)sizeof *C) return STRUCT;
     if (M->checked != CHECKED) return UNCHECKED;

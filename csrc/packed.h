@@ -1,10 +1,13 @@
 // Products with the nested store (nbs/serving/kernels.ipynb describes the layout and the formulas).
 //
-// A weight of n output channels and k inputs is kept as three planes of its eight-bit codes: bits 7-4, bits 3-2, bits 1-0. A vector of
-// 64 bytes is 16 channels x 4 inputs; four vectors make a unit of 16 inputs: 128 bytes of the high plane, 64 of the middle, 64 of the low.
-// Codes are used with their top bit at bit 7 and zeros (or nothing) below the live bits, so one routine serves all precisions.
-// Activations become signed bytes: codes of at most 8 bits take one, wider codes and floats (24-bit integers per token) take three.
-// All sums are integers; scales, zero points and bias are applied in double, and the result is rounded once.
+// A weight of n output channels and k inputs is kept as three planes of its eight-bit codes: bits 7-4, bits 3-2,
+// bits 1-0. A vector of 64 bytes is 16 channels x 4 inputs. Four vectors make a unit of 16 inputs: 128 bytes of the
+// high plane, 64 of the middle, 64 of the low. Codes are used with their top bit at bit 7 and zeros (or nothing)
+// below the live bits, so one routine serves all precisions.
+//
+// Activations become signed bytes: codes of at most 8 bits take one, wider codes and floats (24-bit integers per
+// token) take three. All sums are integers; scales, zero points and bias are applied in double, and the result is
+// rounded once.
 //
 // border.cpp checks what comes in, planes.cpp multiplies, model.cpp runs tokens through a whole model.
 #pragma once
@@ -20,8 +23,9 @@
 #define SL_API extern "C" __attribute__((visibility("default")))
 typedef int64_t i64;
 
-// Every struct begins with its own size, as the caller knows it, and every buffer comes with the count of numbers that it holds:
-// the calls compare both with what they are going to read, and return a fault instead of reading past an end.
+// Every struct begins with its own size, as the caller knows it, and every buffer comes with the count of numbers
+// that it holds. The calls compare both with what they are going to read, and return a fault instead of reading
+// past an end.
 enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, BUFFERS };
 struct SlLinear {               // mirrored by kernels._Linear
     i64 size;
@@ -43,12 +47,12 @@ struct SlLinear {               // mirrored by kernels._Linear
 
 struct SlLayer {                // mirrored by parts._Layer
     i64 size;
-    const float *norm[4];       // weight and bias of the norm before attention and of that before the MLP; biases null for RMS norms
+    const float *norm[4];       // weight and bias before attention, then before the MLP; biases may be null
     i64 norm_len[4];
     const SlLinear *qkv[3];     // one fused (then 1 and 2 are null) or three
     const SlLinear *out, *gate, *up, *down;               // gate null for a plain MLP
 };
-struct SlModel {                // mirrored by parts._Model: a model at one profile; shared by all threads, and only read
+struct SlModel {                // mirrored by parts._Model: a model at one profile; threads only read it
     i64 size;
     const SlLayer *layers;
     const SlLinear *embedding, *head;
@@ -80,7 +84,7 @@ enum { FINE, CANNOT, NO_MEMORY, POSITION, TOKEN, STRUCT, RANGE, BUFFER, SHAPES, 
 // ---- border.cpp ----
 int features();                 // bit 0: vector kernels, bit 1: tile kernels
 int check_linear(const SlLinear *d);
-int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos);   // before each pass: tokens ids (m) at position pos
+int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos);
 
 // ---- planes.cpp ----
 struct Own { int8_t *bytes; float *h, *norm, *scores, *q, *k; };   // scratch of one thread
@@ -106,7 +110,12 @@ static inline int thread_id() {
 struct Arena {                  // scratch memory of the calling thread; grows, and goes with the thread
     char *p = nullptr; size_t size = 0;
     char *get(size_t n) {
-        if (n > size) { free(p); p = nullptr; size = 0; void *q; if (posix_memalign(&q, 64, n + n/4)) return nullptr; p = (char*)q; size = n + n/4; }
+        if (n <= size) return p;
+        free(p);
+        p = nullptr; size = 0;
+        void *q;
+        if (posix_memalign(&q, 64, n + n/4)) return nullptr;
+        p = (char*)q; size = n + n/4;
         return p;
     }
     ~Arena() { free(p); }

@@ -34,12 +34,18 @@ static Grid grid_of(const SlLinear *d, const void *x, int type, Row *row) {
         lo = _mm512_min_ps(v, lo); hi = _mm512_max_ps(v, hi);
         top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
     }
-    if (_mm512_reduce_max_epi32(top) >= 0x7f800000) { row->sx = NAN; row->zx = 0; g.inv = 0; return g; }   // not finite: neither is the result
+    if (_mm512_reduce_max_epi32(top) >= 0x7f800000) {   // not finite: neither is the result
+        row->sx = NAN; row->zx = 0; g.inv = 0;
+        return g;
+    }
     float l = _mm512_reduce_min_ps(lo), h = _mm512_reduce_max_ps(hi), big = h > -l ? h : -l;
     if (d->act_mode == 2) {
         float s = d->act_symmetric ? big / g.hi : (h - l) / g.hi;
         if (s < 1.17549435e-38f) s = 1.17549435e-38f;
-        if (!d->act_symmetric) { g.zp = nearbyintf(-l / s); g.zp = g.zp < g.lo ? g.lo : g.zp > g.hi ? g.hi : g.zp; }
+        if (!d->act_symmetric) {
+            g.zp = nearbyintf(-l / s);
+            g.zp = g.zp < g.lo ? g.lo : g.zp > g.hi ? g.hi : g.zp;
+        }
         g.inv = 1.0f / s; row->sx = s; row->zx = g.zp - g.off;
         return g;
     }
@@ -51,9 +57,11 @@ static Grid grid_of(const SlLinear *d, const void *x, int type, Row *row) {
 }
 
 // Bytes of input i stand at out + (i/64)*chunk + i%64, those of the next digit `digit` further.
-static void quantize_row(const SlLinear *d, const void *x, int type, int8_t *out, i64 chunk, i64 digit, Row *row) {
+static void quantize_row(const SlLinear *d, const void *x, int type, int8_t *out, i64 chunk, i64 digit,
+                         Row *row) {
     Grid g = grid_of(d, x, type, row);
-    const __m512 inv = _mm512_set1_ps(g.inv), zp = _mm512_set1_ps(g.zp), lo = _mm512_set1_ps(g.lo), hi = _mm512_set1_ps(g.hi);
+    const __m512 inv = _mm512_set1_ps(g.inv), zp = _mm512_set1_ps(g.zp);
+    const __m512 lo = _mm512_set1_ps(g.lo), hi = _mm512_set1_ps(g.hi);
     const __m512i off = _mm512_set1_epi32(g.off), half = _mm512_set1_epi32(0x808080);
     const int wide = digits_of(d) == 3;
     __m512i sum = _mm512_setzero_si512(), sum2 = sum;
@@ -63,7 +71,11 @@ static void quantize_row(const SlLinear *d, const void *x, int type, int8_t *out
         v = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(v, zp), lo), hi);
         __m512i q = _mm512_maskz_sub_epi32(m, _mm512_cvtps_epi32(v), off);
         int8_t *o = out + (i >> 6)*chunk + (i & 63);
-        if (!wide) { _mm_storeu_si128((__m128i*)o, _mm512_cvtepi32_epi8(q)); sum = _mm512_add_epi32(sum, q); continue; }
+        if (!wide) {
+            _mm_storeu_si128((__m128i*)o, _mm512_cvtepi32_epi8(q));
+            sum = _mm512_add_epi32(sum, q);
+            continue;
+        }
         __m512i t = _mm512_xor_si512(_mm512_add_epi32(q, half), half);   // balanced base-256 digits
         _mm_storeu_si128((__m128i*)o, _mm512_cvtepi32_epi8(t));
         _mm_storeu_si128((__m128i*)(o + digit), _mm512_cvtepi32_epi8(_mm512_srli_epi32(t, 8)));
@@ -71,10 +83,12 @@ static void quantize_row(const SlLinear *d, const void *x, int type, int8_t *out
         sum = _mm512_add_epi64(sum, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(q)));
         sum2 = _mm512_add_epi64(sum2, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(q, 1)));
     }
-    row->sum = wide ? (double)_mm512_reduce_add_epi64(_mm512_add_epi64(sum, sum2)) : (double)_mm512_reduce_add_epi32(sum);
+    row->sum = wide ? (double)_mm512_reduce_add_epi64(_mm512_add_epi64(sum, sum2))
+                    : (double)_mm512_reduce_add_epi32(sum);
 }
 
-template<int R> static void dots(const float *a, i64 step, const void *x, int type, i64 k, float scaling, float *h) {   // R rows of A at once
+// R rows of A at once.
+template<int R> static void dots(const float *a, i64 step, const void *x, int type, i64 k, float scaling, float *h) {
     __m512 s[R];
     for (int j = 0; j < R; j++) s[j] = _mm512_setzero_ps();
     for (i64 i = 0; i < k; i += 16) {
@@ -94,9 +108,12 @@ static void adapter_row(const SlLinear *d, const void *x, int type, float *h) { 
 
 // ---- planes to codes ----
 static inline uint8_t code_mask(i64 bits) { return (uint8_t)(0xff << (8 - bits)); }
-static inline __m512i pick(__m512i mask, __m512i yes, __m512i no) { return _mm512_ternarylogic_epi32(mask, yes, no, 0xca); }
+static inline __m512i pick(__m512i mask, __m512i yes, __m512i no) {
+    return _mm512_ternarylogic_epi32(mask, yes, no, 0xca);
+}
 
-template<int P> static inline __attribute__((always_inline)) void unpack_unit(const uint8_t *h, const uint8_t *m, const uint8_t *l, __m512i mask, __m512i w[4]) {
+template<int P> static inline __attribute__((always_inline))
+void unpack_unit(const uint8_t *h, const uint8_t *m, const uint8_t *l, __m512i mask, __m512i w[4]) {
     const __m512i high = _mm512_set1_epi8((char)0xf0), low = _mm512_set1_epi8(3);
     __m512i h0 = _mm512_loadu_si512(h), h1 = _mm512_loadu_si512(h + 64);
     w[0] = _mm512_slli_epi16(h0, 4); w[1] = h0; w[2] = _mm512_slli_epi16(h1, 4); w[3] = h1;
@@ -110,7 +127,8 @@ template<int P> static inline __attribute__((always_inline)) void unpack_unit(co
         w[0] = pick(low, v, w[0]); w[1] = pick(low, _mm512_srli_epi16(v, 2), w[1]);
         w[2] = pick(low, _mm512_srli_epi16(v, 4), w[2]); w[3] = pick(low, _mm512_srli_epi16(v, 6), w[3]);
     }
-    if (P != 3) for (int j = 0; j < 4; j++) w[j] = _mm512_and_si512(w[j], mask);   // P=4 is seven bits: three planes, masked
+    if (P != 3)                       // P=4 is seven bits: three planes, masked
+        for (int j = 0; j < 4; j++) w[j] = _mm512_and_si512(w[j], mask);
 }
 static inline int variant(i64 bits) { return bits <= 4 ? 1 : bits <= 6 ? 2 : bits == 8 ? 3 : 4; }
 
@@ -118,7 +136,8 @@ static inline int variant(i64 bits) { return bits <= 4 ? 1 : bits <= 6 ? 2 : bit
 template<int P, int R> static void gemv_block(const SlLinear *d, i64 nb, const int8_t *xs, int32_t *s) {
     enum { A = R <= 4 ? 4 : 2 };
     const i64 units = d->kp >> 4;
-    const uint8_t *h = d->high + nb*units*128, *m = P > 1 ? d->middle + nb*units*64 : h, *l = P > 2 ? d->low + nb*units*64 : h;
+    const uint8_t *h = d->high + nb*units*128;
+    const uint8_t *m = P > 1 ? d->middle + nb*units*64 : h, *l = P > 2 ? d->low + nb*units*64 : h;
     const __m512i mask = _mm512_set1_epi8((char)code_mask(d->bits));
     __m512i acc[R][A];
     for (int r = 0; r < R; r++) for (int a = 0; a < A; a++) acc[r][a] = _mm512_setzero_si512();
@@ -137,12 +156,16 @@ template<int P, int R> static void gemv_block(const SlLinear *d, i64 nb, const i
     }
 }
 typedef void (*gemv_fn)(const SlLinear*, i64, const int8_t*, int32_t*);
-#define SL_ROW(P) {gemv_block<P,1>, gemv_block<P,2>, gemv_block<P,3>, gemv_block<P,4>, gemv_block<P,5>, gemv_block<P,6>, gemv_block<P,7>, gemv_block<P,8>}
+#define SL_ROW(P) {gemv_block<P,1>, gemv_block<P,2>, gemv_block<P,3>, gemv_block<P,4>, \
+                   gemv_block<P,5>, gemv_block<P,6>, gemv_block<P,7>, gemv_block<P,8>}
 static const gemv_fn gemv_table[4][8] = {SL_ROW(1), SL_ROW(2), SL_ROW(3), SL_ROW(4)};
 
 // ---- integer sums to numbers ----
 struct Channels { __m512d scale[2], sums[2], bias[2]; __mmask16 m; };   // constants of 16 channels
-static inline void wide(__m512 v, __m512d o[2]) { o[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v)); o[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
+static inline void wide(__m512 v, __m512d o[2]) {
+    o[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    o[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+}
 static inline Channels channels(const SlLinear *d, i64 nb) {
     Channels c;
     const i64 n0 = nb*16;
@@ -152,28 +175,38 @@ static inline Channels channels(const SlLinear *d, i64 nb) {
     wide(d->bias ? _mm512_maskz_loadu_ps(c.m, d->bias + n0) : _mm512_setzero_ps(), c.bias);
     const __m512i sums = d->act_mode ? _mm512_maskz_loadu_epi32(c.m, d->sums + n0) : _mm512_setzero_si512();
     const __m512i s = _mm512_slli_epi32(sums, shift);
-    c.sums[0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(s)); c.sums[1] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(s, 1));
-    for (int p = 0; p < 2; p++) c.scale[p] = _mm512_mul_pd(c.scale[p], _mm512_set1_pd(1./(1 << shift)));   // codes are used with their top bit at bit 7
+    c.sums[0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(s));
+    c.sums[1] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(s, 1));
+    for (int p = 0; p < 2; p++)       // codes are used with their top bit at bit 7
+        c.scale[p] = _mm512_mul_pd(c.scale[p], _mm512_set1_pd(1./(1 << shift)));
     return c;
 }
-static inline double flat_of(const SlLinear *d, const Row *row) { return d->zero*(double)(1 << (8 - d->bits))*(d->k*row->zx - row->sum); }
+static inline double flat_of(const SlLinear *d, const Row *row) {
+    return d->zero*(double)(1 << (8 - d->bits))*(d->k*row->zx - row->sum);
+}
+static inline __m512d eight(const int32_t *s) {
+    return _mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i*)s));
+}
 // 16 channels of one token; digit g of the sums stands at s + g*step.
-template<int D> static inline __attribute__((always_inline)) __m512 finish16(const Channels *c, const int32_t *s, i64 step, const Row *row, double flat) {
+template<int D> static inline __attribute__((always_inline))
+__m512 finish16(const Channels *c, const int32_t *s, i64 step, const Row *row, double flat) {
     __m256 part[2];
     for (int p = 0; p < 2; p++) {
-        __m512d t = _mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i*)(s + 8*p)));
+        __m512d t = eight(s + 8*p);
         if (D == 3) {
-            t = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i*)(s + step + 8*p))), _mm512_set1_pd(256.), t);
-            t = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i*)(s + 2*step + 8*p))), _mm512_set1_pd(65536.), t);
+            t = _mm512_fmadd_pd(eight(s + step + 8*p), _mm512_set1_pd(256.), t);
+            t = _mm512_fmadd_pd(eight(s + 2*step + 8*p), _mm512_set1_pd(65536.), t);
         }
         t = _mm512_add_pd(_mm512_fnmadd_pd(_mm512_set1_pd(row->zx), c->sums[p], t), _mm512_set1_pd(flat));
-        part[p] = _mm512_cvtpd_ps(_mm512_fmadd_pd(_mm512_mul_pd(c->scale[p], _mm512_set1_pd(row->sx)), t, c->bias[p]));
+        const __m512d scale = _mm512_mul_pd(c->scale[p], _mm512_set1_pd(row->sx));
+        part[p] = _mm512_cvtpd_ps(_mm512_fmadd_pd(scale, t, c->bias[p]));
     }
     return _mm512_insertf32x8(_mm512_castps256_ps512(part[0]), part[1], 1);
 }
 // The same for T tokens (sums `far` apart, results `stride` bytes apart) with their adapters: y = ... + B h.
-template<int D, int T> static inline __attribute__((always_inline)) void finish(const SlLinear *d, const Channels *c, const int32_t *s, i64 far, i64 step,
-                                                                              const Row *row, const float *h, i64 nb, char *y, i64 stride, int type) {
+template<int D, int T> static inline __attribute__((always_inline))
+void finish(const SlLinear *d, const Channels *c, const int32_t *s, i64 far, i64 step, const Row *row,
+            const float *h, i64 nb, char *y, i64 stride, int type) {
     __m512 v[T];
     for (int t = 0; t < T; t++) v[t] = finish16<D>(c, s + t*far, step, row + t, flat_of(d, row + t));
     for (i64 j = 0; j < d->r; j++) {
@@ -182,17 +215,23 @@ template<int D, int T> static inline __attribute__((always_inline)) void finish(
     }
     for (int t = 0; t < T; t++) store16(y + t*stride, type, nb*16, c->m, v[t]);
 }
-template<int D> static void finish_some(const SlLinear *d, const Channels *c, const int32_t *s, i64 far, i64 step, const Row *row, const float *h,
-                                        i64 nb, char *y, i64 stride, int type, i64 tokens) {
+template<int D> static
+void finish_some(const SlLinear *d, const Channels *c, const int32_t *s, i64 far, i64 step, const Row *row,
+                 const float *h, i64 nb, char *y, i64 stride, int type, i64 tokens) {
     i64 t = 0;
-    for (; t + 8 <= tokens; t += 8) finish<D,8>(d, c, s + t*far, far, step, row + t, h + t*d->r, nb, y + t*stride, stride, type);
-    for (; t < tokens; t++) finish<D,1>(d, c, s + t*far, far, step, row + t, h + t*d->r, nb, y + t*stride, stride, type);
+    for (; t + 8 <= tokens; t += 8)
+        finish<D,8>(d, c, s + t*far, far, step, row + t, h + t*d->r, nb, y + t*stride, stride, type);
+    for (; t < tokens; t++)
+        finish<D,1>(d, c, s + t*far, far, step, row + t, h + t*d->r, nb, y + t*stride, stride, type);
 }
-typedef void (*finish_fn)(const SlLinear*, const Channels*, const int32_t*, i64, i64, const Row*, const float*, i64, char*, i64, int, i64);
+typedef void (*finish_fn)(const SlLinear*, const Channels*, const int32_t*, i64, i64, const Row*,
+                          const float*, i64, char*, i64, int, i64);
 static inline finish_fn finish_of(int D) { return D == 3 ? finish_some<3> : finish_some<1>; }
 
-// Blocks b0..b1 of all tokens through the vector kernels; rows of bytes lie kp apart, the digits of a token together.
-static void gemv_range(const SlLinear *d, const int8_t *xs, const Row *rows, const float *h, i64 m, i64 b0, i64 b1, char *y, i64 stride, int type) {
+// Blocks b0..b1 of all tokens through the vector kernels; rows of bytes lie kp apart, the digits of a token
+// together.
+static void gemv_range(const SlLinear *d, const int8_t *xs, const Row *rows, const float *h, i64 m, i64 b0, i64 b1,
+                       char *y, i64 stride, int type) {
     const int D = digits_of(d), group = D == 3 ? 2 : 8;
     const gemv_fn *table = gemv_table[variant(d->bits) - 1];
     int32_t s[8*16] __attribute__((aligned(64)));
@@ -202,7 +241,8 @@ static void gemv_range(const SlLinear *d, const int8_t *xs, const Row *rows, con
         for (i64 t0 = 0; t0 < m; t0 += group) {
             const i64 g = m - t0 < group ? m - t0 : group;
             table[g*D - 1](d, nb, xs + t0*D*d->kp, s);
-            finish_of(D)(d, &c, s, D*16, 16, rows + t0, h + t0*d->r, nb, y + t0*stride*w, stride*w, type, g);
+            char *to = y + t0*stride*w;
+            finish_of(D)(d, &c, s, D*16, 16, rows + t0, h + t0*d->r, nb, to, stride*w, type, g);
         }
     }
 }
@@ -216,7 +256,8 @@ static void tiles_on() {
 }
 template<int P> static void unpack_block(const SlLinear *d, i64 nb, uint8_t *out) {
     const i64 units = d->kp >> 4;
-    const uint8_t *h = d->high + nb*units*128, *m = P > 1 ? d->middle + nb*units*64 : h, *l = P > 2 ? d->low + nb*units*64 : h;
+    const uint8_t *h = d->high + nb*units*128;
+    const uint8_t *m = P > 1 ? d->middle + nb*units*64 : h, *l = P > 2 ? d->low + nb*units*64 : h;
     const __m512i mask = _mm512_set1_epi8((char)code_mask(d->bits));
     for (i64 u = 0; u < units; u++) {
         __m512i w[4];
@@ -233,14 +274,16 @@ static void unpack_any(const SlLinear *d, i64 nb, uint8_t *out) {
     }
 }
 // Two row tiles x two channel blocks; sums go to c (rows 32 apart, the second row tile at c2).
-static void tiles_2x2(const int8_t *a0, const int8_t *a1, const uint8_t *b0, const uint8_t *b1, i64 pieces, int32_t *c, int32_t *c2) {
+static void tiles_2x2(const int8_t *a0, const int8_t *a1, const uint8_t *b0, const uint8_t *b1, i64 pieces,
+                      int32_t *c, int32_t *c2) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (i64 p = 0; p < pieces; p++) {
         _tile_loadd(6, b0 + p*1024, 64); _tile_loadd(4, a0 + p*1024, 64); _tile_dpbsud(0, 4, 6);
         _tile_loadd(7, b1 + p*1024, 64); _tile_dpbsud(1, 4, 7);
         _tile_loadd(5, a1 + p*1024, 64); _tile_dpbsud(2, 5, 6); _tile_dpbsud(3, 5, 7);
     }
-    _tile_stored(0, c, 128); _tile_stored(1, c + 16, 128); _tile_stored(2, c2, 128); _tile_stored(3, c2 + 16, 128);
+    _tile_stored(0, c, 128); _tile_stored(1, c + 16, 128);
+    _tile_stored(2, c2, 128); _tile_stored(3, c2 + 16, 128);
 }
 static void tiles_1x2(const int8_t *a0, const uint8_t *b0, const uint8_t *b1, i64 pieces, int32_t *c) {
     _tile_zero(0); _tile_zero(1);
@@ -252,8 +295,8 @@ static void tiles_1x2(const int8_t *a0, const uint8_t *b0, const uint8_t *b1, i6
     _tile_stored(0, c, 128); _tile_stored(1, c + 16, 128);
 }
 // Channel blocks nb, nb+1 of row tiles t0..t1 (units of 16 tokens).
-static void gemm_pair(const SlLinear *d, const int8_t *a, const Row *rows, const float *h, i64 m, i64 t0, i64 t1, i64 nb,
-                      const uint8_t *b, int32_t *c, char *y, i64 stride, int type) {
+static void gemm_pair(const SlLinear *d, const int8_t *a, const Row *rows, const float *h, i64 m, i64 t0, i64 t1,
+                      i64 nb, const uint8_t *b, int32_t *c, char *y, i64 stride, int type) {
     const int D = digits_of(d);
     const i64 pieces = d->kp >> 6, tile = d->kp*16, blocks = (d->n + 15) >> 4, w = (i64)width(type);
     const int two = nb + 1 < blocks;
@@ -261,11 +304,17 @@ static void gemm_pair(const SlLinear *d, const int8_t *a, const Row *rows, const
     const Channels ch[2] = {channels(d, nb), channels(d, two ? nb + 1 : nb)};
     for (i64 t = t0; t < t1; t += 2) {
         const int pair = t + 1 < t1;
-        for (int g = 0; g < D; g++)
-            if (pair) tiles_2x2(a + (t*D + g)*tile, a + ((t + 1)*D + g)*tile, b, b1, pieces, c + g*512, c + (D + g)*512);
-            else tiles_1x2(a + (t*D + g)*tile, b, b1, pieces, c + g*512);
-        for (i64 u = t; u <= t + pair; u++) for (int q = 0; q <= two; q++)
-            finish_of(D)(d, ch + q, c + (u - t)*D*512 + q*16, 32, 512, rows + u*16, h + u*16*d->r, nb + q, y + u*16*stride*w, stride*w, type, m - u*16 < 16 ? m - u*16 : 16);
+        for (int g = 0; g < D; g++) {
+            const int8_t *a0 = a + (t*D + g)*tile;
+            if (pair) tiles_2x2(a0, a0 + D*tile, b, b1, pieces, c + g*512, c + (D + g)*512);
+            else tiles_1x2(a0, b, b1, pieces, c + g*512);
+        }
+        for (i64 u = t; u <= t + pair; u++) for (int q = 0; q <= two; q++) {
+            const i64 first = u*16, tokens = m - first < 16 ? m - first : 16;
+            const int32_t *sums = c + (u - t)*D*512 + q*16;
+            finish_of(D)(d, ch + q, sums, 32, 512, rows + first, h + first*d->r, nb + q, y + first*stride*w,
+                         stride*w, type, tokens);
+        }
     }
 }
 
@@ -308,30 +357,39 @@ static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int 
 
 static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int type, char *y, i64 ystride) {
     const int D = digits_of(d);
-    const i64 tiles = (m + 15) >> 4, tile = d->kp*16, pairs = (((d->n + 15) >> 4) + 1) >> 1, w = (i64)width(type);
+    const i64 tiles = (m + 15) >> 4, tile = d->kp*16, blocks = (d->n + 15) >> 4, pairs = (blocks + 1) >> 1;
+    const i64 w = (i64)width(type);
     int threads = max_threads();
     const size_t own = round64(2*tile) + 6*2048;
-    size_t rows_at = round64((size_t)tiles*D*tile), h_at = rows_at + round64(m*sizeof(Row)), own_at = h_at + round64((size_t)m*d->r*4);
+    const size_t rows_at = round64((size_t)tiles*D*tile), h_at = rows_at + round64(m*sizeof(Row));
+    const size_t own_at = h_at + round64((size_t)m*d->r*4);
     char *p = arena.get(own_at + own*threads + 64);
     if (!p) return NO_MEMORY;
     int8_t *a = (int8_t*)p; Row *rows = (Row*)(p + rows_at); float *h = (float*)(p + h_at);
-    i64 step = (1 << 20)/(D*tile); step = step < 2 ? 2 : step & ~(i64)1;   // row tiles whose bytes stay in the second-level cache
+    i64 step = (1 << 20)/(D*tile);    // row tiles whose bytes stay in the second-level cache
+    step = step < 2 ? 2 : step & ~(i64)1;
     #pragma omp parallel num_threads(threads)
     {
-        uint8_t *b = (uint8_t*)p + own_at + own*thread_id(); int32_t *c = (int32_t*)(b + round64(2*tile));
+        uint8_t *b = (uint8_t*)p + own_at + own*thread_id();
+        int32_t *c = (int32_t*)(b + round64(2*tile));
         #pragma omp for schedule(static)
         for (i64 t = 0; t < tiles*16; t++) {
             int8_t *o = a + (t >> 4)*D*tile + (t & 15)*64;
-            if (t < m) { quantize_row(d, x + t*xstride*w, type, o, 1024, tile, rows + t); adapter_row(d, x + t*xstride*w, type, h + t*d->r); }
-            else for (int g = 0; g < D; g++) for (i64 q = 0; q < d->kp >> 6; q++) memset(o + g*tile + q*1024, 0, 64);
+            if (t < m) {
+                quantize_row(d, x + t*xstride*w, type, o, 1024, tile, rows + t);
+                adapter_row(d, x + t*xstride*w, type, h + t*d->r);
+            }
+            else for (int g = 0; g < D; g++)
+                for (i64 q = 0; q < d->kp >> 6; q++) memset(o + g*tile + q*1024, 0, 64);
         }
         tiles_on();
         for (i64 t0 = 0; t0 < tiles; t0 += step) {
+            const i64 t1 = t0 + step < tiles ? t0 + step : tiles;
             #pragma omp for schedule(static) nowait
             for (i64 q = 0; q < pairs; q++) {
                 unpack_any(d, 2*q, b);
-                if (2*q + 1 < (d->n + 15) >> 4) unpack_any(d, 2*q + 1, b + tile);
-                gemm_pair(d, a, rows, h, m, t0, t0 + step < tiles ? t0 + step : tiles, 2*q, b, c, y, ystride, type);
+                if (2*q + 1 < blocks) unpack_any(d, 2*q + 1, b + tile);
+                gemm_pair(d, a, rows, h, m, t0, t1, 2*q, b, c, y, ystride, type);
             }
         }
         _tile_release();
@@ -339,8 +397,8 @@ static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int
     return 0;
 }
 
-// y (m,n) = x (m,k) times the weight; n and k as the caller's x and y have them; type of both: 0 float32, 1 bfloat16, 2 float16.
-// xstride: numbers from one token to the next.
+// y (m,n) = x (m,k) times the weight. n and k are those of the caller's x and y, type is of both, xstride counts
+// the numbers from one token to the next.
 SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 k, i64 xstride, int type, void *y, i64 n) {
     const int f = features();
     if (!(f & 1)) return CANNOT;
@@ -360,21 +418,27 @@ static __m512 dense_block(const SlLinear *d, const float *x, i64 nb) {
     __m512 v = d->bias ? _mm512_maskz_loadu_ps(m, d->bias + n0) : _mm512_setzero_ps();
     if (!d->dense_columns) {
         float s[16] = {0};
-        for (i64 i = 0; i < left; i++) s[i] = dot(x, (const char*)d->dense + (n0 + i)*d->k*(i64)width(type), type, d->k);
+        const char *row = (const char*)d->dense + n0*d->k*(i64)width(type);
+        for (i64 i = 0; i < left; i++) s[i] = dot(x, row + i*d->k*(i64)width(type), type, d->k);
         return _mm512_add_ps(v, _mm512_loadu_ps(s));
     }
     __m512 a[4];
     for (int j = 0; j < 4; j++) a[j] = _mm512_setzero_ps();
-    for (i64 i = 0; i < d->k; i++) a[i & 3] = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), load16(d->dense, type, i*d->n + n0, m), a[i & 3]);
+    for (i64 i = 0; i < d->k; i++)
+        a[i & 3] = _mm512_fmadd_ps(_mm512_set1_ps(x[i]), load16(d->dense, type, i*d->n + n0, m), a[i & 3]);
     return _mm512_add_ps(v, _mm512_add_ps(_mm512_add_ps(a[0], a[1]), _mm512_add_ps(a[2], a[3])));
 }
-static void put_block(const SlLinear *d, __m512 v, const float *h, i64 nb, float *y, bool add) {   // with the adapter
+static void put_block(const SlLinear *d, __m512 v, const float *h, i64 nb, float *y, bool add) {
     const __mmask16 m = head(d->n - nb*16);
-    for (i64 j = 0; j < d->r; j++) v = _mm512_fmadd_ps(_mm512_set1_ps(h[j]), _mm512_maskz_loadu_ps(m, d->lora_bt + j*d->n + nb*16), v);
+    for (i64 j = 0; j < d->r; j++) {   // the adapter
+        const __m512 b = _mm512_maskz_loadu_ps(m, d->lora_bt + j*d->n + nb*16);
+        v = _mm512_fmadd_ps(_mm512_set1_ps(h[j]), b, v);
+    }
     if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y + nb*16));
     _mm512_mask_storeu_ps(y + nb*16, m, v);
 }
-// This thread's share of y = d(x), or y += d(x); every thread quantizes the whole input for itself, which is cheaper than waiting.
+// This thread's share of y = d(x), or y += d(x). Every thread quantizes the whole input for itself, which is cheaper
+// than waiting.
 void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, int me, int all) {
     const i64 blocks = (d->n + 15) >> 4, b0 = blocks*me/all, b1 = blocks*(me + 1)/all;
     if (d->r) adapter_row(d, x, 0, o->h);
@@ -391,7 +455,8 @@ void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, 
     for (i64 nb = b0; nb < b1; nb++) {
         const Channels c = channels(d, nb);
         f(d, nb, o->bytes, s);
-        put_block(d, D == 3 ? finish16<3>(&c, s, 16, &row, flat) : finish16<1>(&c, s, 16, &row, flat), o->h, nb, y, add);
+        const __m512 v = D == 3 ? finish16<3>(&c, s, 16, &row, flat) : finish16<1>(&c, s, 16, &row, flat);
+        put_block(d, v, o->h, nb, y, add);
     }
 }
 

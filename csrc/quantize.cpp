@@ -14,11 +14,12 @@ static int find_features() {
     if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;
     __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (lo & 0xe6) != 0xe6) return 0;
-    bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 1 & 1) && (c >> 11 & 1);   // F, DQ, BW, VL, VBMI, VNNI
-    bool amx = (d >> 24 & 1) && (d >> 25 & 1) && (lo >> 17 & 3) == 3;                                 // tiles, int8
+    // F, DQ, BW, VL, VBMI, VNNI; tiles, int8
+    bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 1 & 1) && (c >> 11 & 1);
+    bool amx = (d >> 24 & 1) && (d >> 25 & 1) && (lo >> 17 & 3) == 3;
     if (!avx512) return 0;
 #if defined(__linux__)
-    if (amx && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return 7;   // ask the kernel for tile data, once per process
+    if (amx && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return 7;   // asks the kernel for tile data, once
 #endif
     return 1;
 }
@@ -33,8 +34,11 @@ static T512 Range row_range(const void* x, int type, int64_t k) {
     int64_t i = 0;
     for (; i + 32 <= k; i += 32) {
         __m512 v = load16(x, type, i, 0xffff), w = load16(x, type, i + 16, 0xffff);
-        lo = _mm512_min_ps(lo, v); hi = _mm512_max_ps(hi, v); lo2 = _mm512_min_ps(lo2, w); hi2 = _mm512_max_ps(hi2, w);
-        big = _mm512_max_epu32(big, _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(v), abs), _mm512_and_si512(_mm512_castps_si512(w), abs)));
+        lo = _mm512_min_ps(lo, v); hi = _mm512_max_ps(hi, v);
+        lo2 = _mm512_min_ps(lo2, w); hi2 = _mm512_max_ps(hi2, w);
+        const __m512i a = _mm512_and_si512(_mm512_castps_si512(v), abs);
+        const __m512i b = _mm512_and_si512(_mm512_castps_si512(w), abs);
+        big = _mm512_max_epu32(big, _mm512_max_epu32(a, b));
     }
     for (; i < k; i += 16) {
         __mmask16 m = lanes(k - i);
@@ -70,8 +74,10 @@ static Grid grid_of(Range r, int bits, int symmetric) {
 }
 
 template <int TYPE, bool MASK, bool RANGE>
-static T512 int32_t quantize_row(const void* x, int64_t k, Grid g, int qmin, int qmax, uint8_t* codes, uint64_t* mask, Range* range) {
-    const __m512 inv = _mm512_set1_ps(g.inv), lo = _mm512_set1_ps((float)(qmin - g.zero)), hi = _mm512_set1_ps((float)(qmax - g.zero));
+static T512 int32_t quantize_row(const void* x, int64_t k, Grid g, int qmin, int qmax, uint8_t* codes,
+                                 uint64_t* mask, Range* range) {
+    const __m512 inv = _mm512_set1_ps(g.inv);
+    const __m512 lo = _mm512_set1_ps((float)(qmin - g.zero)), hi = _mm512_set1_ps((float)(qmax - g.zero));
     const __m512i zero = _mm512_set1_epi32(g.zero), abs = _mm512_set1_epi32(0x7fffffff);
     __m512i sum = _mm512_setzero_si512(), big = sum;
     __m512 least = _mm512_set1_ps(INFINITY), most = _mm512_set1_ps(-INFINITY);
@@ -95,15 +101,18 @@ static T512 int32_t quantize_row(const void* x, int64_t k, Grid g, int qmin, int
     }
     if (RANGE) {
         uint32_t b = _mm512_reduce_max_epu32(big);
-        range->lo = b > 0x7f800000u ? NAN : _mm512_reduce_min_ps(least); range->hi = b > 0x7f800000u ? NAN : _mm512_reduce_max_ps(most);
+        range->lo = b > 0x7f800000u ? NAN : _mm512_reduce_min_ps(least);
+        range->hi = b > 0x7f800000u ? NAN : _mm512_reduce_max_ps(most);
         range->bad = b >= 0x7f800000u;
     }
     return _mm512_reduce_add_epi32(sum);
 }
 
 template <bool MASK, bool RANGE>
-static int32_t quantize_any(int type, const void* x, int64_t k, Grid g, int qmin, int qmax, uint8_t* c, uint64_t* m, Range* r) {
-    return type == F32 ? quantize_row<F32, MASK, RANGE>(x, k, g, qmin, qmax, c, m, r) : quantize_row<BF16, MASK, RANGE>(x, k, g, qmin, qmax, c, m, r);
+static int32_t quantize_any(int type, const void* x, int64_t k, Grid g, int qmin, int qmax, uint8_t* c, uint64_t* m,
+                            Range* r) {
+    return type == F32 ? quantize_row<F32, MASK, RANGE>(x, k, g, qmin, qmax, c, m, r)
+                       : quantize_row<BF16, MASK, RANGE>(x, k, g, qmin, qmax, c, m, r);
 }
 
 static void join(Range& a, const Range& b) {   // order does not matter, NaN stays
@@ -112,7 +121,8 @@ static void join(Range& a, const Range& b) {   // order does not matter, NaN sta
 }
 static void give(const Range& r, float* out) { out[0] = r.lo + 0.f; out[1] = r.hi + 0.f; }   // -0 becomes 0
 
-API int sl_range(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx, const uint8_t* keep, float* range) {
+API int sl_range(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx, const uint8_t* keep,
+                 float* range) {
     if (!(train_features() & 1)) return NO_CPU;
     Range all;
     if (k > 0) {
@@ -130,14 +140,18 @@ API int sl_range(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx, co
     return OK;
 }
 
-API int sl_quantize(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx, int bits, int symmetric, int dynamic,
-                    const float* scale, const int32_t* zero, uint8_t* codes, int64_t ldc, float* row_scale, int32_t* row_zero, int32_t* row_sum,
-                    void* mask, int64_t ldmask, const uint8_t* keep, float* range) {
+API int sl_quantize(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx, int bits, int symmetric,
+                    int dynamic, const float* scale, const int32_t* zero, uint8_t* codes, int64_t ldc,
+                    float* row_scale, int32_t* row_zero, int32_t* row_sum, void* mask, int64_t ldmask,
+                    const uint8_t* keep, float* range) {
     if (!(train_features() & 1)) return NO_CPU;
     if (bits < 2 || bits > 8 || ldc < up(k, 64) || (mask && ldmask < up(k, 64) / 8)) return NO_RANGE;
     const int qmin = symmetric ? 1 : 0, qmax = (1 << bits) - 1;
     Grid fixed{};
-    if (!dynamic) { fixed.scale = *scale; fixed.inv = 1.f / fixed.scale; fixed.zero = symmetric ? *zero + (1 << (bits - 1)) : *zero; }
+    if (!dynamic) {
+        fixed.scale = *scale; fixed.inv = 1.f / fixed.scale;
+        fixed.zero = symmetric ? *zero + (1 << (bits - 1)) : *zero;
+    }
     Range all;
 #pragma omp parallel if (m * k > 32768)
     {
@@ -151,7 +165,8 @@ API int sl_quantize(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx,
             bool count = range && (!keep || keep[i]);
             if (dynamic) g = grid_of(r = row_range(row, xtype, k), bits, symmetric);
             uint8_t* c = codes + i * ldc;
-            int32_t sum = dynamic || (!bit && !count) ? quantize_any<false, false>(xtype, row, k, g, qmin, qmax, c, bit, &r)
+            int32_t sum = dynamic || (!bit && !count)
+                                 ? quantize_any<false, false>(xtype, row, k, g, qmin, qmax, c, bit, &r)
                         : !count ? quantize_any<true, false>(xtype, row, k, g, qmin, qmax, c, bit, &r)
                         : bit    ? quantize_any<true, true>(xtype, row, k, g, qmin, qmax, c, bit, &r)
                                  : quantize_any<false, true>(xtype, row, k, g, qmin, qmax, c, bit, &r);

@@ -1,5 +1,7 @@
-// Numbers in and out of vectors: type 0 float32, 1 bfloat16, 2 float16. What stands between SL_VECTORS_ON and SL_VECTORS_OFF is compiled for
-// processors with AVX-512 and AMX, whatever the compiler is told; `features()` says whether it may be called.
+// Numbers in and out of vectors: type 0 is float32, 1 bfloat16, 2 float16.
+//
+// What stands between SL_VECTORS_ON and SL_VECTORS_OFF is compiled for processors with AVX-512 and AMX, whatever
+// the compiler is told; `features()` says whether it may be called.
 #pragma once
 #include "packed.h"
 #include <immintrin.h>
@@ -18,7 +20,9 @@
 
 SL_VECTORS_ON
 static inline size_t width(int type) { return type ? 2 : 4; }
-static inline __mmask16 head(i64 left) { return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1); }
+static inline __mmask16 head(i64 left) {   // the first lanes, at most 16
+    return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+}
 static inline __m512 load16(const void *x, int type, i64 i, __mmask16 m) {
     if (type == 0) return _mm512_maskz_loadu_ps(m, (const float*)x + i);
     __m256i v = _mm256_maskz_loadu_epi16(m, (const uint16_t*)x + i);
@@ -30,7 +34,8 @@ static inline void store16(void *y, int type, i64 i, __mmask16 m, __m512 v) {
     __m256i h;
     if (type == 2) h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     else {
-        __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        __m512i u = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
         u = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
         u = _mm512_mask_mov_epi32(u, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
         h = _mm512_cvtepi32_epi16(u);
@@ -42,8 +47,14 @@ static inline float dot(const float *a, const void *x, int type, i64 k) {
     for (int j = 0; j < 4; j++) s[j] = _mm512_setzero_ps();
     i64 i = 0;
     for (; i + 64 <= k; i += 64)
-        for (int j = 0; j < 4; j++) s[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16*j), load16(x, type, i + 16*j, 0xffff), s[j]);
-    for (; i < k; i += 16) { __mmask16 m = head(k - i); s[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, a + i), load16(x, type, i, m), s[0]); }
+        for (int j = 0; j < 4; j++) {
+            const __m512 v = load16(x, type, i + 16*j, 0xffff);
+            s[j] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16*j), v, s[j]);
+        }
+    for (; i < k; i += 16) {
+        const __mmask16 m = head(k - i);
+        s[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, a + i), load16(x, type, i, m), s[0]);
+    }
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
 }
 SL_VECTORS_OFF
