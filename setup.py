@@ -1,4 +1,4 @@
-"Builds the optional compiled kernels; where that fails, the package installs without them and runs through PyTorch's operators."
+"Builds the optional compiled kernels; where that fails, the package installs without them and uses PyTorch's operators."
 import sys
 from glob import glob
 from setuptools import Extension, setup
