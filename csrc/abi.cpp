@@ -1,3 +1,3 @@
-// Version of the interface between the compiled kernels and the Python modules that call them: raise it, here and in
-// nbs/00_native.ipynb, whenever a signature or a layout changes, so that an older library is left aside and not called.
+// Version of the interface between the compiled kernels and the Python modules that call them. Raise it, here
+// and in nbs/core/native.ipynb, whenever a signature or a layout changes: an older library is then not called.
 extern "C" __attribute__((visibility("default"))) int sl_abi_version() { return 3; }

@@ -33,8 +33,8 @@ def freeze(
     model:nn.Module,              # A switchable model with nested codes, trained and calibrated; unchanged
     path:str|Path,                # The file; it appears whole or not at all
     profiles:Iterable|None=None,  # Names of profiles to serve; by default all that are not all float
-    embedding:int|None=None,      # Width for an embedding that is no part of the profiles; `None` leaves it float
-    lm_head:int|None=None,        # The same for the head; tied to the embedding they share their codes
+    embedding:int|None=None,      # Width of an embedding that no profile has; `None` leaves it float
+    lm_head:int|None=None,        # The same for the head; tied ends share their codes
     tokenizer=None,               # Goes into the file, with all that it carries
 )->dict[str,int]: # What -> bytes, as `packed_size` gives it
     "Write a model for serving: one file for all precisions; an older packed file is replaced, nothing else."
@@ -59,15 +59,15 @@ def _unpacked_switch(model):
     switch = switch_of(model)
     if isinstance(switch, PackedSwitch): raise ValueError("the model is packed already: copy its file")
     if switch.gate is not None:
-        raise ValueError("gates decide the bits here, and a packed file holds profiles: leave use_gates, and freeze "
-                         "gate_profile(model), for gates per layer, or other profiles")
+        raise ValueError("gates decide the bits here, and a packed file holds profiles: leave use_gates, and "
+                         "freeze gate_profile(model), for gates per layer, or other profiles")
     return switch
 
 def _served(switch, profiles):
     if profiles is not None: return list(profiles)
     return [n for n in switch.profiles if any(not s.bits.is_float for s in switch.bound[n])]
 
-def _float_rest(model, packed):   # what no packed layer holds; a weight that the configuration ties is stored once
+def _float_rest(model, packed):   # what no packed layer holds; what the configuration ties is stored once
     out,kept = {},set()
     tied = getattr(model.config, 'tie_word_embeddings', False)
     for n,p in model.state_dict(keep_vars=True).items():
@@ -81,9 +81,11 @@ def _describe(model, switch, names, layers):   # what the file says of itself, b
     packed,generation = {d['name'] for d in layers},getattr(model, 'generation_config', None)
     return dict(
         format_version=PACKED_VERSION, model_class=type(model).__name__,
-        config=json.loads(model.config.to_json_string(use_diff=False)), dtype=str(model.dtype).removeprefix('torch.'),
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        dtype=str(model.dtype).removeprefix('torch.'),
         generation=_generation(generation) if generation else None,
-        quantizer=asdict(switch.cfg), route=switch.route_name, profiles=[switch.profiles[n].to_dict() for n in names],
+        quantizer=asdict(switch.cfg), route=switch.route_name,
+        profiles=[switch.profiles[n].to_dict() for n in names],
         layers=layers, float_layers=[s for s in switch.sites if s.name not in packed], tokenizer=None)
 
 def _generation(g):   # JSON has no tuples for keys
@@ -92,7 +94,8 @@ def _generation(g):   # JSON has no tuples for keys
     try: d = json.loads(g.to_json_string(use_diff=False))
     except TypeError as e: raise ValueError(f"the generation configuration holds what no file can: {e}") from e
     if lost := d.keys()-GenerationConfig.from_dict(d).to_dict().keys():
-        raise ValueError(f"the generation configuration holds {min(lost)!r}, which transformers does not read back: delete it")
+        raise ValueError(f"the generation configuration holds {min(lost)!r}, which transformers does not read back: "
+                         "delete it")
     return d
 
 def _tokenizer_tensor(tokenizer):
@@ -104,23 +107,24 @@ def _used_bits(switch, names):   # name of a layer -> widths it is packed at; no
     if lost := [n for n in names if n not in switch.profiles]:
         raise ValueError(f"profile {lost[0]!r}: not on this model, which has {', '.join(switch.profiles)}")
     if switch.cfg.codes!='nested':
-        raise ValueError(f"codes={switch.cfg.codes!r}: one file for every width needs nested codes; make the model switchable "
-                         "with QuantConfig(codes='nested'), and train it so")
+        raise ValueError(f"codes={switch.cfg.codes!r}: one file for every width needs nested codes; make the model "
+                         "switchable with QuantConfig(codes='nested'), and train it so")
     used = {}
     for i,s in enumerate(switch.sites):
         ws = {n:switch.bound[n][i].bits for n in names}
         if all(b.is_float for b in ws.values()): continue
         if bad := [n for n,b in ws.items() if b.w is None or b.w>8]:
-            raise ValueError(f"layer {s.name} is at {ws[bad[0]]} in profile {bad[0]!r}: a packed layer has 2 to 8 bits in every "
-                             "profile; leave that one out with profiles=[...]")
+            raise ValueError(f"layer {s.name} is at {ws[bad[0]]} in profile {bad[0]!r}: a packed layer has 2 to 8 "
+                             "bits in every profile; leave that one out with profiles=[...]")
         used[s.name] = sorted({b.w for b in ws.values()})
     if not used:
         raise ValueError(f"profiles={names}: every layer is float in all of them; name one with quantized weights")
     return used
 
-def _own_ends(model, switch, widths):   # [((module, bits), Site)] of ends that are packed at a width of their own
+def _own_ends(model, switch, widths):   # [((module, bits), Site)] of ends packed at a width of their own
     found,sites = [],{id(l):s.site for l,s in zip(switch.layers, switch.sites)}
-    for site,module in (('embedding', model.get_input_embeddings()), ('lm_head', model.get_output_embeddings())):
+    ends = dict(embedding=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
+    for site,module in ends.items():
         if widths[site] is None: continue
         if id(module) in sites:
             raise ValueError(f"{site}={widths[site]}: the {site} is part of the profiles, which say its width")
@@ -130,14 +134,15 @@ def _own_ends(model, switch, widths):   # [((module, bits), Site)] of ends that 
         found.append(((module, widths[site]), Site(name, site, None)))
     return found
 
-def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # what is said of a layer; adds to `tensors`
+def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its description; adds to `tensors`
     kind = type(getattr(layer, 'base', layer))
     if s.site=='embedding' and kind is not nn.Embedding:
-        raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float in the "
-                         "profiles, with make_switchable_(embedding=False), and embedding=None")
+        raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float "
+                         "in the profiles, with make_switchable_(embedding=False), and embedding=None")
     w,axis = layer.weight,getattr(layer, 'axis', 0)
-    d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed, codes=owner.setdefault(id(w), s.name),
-             shape=list(w.shape[::-1] if axis else w.shape), adapters=[], ranges=[])
+    d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed,
+             codes=owner.setdefault(id(w), s.name), shape=list(w.shape[::-1] if axis else w.shape),
+             adapters=[], ranges=[])
     if d['codes']==s.name: tensors |= _codes(w, switch.cfg, axis, d)
     if s.site!='embedding':
         planes = Planes(*(tensors[f"{d['codes']}.{k}"] for k in ('high','middle','low')), *d['shape'])
@@ -157,7 +162,8 @@ def _codes(w, cfg, axis, d):   # the planes of a weight, and their step
 def _learned(layer, s, keys, tensors):   # adapters that the profiles use, and activation ranges
     keys = dict.fromkeys(k for k in keys if k is not None)
     seen = {int(b):o for b,o in layer.observers.items() if o.seen}
-    for k in keys: tensors |= {f'{s.name}.adapters.{k}.{ab}':getattr(layer.adapters[k], ab).detach() for ab in 'ab'}
+    for k in keys:
+        for ab in 'ab': tensors[f'{s.name}.adapters.{k}.{ab}'] = getattr(layer.adapters[k], ab).detach()
     tensors |= {f'{s.name}.range{b}':torch.stack([o.lo, o.hi]).detach() for b,o in seen.items()}
     adapters = [dict(key=k, r=layer.adapters[k].r, alpha=layer.adapters[k].alpha) for k in keys]
     return dict(adapters=adapters, ranges=sorted(seen))
@@ -176,9 +182,11 @@ def tokenizer_parts(
     "All that a tokenizer carries; a `ValueError` if something of it would be lost."
     kind = type(tokenizer).__name__
     if not getattr(tokenizer, 'is_fast', False):
-        raise ValueError(f"{kind}: only tokenizers of the `tokenizers` library go into the file; save this one beside it")
+        raise ValueError(f"{kind}: only tokenizers of the `tokenizers` library go into the file; "
+                         "save this one beside it")
     if getattr(transformers, kind, None) is not type(tokenizer):
-        raise ValueError(f"{kind}: no class of transformers, and a packed file carries no code; save this tokenizer beside it")
+        raise ValueError(f"{kind}: no class of transformers, and a packed file carries no code; "
+                         "save this tokenizer beside it")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         config = json.loads(Path(folder, 'tokenizer_config.json').read_text('utf-8'))
@@ -208,7 +216,7 @@ def _writer(tensors, d):   # writes to a path, after the checks that a reader ma
 def layers_at(
     model:nn.Module,       # A model after `make_switchable_`
     profile:'str|Profile', # A profile, or the name of one that the model has
-)->tuple[Profile,list[tuple[Site,QuantLayer,Setting]]]: # The profile; site, layer and setting of each quantized layer
+)->tuple[Profile,list[tuple]]: # The profile; site, layer and setting of each quantized layer
     "What each layer does at a profile."
     switch = switch_of(model)
     if not all(isinstance(l, QuantLayer) for l in switch.layers):
@@ -228,9 +236,10 @@ def merged_weight(
     delta = (lora.b.float() @ lora.a.float())*lora.scaling
     return (w.float() + (delta.T if layer.axis==1 else delta)).to(w.dtype)
 
-def _plain_layer(site, layer, setting, memo):   # a copy of the held layer; one that keeps its weight also keeps what it is tied to
-    if setting.bits.w is None and setting.adapter is None: return copy.deepcopy(layer.base, memo)
-    return copy.deepcopy(layer.base, {id(layer.base.weight): nn.Parameter(merged_weight(layer, setting).clone())})
+def _plain_layer(site, layer, setting, memo):   # a copy of the held layer, with the merged weight
+    if setting.bits.w is None and setting.adapter is None: return copy.deepcopy(layer.base, memo)   # may be tied
+    weight = nn.Parameter(merged_weight(layer, setting).clone())
+    return copy.deepcopy(layer.base, {id(layer.base.weight): weight})
 
 def copy_with(
     model:nn.Module, # A model after `make_switchable_`; not changed
@@ -259,7 +268,7 @@ def end_weights(
     "Both ends: one tensor, if they are tied."
     return [m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
 
-def _retie(model, new):   # one tensor again where embedding and head were one and are equal still; else the configuration says two
+def _retie(model, new):   # one tensor again if the ends were one and are still equal; else the configuration says two
     (a,b),(x,y) = end_weights(model),end_weights(new)
     if a is not b or x is y: return new
     if torch.equal(x, y): new.get_output_embeddings().weight = x
@@ -326,5 +335,6 @@ def export_float(
         plain.save_pretrained(tmp)
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
         save_profiles([p], tmp/'profile.json')
-        (tmp/_LIST).write_text(json.dumps(sorted(str(f.relative_to(tmp)) for f in tmp.rglob('*') if f.is_file()), indent=1))
+        written = sorted(str(f.relative_to(tmp)) for f in tmp.rglob('*') if f.is_file())
+        (tmp/_LIST).write_text(json.dumps(written, indent=1))
     return folder

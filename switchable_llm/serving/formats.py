@@ -7,12 +7,11 @@ __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logi
            'export_torchao', 'save_torchao', 'GGUFFamily', 'rotary_pairs', 'export_gguf']
 
 # %% ../../nbs/serving/formats.ipynb #06b33677
-import copy, importlib, json, pickle
+import copy, importlib, json, pickle, torch
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Iterable, NamedTuple
-import torch
 from torch import nn, Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +22,8 @@ from ..core.profiles import Profile
 from ..core.layers import QuantLayer, Setting
 from ..lora_routing import LoRA
 from ..data.models import optional
-from .exports import copy_with, end_weights, export_target, layers_at, merge, model_bytes, untie_
+from .exports import (
+    copy_with, end_weights, export_target, layers_at, merge, model_bytes, untie_)
 
 # %% ../../nbs/serving/formats.ipynb #ba4feeb1
 @contextmanager
@@ -31,7 +31,7 @@ def use_weights_only(
     model:nn.Module,       # A model after `make_switchable_`
     profile:'str|Profile', # A profile, or the name of one that the model has
 ):
-    "Switch to a profile with its activation bits left out, adapters as before, for the length of a `with` block."
+    "A `with` block at a profile without its activation bits; adapters as before."
     switch = switch_of(model)
     live = switch.find(profile)
     live['settings'] = tuple(Setting(Bits(s.bits.w), s.adapter) for s in live['settings'])
@@ -44,12 +44,14 @@ class LogitGap(NamedTuple):
     relative:float  # `rms` as a share of the reference logits' standard deviation
     top1:float      # Share of tokens with the same most likely successor
     kl:float        # Mean Kullback-Leibler divergence from the reference, nats per token
-    def __repr__(self): return ', '.join(f'{k} {v:.2g}' if k!='top1' else f'{k} {v:.1%}' for k,v in self._asdict().items())
+    def __repr__(self):
+        return ', '.join(f"{k} {format(v, '.1%' if k=='top1' else '.2g')}" for k,v in self._asdict().items())
 
 def _gap(a, b):   # reference and other, (tokens, vocabulary)
-    d,(p,q) = b-a,(t.log_softmax(-1) for t in (a, b))
+    d,p,q = b-a,a.log_softmax(-1),b.log_softmax(-1)
     rms = d.square().mean().sqrt().item()
-    top1,kl = (a.argmax(-1)==b.argmax(-1)).double().mean().item(),(p.exp()*(p-q)).sum(-1).mean().item()
+    top1 = (a.argmax(-1)==b.argmax(-1)).double().mean().item()
+    kl = (p.exp()*(p-q)).sum(-1).mean().item()
     return LogitGap(d.abs().max().item(), rms, rms/a.std().item(), top1, kl)
 
 @torch.no_grad()
@@ -94,9 +96,10 @@ class LinearWithLoRA(nn.Module):
 def _torchao_activations(site, layer, bits):   # torchao's name for how the input is quantized
     cfg = layer.switch.cfg
     if bits.a is None or not layer.multiplies: return None
-    if bits.w is not None and bits.a==8 and cfg.act=='per_token' and not cfg.act_symmetric: return 'int8_asym_per_token'
-    raise ValueError(f"layer {site.name}: torchao cannot express {bits} with {'' if cfg.act_symmetric else 'a'}symmetric activations "
-                     f"{cfg.act.replace('_', ' ')}, only quantized weights with a8, asymmetric, per token: "
+    if bits.w is not None and bits.a==8 and cfg.act=='per_token' and not cfg.act_symmetric:
+        return 'int8_asym_per_token'
+    raise ValueError(f"layer {site.name}: torchao cannot express {bits} with {'' if cfg.act_symmetric else 'a'}symmetric "
+                     f"activations {cfg.act.replace('_', ' ')}, only quantized weights with a8, asymmetric, per token: "
                      "pass activations=False to leave activations float, or use QuantConfig(act='per_token') and a8")
 
 def torchao_weight(
@@ -111,11 +114,12 @@ def torchao_weight(
                          "give the layer 8 bits or float in the profile, or use merge")
     tensor = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
     q,qp = quantize_weight(layer.weight, bits, layer.switch.cfg, layer.axis)
-    q,scale,zero = (q.T if layer.axis==1 else q).short(),qp.scale.float(),qp.zero_point.float().expand_as(qp.scale)
+    q,cfg = (q.T if layer.axis==1 else q).short(),layer.switch.cfg
+    scale,zero = qp.scale.float(),qp.zero_point.float().expand_as(qp.scale)
     block = (q.shape[0]//scale.shape[0], q.shape[1]//scale.shape[1])
-    if q.shape[1]%scale.shape[1] or (layer.switch.cfg.weight=='per_group' and block[1]!=layer.switch.cfg.group_size):
-        raise ValueError(f"layer {name}: its {q.shape[1]} inputs are no multiple of group_size={layer.switch.cfg.group_size}, "
-                         "which torchao needs: choose another group size or weight='per_channel', or use merge")
+    if q.shape[1]%scale.shape[1] or (cfg.weight=='per_group' and block[1]!=cfg.group_size):
+        raise ValueError(f"layer {name}: its {q.shape[1]} inputs are no multiple of group_size={cfg.group_size}, which "
+                         "torchao needs: choose another group size or weight='per_channel', or use merge")
     shift = 2**(bits-1) if qp.qmin>=0 else 0
     zero = zero-shift
     whole = bool((zero==zero.round()).all())
@@ -128,12 +132,16 @@ def _torchao_layer(site, layer, setting, memo, activations):
     if bits is None: base = copy.deepcopy(layer.base, memo)
     else:
         key = id(layer.base.weight),bits,how           # tied layers with the same bits share one tensor
-        if key not in memo: memo[key] = nn.Parameter(torchao_weight(layer, bits, site.name, how), requires_grad=False)
+        if key not in memo:
+            weight = torchao_weight(layer, bits, site.name, how)
+            memo[key] = nn.Parameter(weight, requires_grad=False)
         base = _torchao_base(layer, memo[key], memo)
         want = layer.weight_at(bits)
         if not torch.equal(base.weight.dequantize(), want.T if layer.axis==1 else want):
-            raise ValueError(f"layer {site.name}: torchao's w{bits} weight is not the model's, under {layer.switch.cfg}: use merge")
-    return base if setting.adapter is None else LinearWithLoRA(base, copy.deepcopy(layer.adapters[setting.adapter]))
+            raise ValueError(f"layer {site.name}: torchao's w{bits} weight is not the model's, "
+                             f"under {layer.switch.cfg}: use merge")
+    if setting.adapter is None: return base
+    return LinearWithLoRA(base, copy.deepcopy(layer.adapters[setting.adapter]))
 
 def _torchao_base(layer, weight, memo):
     if not layer.multiplies: base = copy.deepcopy(layer.base, {id(layer.base.weight): weight})
@@ -147,7 +155,7 @@ def _torchao_base(layer, weight, memo):
 def export_torchao(
     model:nn.Module,         # A model after `make_switchable_`; not changed
     profile:'str|Profile',   # A profile, or the name of one that the model has; weights of at most 8 bits
-    activations:bool=False,  # Express the profile's activation bits too, or raise an error; by default they stay float
+    activations:bool=False,  # Express the profile's activation bits too, or raise an error
 )->nn.Module: # A copy in evaluation mode, with torchao tensors in `nn.Linear` and adapters beside them
     "The model of one profile on torchao's tensors."
     optional('torchao', 'export_torchao')
@@ -170,10 +178,11 @@ def save_torchao(
     activations:bool=False,  # As `export_torchao` takes it
     overwrite:bool=False,    # Replace an older file of this kind
 )->Path: # The file
-    "Write the state dict of `export_torchao`: a pickle, as torchao's tensors need; `torch.load(path, weights_only=True)` runs no code."
+    "Write the state dict of `export_torchao`; `torch.load(path, weights_only=True)` reads it, and runs no code."
     optional('torchao', 'save_torchao')
     layers_at(model, profile)
-    path = export_target(path, "a state dict with torchao's tensors", _is_torchao, overwrite, space=model_bytes(model)//2)
+    what,space = "a state dict with torchao's tensors",model_bytes(model)//2
+    path = export_target(path, what, _is_torchao, overwrite, space=space)
     state = export_torchao(model, profile, activations).state_dict()
     return write_whole(path, partial(_save_state, state))
 
@@ -192,12 +201,13 @@ class GGUFFamily(NamedTuple):
     takes:dict[str,tuple]       # Setting -> values that llama.cpp's model of it has
     permuted:bool=False         # Rotated dimensions are stored in pairs
 
+_gpt2 = dict(activation_function=('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=(True,),
+             scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
 _rotary = dict(hidden_act=('silu',), rope_type=('default',), partial_rotary_factor=(1.,))
 GGUF_FAMILIES = dict(   # `config.model_type` -> how it is written
-    gpt2 = GGUFFamily('gpt2', dict(activation_function=('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=(True,),
-                                   scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))),
+    gpt2 = GGUFFamily('gpt2', _gpt2),
     llama = GGUFFamily('llama', _rotary, True),
-    mistral = GGUFFamily('llama', _rotary | dict(sliding_window=(None,)), True),   # without a window it is a Llama, and is read as one
+    mistral = GGUFFamily('llama', _rotary | dict(sliding_window=(None,)), True),   # without a window it is a Llama
     qwen2 = GGUFFamily('qwen2', _rotary | dict(use_sliding_window=(False,))))
 
 def _gguf_family(model):   # the entry, if the model has nothing that it has no place for
@@ -208,7 +218,7 @@ def _gguf_family(model):   # the entry, if the model has nothing that it has no 
     f,rope = GGUF_FAMILIES[kind],getattr(c, 'rope_parameters', None) or {}
     for k,ok in f.takes.items():
         v = rope.get(k, ok[0]) if k in ('rope_type','partial_rotary_factor') else getattr(c, k)
-        if k=='sliding_window' and v is not None and v>=c.max_position_embeddings: continue    # a window that hides nothing
+        if k=='sliding_window' and v is not None and v>=c.max_position_embeddings: continue   # it hides nothing
         if v not in ok:
             raise ValueError(f"{kind} with {k}={v!r}: llama.cpp's {f.arch} has {' or '.join(map(repr, ok))}; {way}")
     return f
@@ -216,13 +226,21 @@ def _gguf_family(model):   # the entry, if the model has nothing that it has no 
 def _gguf_settings(w, c, family):   # the configuration, under llama.cpp's names
     heads,kv = c.num_attention_heads,getattr(c, 'num_key_value_heads', c.num_attention_heads)
     inner = (c.n_inner or 4*c.n_embd) if family.arch=='gpt2' else c.intermediate_size
-    w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size); w.add_block_count(c.num_hidden_layers)
-    w.add_feed_forward_length(inner); w.add_head_count(heads); w.add_vocab_size(c.vocab_size)
+    w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(c.hidden_size)
+    w.add_block_count(c.num_hidden_layers)
+    w.add_feed_forward_length(inner)
+    w.add_head_count(heads)
+    w.add_vocab_size(c.vocab_size)
     if family.arch=='gpt2': return w.add_layer_norm_eps(c.layer_norm_epsilon)
     size = getattr(c, 'head_dim', None) or c.hidden_size//heads
-    w.add_head_count_kv(kv); w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_rope_freq_base(c.rope_parameters['rope_theta']); w.add_rope_dimension_count(size)
-    if size!=c.hidden_size//heads: w.add_key_length(size); w.add_value_length(size)
+    w.add_head_count_kv(kv)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_rope_freq_base(c.rope_parameters['rope_theta'])
+    w.add_rope_dimension_count(size)
+    if size==c.hidden_size//heads: return
+    w.add_key_length(size)
+    w.add_value_length(size)
 
 def rotary_pairs(
     x:Tensor,   # Weight or bias of queries or keys, (heads * size, ...), halves of a head rotated together
@@ -233,7 +251,8 @@ def rotary_pairs(
 
 def _gguf_tensors(gguf, model, family):   # llama.cpp's names and float32 tensors
     c = model.config
-    names = gguf.get_tensor_name_map(next(a for a,n in gguf.MODEL_ARCH_NAMES.items() if n==family.arch), c.num_hidden_layers)
+    arch = next(a for a,n in gguf.MODEL_ARCH_NAMES.items() if n==family.arch)
+    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
     convs = {f'{n}.weight' for n,m in model.named_modules() if isinstance(m, Conv1D)}
     tied = end_weights(model)[0] is end_weights(model)[1]
     for k,v in model.state_dict().items():
@@ -263,15 +282,18 @@ def _splitter(pre):   # llama.cpp's name for a pre-tokenizer, or None
     if kinds==['Split','ByteLevel'] and steps[0]['pattern'].get('Regex')==QWEN2_SPLIT: return 'qwen2'
 
 def _unwritable(d):   # what a tokenizer does that a GGUF file cannot say, or None
-    model,steps = d.get('model', {}),(d.get('pre_tokenizer') or {}).get('pretokenizers', [d.get('pre_tokenizer') or {}])
-    if model.get('type')!='BPE' or not any(s.get('type')=='ByteLevel' and not s.get('add_prefix_space') for s in steps):
+    model,pre = d.get('model', {}),d.get('pre_tokenizer') or {}
+    steps = pre.get('pretokenizers', [pre])
+    byte_level = any(s.get('type')=='ByteLevel' and not s.get('add_prefix_space') for s in steps)
+    if model.get('type')!='BPE' or not byte_level:
         return 'only a byte-level BPE without prefix space can be written'
     if (d.get('normalizer') or {}).get('type') not in (None, 'NFC'):
         return f"it changes text first ({d['normalizer']['type']}), which llama.cpp would not do"
-    if odd := next((k for k in ('continuing_subword_prefix','end_of_word_suffix','dropout') if model.get(k)), None):
-        return f"its {odd}={model[odd]!r} cannot be written"
-    odd = next(((a['content'], k) for a in d['added_tokens'] for k in ('lstrip','rstrip','single_word') if a[k]), None)
-    if odd: return f"its token {odd[0]!r} is found with {odd[1]}, which llama.cpp would not do"
+    for k in ('continuing_subword_prefix','end_of_word_suffix','dropout'):
+        if model.get(k): return f"its {k}={model[k]!r} cannot be written"
+    for a in d['added_tokens']:
+        for k in ('lstrip','rstrip','single_word'):
+            if a[k]: return f"its token {a['content']!r} is found with {k}, which llama.cpp would not do"
 
 def _put_around(tok):   # which of bos and eos the tokenizer itself puts around a text
     bare,whole = (tok('a', add_special_tokens=s).input_ids for s in (False, True))
@@ -282,15 +304,18 @@ def _put_around(tok):   # which of bos and eos the tokenizer itself puts around 
                          "llama.cpp can put its bos and eos token there, and nothing else")
     return bool(before), bool(after)
 
-def _special_ids(tok, config):   # kind -> id; llama.cpp takes token 11 for the end of a text where a file names none
+def _special_ids(tok, config):   # kind -> id
     ids = {k:getattr(tok, f'{k}_token_id') for k in ('bos','eos','unk','pad')}
-    if ids['eos'] is None: ids['eos'] = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if ids['eos'] is None:   # llama.cpp would take token 11
+        end = config.eos_token_id
+        ids['eos'] = end[0] if isinstance(end, list) else end
     if ids['eos'] is None:
         raise ValueError("neither tokenizer nor model has a token that ends a text: set tokenizer.eos_token")
     return {k:i for k,i in ids.items() if i is not None}
 
 def _gguf_tokenizer(gguf, w, tok, config, pre):
-    d,size = json.loads(tok.backend_tokenizer.to_str()) if getattr(tok, 'is_fast', False) else {},config.vocab_size
+    d = json.loads(tok.backend_tokenizer.to_str()) if getattr(tok, 'is_fast', False) else {}
+    size = config.vocab_size
     if why := _unwritable(d):
         raise ValueError(f"{type(tok).__name__} ({d.get('model', {}).get('type', 'slow')}): {why}; "
                          "leave tokenizer=None and keep the tokenizer beside the file")
@@ -300,15 +325,19 @@ def _gguf_tokenizer(gguf, w, tok, config, pre):
                          "give llama.cpp's name for it as `pre`, like 'llama-bpe'")
     ids,T = {i:t for t,i in tok.get_vocab().items()},gguf.TokenType
     if max(ids)>=size:
-        raise ValueError(f"the tokenizer has ids up to {max(ids)}, the model {size} embeddings: it is not this model's")
+        raise ValueError(f"the tokenizer has ids up to {max(ids)}, the model {size} embeddings: "
+                         "it is not this model's")
     kinds = {a['id']:T.CONTROL if a['special'] else T.USER_DEFINED for a in d['added_tokens']}
-    w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre(pre)
+    w.add_tokenizer_model('gpt2')
+    w.add_tokenizer_pre(pre)
     w.add_token_list([ids.get(i, f'[PAD{i}]') for i in range(size)])
     w.add_token_types([kinds.get(i, T.NORMAL if i in ids else T.UNUSED) for i in range(size)])
     w.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in d['model']['merges']])
     for k,i in _special_ids(tok, config).items(): getattr(w, f'add_{k}_token_id')(i)
     bos,eos = _put_around(tok)
-    w.add_add_space_prefix(False); w.add_add_bos_token(bos); w.add_add_eos_token(eos)
+    w.add_add_space_prefix(False)
+    w.add_add_bos_token(bos)
+    w.add_add_eos_token(eos)
     chat = tok.chat_template
     if isinstance(chat, dict): chat = [dict(name=k, template=t) for k,t in chat.items()]
     if chat: w.add_chat_template(chat)
@@ -331,7 +360,10 @@ def _gguf_metadata(gguf, w, model, family, profile, dtype):
     _gguf_settings(w, model.config, family)
 
 def _gguf_write(w, path):
-    try: w.write_header_to_file(path); w.write_kv_data_to_file(); w.write_tensors_to_file()
+    try:
+        w.write_header_to_file(path)
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
     finally: w.close()
 
 @torch.no_grad()
@@ -348,8 +380,8 @@ def export_gguf(
     if dtype not in GGUF_DTYPES: raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(GGUF_DTYPES)}")
     if Path(path).suffix!='.gguf': raise ValueError(f"{path}: needs a name that ends in .gguf")
     gguf,family,(p,_) = optional('gguf', 'export_gguf'),_gguf_family(model),layers_at(model, profile)
-    numbers = sum(q.numel() for q in model.parameters())
-    path = export_target(path, 'a file that export_gguf wrote', _is_our_gguf, overwrite, space=numbers*dict(F32=4, Q8_0=1).get(dtype, 2))
+    space = sum(q.numel() for q in model.parameters())*dict(F32=4, Q8_0=1).get(dtype, 2)
+    path = export_target(path, 'a file that export_gguf wrote', _is_our_gguf, overwrite, space=space)
     w = gguf.GGUFWriter(None, family.arch)
     _gguf_metadata(gguf, w, model, family, p, dtype)
     if tokenizer is None: w.add_tokenizer_model('no_vocab')

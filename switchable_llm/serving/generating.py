@@ -6,24 +6,25 @@
 __all__ = ['LeanLayer', 'LeanCache', 'NativeStatus', 'lean_class', 'PackedModel', 'packed_class', 'model_class']
 
 # %% ../../nbs/serving/generating.ipynb #8ea367e1
-import inspect, warnings
+import inspect, warnings, torch, transformers
 from contextvars import ContextVar
 from dataclasses import fields
 from functools import cache, lru_cache, wraps
 from weakref import finalize, ref
 from typing import NamedTuple
-import torch, transformers
 from torch import nn
 from transformers import Cache as TransformersCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
 from .parts import Cache, NotLean, native_calls
 from .lean import LiveStep, live_of
 from ..core.integer import native_report
 
 # %% ../../nbs/serving/generating.ipynb #16034b85
-_CROPS_TO = 'max_length' in inspect.signature(DynamicLayer.crop).parameters   # whether a positive number is a length, as before transformers 5.24
+# Whether a positive number is a length to crop to, as before transformers 5.24.
+_CROPS_TO = 'max_length' in inspect.signature(DynamicLayer.crop).parameters
 
 class LeanLayer(DynamicLayer):
     "One layer of the lean loop's cache, as transformers' attention wants it."
@@ -43,12 +44,16 @@ class LeanLayer(DynamicLayer):
         self.store.shown = True
         return self._view(name)
     def _refuse(self, v):
-        if v is not None: raise NotImplementedError("this cache holds one sequence in place: pass a DynamicCache() for beams and batches")
+        if v is not None:
+            raise NotImplementedError("this cache holds one sequence in place: pass a DynamicCache() for beams "
+                                      "and batches")
 
     def update(self, key_states, value_states, *args, **kwargs):
         n,(b,_,q,_) = self.length,key_states.shape
-        if b!=1: raise NotImplementedError(f"a batch of {b}: this cache holds one sequence; pass a DynamicCache()")
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad): raise NotImplementedError("no gradient goes through this cache: pass a DynamicCache()")
+        if b!=1:
+            raise NotImplementedError(f"a batch of {b}: this cache holds one sequence; pass a DynamicCache()")
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise NotImplementedError("no gradient goes through this cache: pass a DynamicCache()")
         self.store.reserve(n+q)
         self.store.keys[self.i, :, n:n+q],self.store.values[self.i, :, n:n+q] = key_states[0],value_states[0]
         self.length += q
@@ -57,7 +62,8 @@ class LeanLayer(DynamicLayer):
     def get_seq_length(self): return self.length
     def reset(self): self.length = 0
     def crop(self, tokens):
-        if tokens>0 and not _CROPS_TO: raise ValueError(f"crop({tokens}): give the number of tokens to remove as a negative number")
+        if tokens>0 and not _CROPS_TO:
+            raise ValueError(f"crop({tokens}): give the number of tokens to remove as a negative number")
         if tokens<0: self.length = max(0, self.length+tokens)
         elif _CROPS_TO: self.length = min(self.length, tokens)
 
@@ -80,7 +86,7 @@ class LeanCache(TransformersCache):
 # %% ../../nbs/serving/generating.ipynb #b2c0a012
 class NativeStatus(NamedTuple):
     "How `generate()` runs on a packed model."
-    obstacle:str|None      # What forbids native steps at the live profile, whatever is asked for; `None` if nothing does
+    obstacle:str|None      # What forbids native steps at the live profile; `None` if nothing does
     native:int             # Tokens that native steps took in the last `generate()`
     modules:int            # Tokens, of all rows, that the modules took
     reasons:tuple[str,...] # Why the modules did
@@ -92,7 +98,9 @@ class NativeStatus(NamedTuple):
         return f"{able}; the last generate(): {self.native} tokens natively, {self.modules} by modules{why}"
 
 class _Record:   # of a generate() that runs
-    def __init__(self, model): self.model,self.native,self.modules,self.reasons,self.asked,self.off = model,0,0,{},False,None
+    def __init__(self, model):
+        self.model,self.native,self.modules,self.reasons = model,0,0,{}
+        self.asked,self.off = False,None   # whether transformers' hook was called, and what it found
     def by_modules(self, tokens, why):
         self.modules += tokens
         if why in self.reasons: return
@@ -100,12 +108,14 @@ class _Record:   # of a generate() that runs
         live = live_of(self.model)
         if why in live.told: return
         live.told.add(why)
-        warnings.warn(f"generate() runs through the modules of the model, which is slower than native steps: {why}", stacklevel=2)
+        warnings.warn(f"generate() runs through the modules of the model, which is slower than native steps: {why}",
+                      stacklevel=2)
 
 _RUNNING = ContextVar('the record of the generate() that runs here', default=None)
 _NAMES = 'cache','past_key_values'   # of the cache: since transformers 5.24, and before
 _GIVES = next((f.name for f in fields(CausalLMOutputWithPast) if f.name in _NAMES), None)
-_FREE = {'input_ids',*_NAMES,'attention_mask','position_ids','cache_position','use_cache','return_dict','logits_to_keep'}   # arguments that the step knows
+_FREE = {'input_ids','attention_mask','position_ids','cache_position','use_cache','return_dict',
+         'logits_to_keep',*_NAMES}   # arguments that the step knows
 _MODES = 'greedy_search','sample'
 
 def _obstacle(model):   # whatever is asked for
@@ -117,8 +127,8 @@ def _obstacle(model):   # whatever is asked for
     except NotLean as e: return str(e)
 
 def _wish(model, asked):   # of a generate() that native steps cannot grant
-    g,kw = asked['generation_config'],asked['model_kwargs']
-    given,mode = next((kw[n] for n in _NAMES if kw.get(n) is not None), None),getattr(asked['generation_mode'], 'value', asked['generation_mode'])
+    g,kw,mode = asked['generation_config'],asked['model_kwargs'],asked['generation_mode']
+    given,mode = _given_cache(kw),getattr(mode, 'value', mode)
     if isinstance(given, LeanCache): return None
     if given is not None: return f"a cache was given, a {type(given).__name__}"
     if asked['batch_size']!=1: return 'more than one row in a batch'
@@ -126,23 +136,32 @@ def _wish(model, asked):   # of a generate() that native steps cannot grant
     if mode not in _MODES: return f"generation mode {mode}"
     if g.use_cache is False: return 'use_cache=False'
     if g.cache_implementation is not None: return f"cache_implementation={g.cache_implementation!r}"
-    if asked['max_cache_length']>live_of(model).tables.parts.context: return 'more tokens than the context of the model are asked for'
+    if asked['max_cache_length']>live_of(model).tables.parts.context:
+        return 'more tokens than the context of the model are asked for'
+
+def _given_cache(kw): return next((kw[n] for n in _NAMES if kw.get(n) is not None), None)
 
 def _hindrance(model, cache, kw):   # of one pass
     for k,v in kw.items():
-        if k not in _FREE and v is not None and v is not False: return f"argument {k} is not one that native steps know"
-    ids,mask,positions,keep = (kw.get(k) for k in ('input_ids','attention_mask','position_ids','logits_to_keep'))
-    if not isinstance(cache, LeanCache): return 'no cache' if cache is None else f"the cache is a {type(cache).__name__}"
+        if k not in _FREE and v is not None and v is not False:
+            return f"argument {k} is not one that native steps know"
+    ids,keep = kw.get('input_ids'),kw.get('logits_to_keep')
+    if cache is None: return 'no cache'
+    if not isinstance(cache, LeanCache): return f"the cache is a {type(cache).__name__}"
     if cache.model() is not model: return 'the cache is of another model'
     if ids is None or ids.dim()!=2 or ids.numel()==0: return 'no input_ids'
     if len(ids)!=1: return 'more than one row in a batch'
     if torch.is_grad_enabled(): return 'gradients are enabled'
     if kw.get('return_dict', True) is False: return 'return_dict=False'
     past,n = cache.get_seq_length(),ids.shape[1]
-    if n>1 and not (isinstance(keep, int) and keep==1): return 'logits of more than the last token are asked for'
-    if mask is not None and not (torch.is_tensor(mask) and mask.shape==(1, past+n)): return 'an attention mask of another shape than the tokens'
-    if mask is not None and not mask.all(): return 'padding: the attention mask hides tokens'
-    if positions is not None and (positions[0, 0]!=past or positions[0, -1]!=past+n-1): return 'position_ids are not those of the tokens'
+    if n>1 and not (isinstance(keep, int) and keep==1):
+        return 'logits of more than the last token are asked for'
+    if (mask := kw.get('attention_mask')) is not None:
+        if not (torch.is_tensor(mask) and mask.shape==(1, past+n)):
+            return 'an attention mask of another shape than the tokens'
+        if not mask.all(): return 'padding: the attention mask hides tokens'
+    if (at := kw.get('position_ids')) is not None and (at[0, 0]!=past or at[0, -1]!=past+n-1):
+        return 'position_ids are not those of the tokens'
 
 def _lean_forward(model, step, cache, ids):   # the step's logits, as transformers gives them
     past,n = cache.get_seq_length(),ids.shape[1]
@@ -151,12 +170,14 @@ def _lean_forward(model, step, cache, ids):   # the step's logits, as transforme
     for l in cache.layers: l.length = past+n
     return CausalLMOutputWithPast(logits=logits.to(model.dtype, copy=True).view(1, 1, -1), **{_GIVES: cache})
 
+_NEEDED = 'generation_config','model_kwargs','generation_mode','batch_size','max_cache_length'
+
 def _asked(cls, args, kw):   # arguments of transformers' hook by name, and what of them is gone
-    hook,need = getattr(cls, '_prepare_cache_for_generation', None),('generation_config','model_kwargs','generation_mode','batch_size','max_cache_length')
+    hook = getattr(cls, '_prepare_cache_for_generation', None)
     if hook is None: return {},'_prepare_cache_for_generation'
     names = list(inspect.signature(hook).parameters)[1:]
     asked = dict(zip(names, args)) | kw
-    return asked,next((k for k in need if k not in asked), None)
+    return asked,next((k for k in _NEEDED if k not in asked), None)
 
 def _cache_name(cls): return next((n for n in _NAMES if n in inspect.signature(cls.forward).parameters), None)
 
@@ -185,8 +206,8 @@ def lean_class(
         def forward(self, *args, **kw):
             record,ids = _RUNNING.get(),kw.get('input_ids')
             if record is not None and record.model is not self: record = None
-            cache = next((kw[n] for n in _NAMES if kw.get(n) is not None), None)
-            why = (record and record.off) or ('arguments without their names' if args else _hindrance(self, cache, kw))
+            cache,why = _given_cache(kw),record and record.off
+            if not why: why = 'arguments without their names' if args else _hindrance(self, cache, kw)
             try: step = cache.step.now() if why is None else None
             except NotLean as e: why = str(e)
             if why is None:
@@ -203,9 +224,11 @@ def lean_class(
             name,record = _cache_name(cls),_RUNNING.get()
             if record is None or record.model is not self: record = _Record(self)
             record.asked = True
-            if gone is None and (name is None or _GIVES is None): gone = f"argument of the cache ({' or '.join(_NAMES)})"
+            if gone is None and (name is None or _GIVES is None):
+                gone = f"argument of the cache ({' or '.join(_NAMES)})"
             record.off = _gone(gone) if gone else _obstacle(self) or _wish(self, asked)
-            if record.off is None and asked['model_kwargs'].get(name) is None: asked['model_kwargs'][name] = LeanCache(self)
+            if record.off is None and asked['model_kwargs'].get(name) is None:
+                asked['model_kwargs'][name] = LeanCache(self)
             return super()._prepare_cache_for_generation(*args, **kw)
 
         @property
@@ -219,7 +242,7 @@ def lean_class(
             if live.made is not None: live.made.forget()
             return super()._apply(*args, **kw)
 
-        def __reduce__(self): return _revived, (cls,), self.__getstate__()   # the class is made, and cannot be found by its name
+        def __reduce__(self): return _revived,(cls,),self.__getstate__()   # a made class cannot be found by its name
     Lean.__name__,Lean.__qualname__,Lean.__module__ = cls.__name__,cls.__qualname__,cls.__module__
     return Lean
 
@@ -230,8 +253,8 @@ class PackedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kw):
         "Refused: a folder of transformers would not bring the codes back."
-        raise ValueError(f"a packed model is saved as its file: copy {self.packed_file}; from the switchable model, export_float or "
-                         "save_switchable writes a folder, and freeze another packed file")
+        raise ValueError(f"a packed model is saved as its file: copy {self.packed_file}; from the switchable model, "
+                         "export_float or save_switchable writes a folder, and freeze another packed file")
     def push_to_hub(self, *args, **kw):
         "Refused in the same way, before anything is made on the hub."
         self.save_pretrained()

@@ -30,7 +30,8 @@ class Planes(NamedTuple):
     k:int          # Inputs
 
 def _check_nested(bits):
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2<=bits<=8: raise ValueError(f"bits={bits!r}: the nested store holds 2 to 8")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2<=bits<=8:
+        raise ValueError(f"bits={bits!r}: the nested store holds 2 to 8")
     return bits
 
 def nested_zero(
@@ -43,9 +44,11 @@ def pack_planes(
     u:Tensor, # Eight-bit codes, uint8 (outputs, inputs)
 )->Planes: # Their planes
     "Lay codes out for the kernels."
-    if u.dtype!=torch.uint8 or u.dim()!=2: raise ValueError(f"codes of type {u.dtype} and shape {tuple(u.shape)}: needs uint8 (outputs, inputs)")
+    if u.dtype!=torch.uint8 or u.dim()!=2:
+        raise ValueError(f"codes of type {u.dtype} and shape {tuple(u.shape)}: needs uint8 (outputs, inputs)")
     n,k = u.shape
-    v = F.pad(u, (0, -k%64, 0, -n%16), value=PAD_CODE).view(-(-n//16), 16, -(-k//64)*4, 4, 4).permute(0, 2, 3, 1, 4).flatten(3)   # block, unit, vector, 64
+    padded = F.pad(u, (0, -k%64, 0, -n%16), value=PAD_CODE)
+    v = padded.view(-(-n//16), 16, -(-k//64)*4, 4, 4).permute(0, 2, 3, 1, 4).flatten(3)   # block, unit, vector, 64
     h,m,l = v>>4, v>>2 & 3, v & 3
     fold = lambda t: t[:,:,0] | t[:,:,1]<<2 | t[:,:,2]<<4 | t[:,:,3]<<6
     return Planes((h[:,:,::2] | h[:,:,1::2]<<4).contiguous(), fold(m).contiguous(), fold(l).contiguous(), n, k)
@@ -61,8 +64,8 @@ def check_planes(
     for name in ('high','middle','low')[:1 if _check_nested(bits)<=4 else 2 if bits<=6 else 3]:
         plane,need = getattr(planes, name),(blocks, units, 2, 64) if name=='high' else (blocks, units, 64)
         if plane.dtype==torch.uint8 and plane.shape==need and plane.is_contiguous(): continue
-        raise ValueError(f"{name} plane: {plane.dtype} of shape {tuple(plane.shape)}; a weight of {n} outputs and {k} inputs "
-                         f"at {bits} bits needs uint8 of shape {need}, without gaps")
+        raise ValueError(f"{name} plane: {plane.dtype} of shape {tuple(plane.shape)}; a weight of {n} outputs "
+                         f"and {k} inputs at {bits} bits needs uint8 of shape {need}, without gaps")
     return planes
 
 def _vectors(p, bits):   # (blocks, units, 4, 64) codes of `bits` bits
@@ -78,7 +81,8 @@ def unpack_planes(
 )->Tensor: # Codes, uint8 (outputs, inputs): the top `bits` bits of what was packed
     "Codes of one precision; planes that it does not need are not read."
     v = _vectors(check_planes(planes, bits), bits)
-    return v.unflatten(3, (16, 4)).permute(0, 3, 1, 2, 4).reshape(v.shape[0]*16, -1)[:planes.n, :planes.k].contiguous()
+    codes = v.unflatten(3, (16, 4)).permute(0, 3, 1, 2, 4).reshape(v.shape[0]*16, -1)
+    return codes[:planes.n, :planes.k].contiguous()
 
 def plane_rows(
     planes:Planes, # Packed weight
@@ -93,7 +97,8 @@ def plane_rows(
     block = ids//16
     middle,low = planes.middle[block] if bits>4 else planes.middle,planes.low[block] if bits>6 else planes.low
     v = _vectors(Planes(planes.high[block], middle, low, 0, 0), bits).unflatten(3, (16, 4))
-    return v[torch.arange(len(ids), device=ids.device), :, :, ids%16].flatten(1)[:, :planes.k].reshape(*shape, planes.k)
+    rows = v[torch.arange(len(ids), device=ids.device), :, :, ids%16].flatten(1)
+    return rows[:, :planes.k].reshape(*shape, planes.k)
 
 def code_sums(
     planes:Planes, # Packed weight
@@ -122,20 +127,25 @@ class ActQuant(NamedTuple):
     )->QParams: # Their scale and zero point
         "As `token_qparams`, or static."
         if self.scale is None: return token_qparams(x, self.bits, self.symmetric)
-        return QParams(torch.tensor(self.scale, device=x.device), torch.tensor(self.zero, dtype=torch.int32, device=x.device), *qrange(self.bits, self.symmetric))
+        scale = torch.tensor(self.scale, device=x.device)
+        zero = torch.tensor(self.zero, dtype=torch.int32, device=x.device)
+        return QParams(scale, zero, *qrange(self.bits, self.symmetric))
 
     def check(self):
         "Raise a `ValueError` if no activation can be quantized so."
         lo,hi = qrange(self.bits, self.symmetric)
-        if self.scale is not None and not 0<self.scale<float('inf'): raise ValueError(f"activation step {self.scale}: needs a positive number")
-        if self.scale is not None and not lo<=self.zero<=hi: raise ValueError(f"activation zero point {self.zero}: {self.bits} bits need {lo} to {hi}")
+        if self.scale is None: return
+        if not 0<self.scale<float('inf'): raise ValueError(f"activation step {self.scale}: needs a positive number")
+        if not lo<=self.zero<=hi:
+            raise ValueError(f"activation zero point {self.zero}: {self.bits} bits need {lo} to {hi}")
 
 _BUFFERS = 'high middle low dense scale sums bias lora_a lora_bt'.split()
+_NUMBERS = 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero'.split()
 FLOAT_TYPES = {torch.float32:0, torch.bfloat16:1, torch.float16:2}
 
-class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.cpp
-    _fields_ = ([('size', ctypes.c_int64)] + [(k, ctypes.c_void_p) for k in _BUFFERS] + [('len', ctypes.c_int64*len(_BUFFERS))]
-                + [(k, ctypes.c_int64) for k in 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero'.split()]
+class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.h
+    _fields_ = ([('size', ctypes.c_int64)] + [(k, ctypes.c_void_p) for k in _BUFFERS]
+                + [('len', ctypes.c_int64*len(_BUFFERS))] + [(k, ctypes.c_int64) for k in _NUMBERS]
                 + [(k, ctypes.c_double) for k in 'act_scale zero lora_scale'.split()])
 
 def linear_entry(
@@ -151,9 +161,12 @@ def linear_entry(
         if t is not None: setattr(d, name, t.data_ptr()); d.len[i] = t.numel()
     return d
 
-FAULTS = ('', 'this processor, or its system, cannot run the kernels', 'no memory', 'position outside the cache', 'token outside the vocabulary',
-          'the compiled library and the package do not fit together, install the package again', 'a number outside its range',
-          'a buffer is missing, or is not as long as the sizes say', 'sizes of layers that follow each other do not match', 'the table was never checked')
+FAULTS = (
+    '', 'this processor, or its system, cannot run the kernels', 'no memory', 'position outside the cache',
+    'token outside the vocabulary',
+    'the compiled library and the package do not fit together, install the package again',
+    'a number outside its range', 'a buffer is missing, or is not as long as the sizes say',
+    'sizes of layers that follow each other do not match', 'the table was never checked')
 
 def check_fault(
     code:int, # What a native call returned: 0, or the number of one of `FAULTS`
@@ -162,7 +175,8 @@ def check_fault(
     "Raise a native call's fault: a `MemoryError`, a `RuntimeError` where it is not the data, else a `ValueError`."
     if code==0: return
     if code==2: raise MemoryError(f"no memory for {what}")
-    raise (RuntimeError if code in (1, 5, 9) else ValueError)(f"{what}: {FAULTS[code] if code<len(FAULTS) else f'fault {code}'}")
+    kind = RuntimeError if code in (1, 5, 9) else ValueError
+    raise kind(f"{what}: {FAULTS[code] if code<len(FAULTS) else f'fault {code}'}")
 
 @lru_cache
 def _native():   # the native product, or None
@@ -174,13 +188,14 @@ def _native():   # the native product, or None
 # %% ../../nbs/serving/kernels.ipynb #7b3ceefd
 _made = WeakIdKeyDictionary()   # tensor -> what was made of it; goes with the tensor
 
-def _once(t, name, make, *key):   # what is derived from a frozen tensor: made once for all plans that share it, again if it changed
+def _once(t, name, make, *key):   # made of a frozen tensor once for all plans that share it; again if it changed
     if t.requires_grad: return make()
     stamp = key, None if t.is_inference() else t._version, t.data_ptr(), t.dtype
     kept = _made.setdefault(t, {})
     found = kept.get(name)
     if found is None or found[0]!=stamp:
-        with torch.inference_mode(False), torch.no_grad(): found = kept[name] = stamp,make()   # for callers of every mode
+        with torch.inference_mode(False), torch.no_grad():   # for callers of every mode
+            found = kept[name] = stamp,make()
     return found[1]   # and not what another thread has put there meanwhile
 
 def as_floats(
@@ -190,10 +205,12 @@ def as_floats(
     if t.dtype==torch.float32 and t.is_contiguous(): return t.detach()
     return _once(t, 'float32', lambda: torch.empty(t.shape, device=t.device).copy_(t.detach()))
 
-def _transposed(t): return _once(t, 'transposed', lambda: torch.empty(t.shape[::-1], device=t.device).copy_(t.detach().T))
+def _transposed(t):
+    return _once(t, 'transposed', lambda: torch.empty(t.shape[::-1], device=t.device).copy_(t.detach().T))
 
 def _check_shape(name, t, *shape):
-    if not torch.is_tensor(t) or t.shape!=shape: raise ValueError(f"{name} of shape {tuple(getattr(t, 'shape', ()))}: needs {shape}")
+    if not torch.is_tensor(t) or t.shape!=shape:
+        raise ValueError(f"{name} of shape {tuple(getattr(t, 'shape', ()))}: needs {shape}")
     return t
 
 class LinearPlan:
@@ -208,7 +225,8 @@ class LinearPlan:
         lora:tuple[Tensor,Tensor,float]|None=None, # Adapter: A (rank, inputs), B (outputs, rank), scaling
     ):
         n,k = check_planes(planes, bits)[3:]
-        if scale.shape!=(n,): raise ValueError(f"scale of shape {tuple(scale.shape)}: needs one number for each of {n} outputs")
+        if scale.shape!=(n,):
+            raise ValueError(f"scale of shape {tuple(scale.shape)}: needs one number for each of {n} outputs")
         if k>65536: raise ValueError(f"{k} inputs: the sums are kept in 32 bits, which is enough for 65536")
         if act is not None: act.check()
         self.planes,self.bits,self.act,self.scale,self.zero = planes,bits,act,as_floats(scale),nested_zero(bits)
@@ -221,23 +239,28 @@ class LinearPlan:
         self.ref = None if self.linear is None else ctypes.addressof(self.linear)
 
     def __call__(self, x:Tensor)->Tensor: return plane_linear(x, self)
-    def __repr__(self): return f"LinearPlan({self.planes.k} -> {self.planes.n}, w{self.bits}{'' if self.act is None else f'a{self.act.bits}'})"
+    def __repr__(self):
+        a = '' if self.act is None else f'a{self.act.bits}'
+        return f"LinearPlan({self.planes.k} -> {self.planes.n}, w{self.bits}{a})"
 
 def _adapter(a, b, scaling, n, k):
-    if not torch.is_tensor(a) or a.dim()!=2 or len(a)<1: raise ValueError(f"adapter's A of shape {tuple(getattr(a, 'shape', ()))}: needs (rank, {k})")
+    if not torch.is_tensor(a) or a.dim()!=2 or len(a)<1:
+        raise ValueError(f"adapter's A of shape {tuple(getattr(a, 'shape', ()))}: needs (rank, {k})")
     _check_shape("adapter's A", a, len(a), k); _check_shape("adapter's B", b, n, len(a))
     return as_floats(a),_transposed(b),float(scaling)
 
 def _describe(p):   # the plan as the kernels read it
     buffers = dict(zip(('high','middle','low'), p.planes), scale=p.scale, sums=p.sums, bias=p.bias)
-    a,adapter = p.act,{}
+    a,numbers = p.act,{}
     if p.lora is not None:
         buffers |= dict(lora_a=p.lora[0], lora_bt=p.lora[1])
-        adapter = dict(r=len(p.lora[0]), lora_scale=p.lora[2])
-    if a is not None: adapter |= dict(act_mode=2 if a.scale is None else 1, act_bits=a.bits, act_symmetric=a.symmetric, act_zero=a.zero, act_scale=a.scale or 0.)
+        numbers = dict(r=len(p.lora[0]), lora_scale=p.lora[2])
+    if a is not None:
+        numbers |= dict(act_mode=2 if a.scale is None else 1, act_bits=a.bits, act_symmetric=a.symmetric,
+                        act_zero=a.zero, act_scale=a.scale or 0.)
     elsewhere = [t.device for t in buffers.values() if t is not None and not t.is_cpu]
     if elsewhere: raise ValueError(f"a layer is half on {elsewhere[0]}, half on the CPU: move the model as a whole")
-    return linear_entry(buffers, p.planes.n, p.planes.k, bits=p.bits, zero=p.zero, **adapter)
+    return linear_entry(buffers, p.planes.n, p.planes.k, bits=p.bits, zero=p.zero, **numbers)
 
 def plane_linear(
     x:Tensor,     # Input, float32, bfloat16 or float16 (..., inputs)
@@ -247,13 +270,16 @@ def plane_linear(
     f,kind,n,k,shape = _native(),FLOAT_TYPES.get(x.dtype),p.planes.n,p.planes.k,x.shape
     if shape[-1]!=k: raise ValueError(f"input of shape {tuple(shape)}: needs {k} numbers at the end")
     wanted = x.requires_grad and torch.is_grad_enabled()
-    if wanted and p.act is not None: raise RuntimeError(f"{p}: no gradient goes through its quantized activations; take it from the switchable model, or use torch.no_grad()")
+    if wanted and p.act is not None:
+        raise RuntimeError(f"{p}: no gradient goes through its quantized activations; take it from the switchable "
+                           "model, or use torch.no_grad()")
     if wanted or f is None or p.ref is None or kind is None or not x.is_cpu: return _torch_linear(x, p)
     y = x.new_empty(shape[:-1]+(n,))
     if not x.is_contiguous():
         x = x.reshape(-1, k)
         if k>1 and x.stride(1)!=1: x = x.contiguous()
-    fault = f(p.ref, x.data_ptr(), x.numel()//k, k, x.stride(0) if x.dim()==2 else k, kind, y.data_ptr(), n)
+    stride = x.stride(0) if x.dim()==2 else k
+    fault = f(p.ref, x.data_ptr(), x.numel()//k, k, stride, kind, y.data_ptr(), n)
     if fault: check_fault(fault, f"a product of {tuple(shape)} with {p}")
     return y
 
@@ -270,10 +296,12 @@ def _by_outputs(f, w):   # f(some columns of w, which), for all columns
 
 def _int_product(q, w):   # exact integer sums of (tokens, inputs) int8 and (inputs, outputs) int8, as float64
     m,k,n = *q.shape,w.shape[1]
-    in_double = lambda: _by_outputs(lambda c, _: q[:m,:k].double()@c.double(), w[:k,:n])
+    def in_double(): return _by_outputs(lambda c, _: q[:m,:k].double()@c.double(), w[:k,:n])
     if try_kernel('int_mm', q.device.type)[0] is None: return in_double()   # byte products saturate on some processors
     try:
-        if q.is_cuda: q,w = F.pad(q, (0, -k%8, 0, max(17-m, -m%8))),F.pad(w.T, (0, -k%8, 0, -n%8)).T if k%8 or n%8 else w
+        if q.is_cuda:
+            q = F.pad(q, (0, -k%8, 0, max(17-m, -m%8)))
+            if k%8 or n%8: w = F.pad(w.T, (0, -k%8, 0, -n%8)).T
         return torch._int_mm(q, w)[:m,:n].double()
     except (RuntimeError, AttributeError): return in_double()
 
@@ -285,14 +313,16 @@ def _torch_linear(x, p):
     if p.lora is not None: y = y.float() + flat.float()@p.lora[0].T*p.lora[2]@p.lora[1]
     return y.to(x.dtype).view(*x.shape[:-1], p.planes.n)
 
-def _float_sums(x, w, p, z): return _by_outputs(lambda c, at: x.float()@((c.float()-z)*p.scale[at]), w).double()
+def _float_sums(x, w, p, z):
+    return _by_outputs(lambda c, at: x.float()@((c.float()-z)*p.scale[at]), w).double()
 
 def _code_sums(x, w, p, offset):
     qp,z = p.act.qparams(x),p.zero-offset
     q = quantize(x, qp)
     shift = 128 if q.dtype==torch.uint8 else 0
     q,zx = q.to(torch.int32)-shift,(qp.zero_point-shift).double()
-    s = _int_product(q.to(torch.int8), w) if p.act.bits<=8 else _by_outputs(lambda c, _: q.double()@c.double(), w)
+    if p.act.bits<=8: s = _int_product(q.to(torch.int8), w)
+    else: s = _by_outputs(lambda c, _: q.double()@c.double(), w)
     s = s - zx*(p.sums.double()-offset*p.planes.k) - z*q.sum(1, keepdim=True).double() + p.planes.k*z*zx
     return s*(p.scale.double()*qp.scale.double())
 
@@ -318,6 +348,6 @@ def plan_report(
     digits = 3 if p.act is None or p.act.bits>8 else 1
     if p.ref is None: return f"PyTorch operators: the weight is on {p.planes.high.device.type}"
     if _native() is None: return native_report()['decode']
-    tiles = 'int8 prompt' in native_features()
-    how = ('AMX tiles' if tiles else 'AVX-512 vectors, without AMX tiles') if tokens*digits>6 else 'AVX-512 vectors: too few tokens for tiles'
+    if tokens*digits<=6: how = 'AVX-512 vectors: too few tokens for tiles'
+    else: how = 'AMX tiles' if 'int8 prompt' in native_features() else 'AVX-512 vectors, without AMX tiles'
     return f"native, {planes}, {'byte activations' if digits==1 else 'activations of three bytes'}, {how}"

@@ -25,7 +25,8 @@ class Step:
         table:Table,  # The model at a profile
         cache:Cache,  # The sequence; several steps may take turns on it
     ):
-        if table.parts is not cache.parts: raise ValueError("the table and the cache are not made of the same Parts")
+        if table.parts is not cache.parts:
+            raise ValueError("the table and the cache are not made of the same Parts")
         self.table,self.cache = table,cache
 
     logits = property(lambda self: self.cache.logits)   # of the last call
@@ -42,7 +43,8 @@ class Step:
         "Run many tokens."
         c = self.cache
         self._check(ids)
-        if not c.lock.acquire(blocking=False): raise RuntimeError("another thread is at work on this cache: give each its own")
+        if not c.lock.acquire(blocking=False):
+            raise RuntimeError("another thread is at work on this cache: give each its own")
         try:
             c.reserve(c.length+len(ids))
             self._run(ids, c.logits_of(self.table.outputs))
@@ -52,19 +54,25 @@ class Step:
 
     def _run(self, ids, logits):
         calls,c,table = native_calls(),self.cache,self.table
-        some,out = self.AT_ONCE if calls is not None and table.packed else 1,logits.data_ptr()
+        if calls is None:
+            for i,t in enumerate(ids): logits.copy_(torch_step(table, c, t, c.length+i))
+            return
+        some = self.AT_ONCE if table.packed else 1
         for i in range(0, len(ids), some):
-            part,last = ids[i:i+some],i+some>=len(ids)
-            if calls is None: logits.copy_(torch_step(table, c, part[0], c.length+i)); continue
-            if len(part)==1: fault = calls.token(table.ref, c.ref, part[0], c.length+i, out if last else None)
-            else: fault = calls.prompt(table.ref, c.ref, (ctypes.c_int64*len(part))(*part), len(part), c.length+i, out if last else None)
-            if fault: check_fault(fault, f"{len(part)} tokens at position {c.length+i}")
+            part,at = ids[i:i+some],c.length+i
+            out = logits.data_ptr() if i+some>=len(ids) else None   # the last token's
+            if len(part)==1: fault = calls.token(table.ref, c.ref, part[0], at, out)
+            else: fault = calls.prompt(table.ref, c.ref, (ctypes.c_int64*len(part))(*part), len(part), at, out)
+            if fault: check_fault(fault, f"{len(part)} tokens at position {at}")
 
     def _check(self, ids):
         c,vocabulary = self.cache,self.table.vocabulary
         if not ids: raise ValueError("the prompt is empty: give at least one token")
-        if c.length+len(ids)>c.context: raise ValueError(f"{c.length} tokens and {len(ids)} more: the cache holds {c.context}; give it a larger context")
-        if bad := [t for t in ids if not 0<=t<vocabulary]: raise ValueError(f"token {bad[0]}: the vocabulary has {vocabulary}")
+        if c.length+len(ids)>c.context:
+            raise ValueError(f"{c.length} tokens and {len(ids)} more: the cache holds {c.context}; "
+                             "give it a larger context")
+        if bad := [t for t in ids if not 0<=t<vocabulary]:
+            raise ValueError(f"token {bad[0]}: the vocabulary has {vocabulary}")
 
 # %% ../../nbs/serving/lean.ipynb #4670bff1
 def torch_step(
@@ -78,17 +86,26 @@ def torch_step(
     x = _embed(table, p.embedding, token)
     if table.positions is not None: x = x + table.positions[t].float()
     for i,b in enumerate(p.blocks):
-        h = _torch_norm(table, b.norm1, x)
-        q,k,v = torch.cat([_torch_product(table, m, h) for m in b.qkv]).split([p.heads*p.head_dim, p.kv_heads*p.head_dim, p.kv_heads*p.head_dim])
-        q,k,v = (a.view(-1, p.head_dim) for a in (q, k, v))
-        if c.cos is not None: q,k = _rotate(q, c.cos[t], c.sin[t]),_rotate(k, c.cos[t], c.sin[t])
-        c.keys[i,:,t],c.values[i,:,t] = k,v
-        a = F.scaled_dot_product_attention(q[None,:,None], c.keys[None,i,:,:t+1], c.values[None,i,:,:t+1], enable_gqa=True)
-        x = x + _torch_product(table, b.out, a.flatten())
+        a = _attention(table, c, i, t, _torch_norm(table, b.norm1, x))
+        x = x + _torch_product(table, b.out, a)
         h = _torch_norm(table, b.norm2, x)
-        u,act = _torch_product(table, b.up, h),F.silu if p.silu else lambda u: F.gelu(u, approximate='tanh')
-        x = x + _torch_product(table, b.down, act(u) if b.gate is None else act(_torch_product(table, b.gate, h))*u)
+        u = _torch_product(table, b.up, h)
+        if b.gate is None: u = _activate(p, u)
+        else: u = _activate(p, _torch_product(table, b.gate, h))*u
+        x = x + _torch_product(table, b.down, u)
     return _torch_product(table, p.head, _torch_norm(table, p.norm, x))
+
+def _activate(p, u): return F.silu(u) if p.silu else F.gelu(u, approximate='tanh')
+
+def _attention(table, c, i, t, h):   # of one token in block i
+    p,b = table.parts,table.parts.blocks[i]
+    kv = p.kv_heads*p.head_dim
+    qkv = torch.cat([_torch_product(table, m, h) for m in b.qkv])
+    q,k,v = (a.view(-1, p.head_dim) for a in qkv.split([p.heads*p.head_dim, kv, kv]))
+    if c.cos is not None: q,k = _rotate(q, c.cos[t], c.sin[t]),_rotate(k, c.cos[t], c.sin[t])
+    c.keys[i,:,t],c.values[i,:,t] = k,v
+    keys,values = c.keys[None,i,:,:t+1],c.values[None,i,:,:t+1]
+    return F.scaled_dot_product_attention(q[None,:,None], keys, values, enable_gqa=True).flatten()
 
 def _embed(table, m, token):
     p = table.linears[id(m)]
@@ -104,7 +121,8 @@ def _torch_product(table, m, x):
 
 def _torch_norm(table, m, x):
     w,b = table.norms[id(m)]
-    return F.rms_norm(x, x.shape, w, table.parts.eps) if table.parts.rms else F.layer_norm(x, x.shape, w, b, table.parts.eps)
+    if table.parts.rms: return F.rms_norm(x, x.shape, w, table.parts.eps)
+    return F.layer_norm(x, x.shape, w, b, table.parts.eps)
 
 def _rotate(x, cos, sin):
     a,b = x.chunk(2, -1)
@@ -118,7 +136,8 @@ class Tables:
         most:int=32,  # Tables that are kept
     ):
         self.parts,self.most,self.lock = parts,most,threading.RLock()
-        self.kept,self.version = OrderedDict(),0   # settings -> [the same settings, table or what forbids one]; changes when all are forgotten
+        self.kept = OrderedDict()   # settings -> [the same settings, table or what forbids one]
+        self.version = 0            # changes when all are forgotten
 
     def at(self,
         settings:tuple[Setting,...], # One for each layer
@@ -150,7 +169,8 @@ class Live:
         model:nn.Module, # From `load_packed`
     ):
         self.model,self.free,self.made = ref(model),deque(maxlen=self.MOST),None
-        self.told,self.last = set(),(0, 0, ())   # reasons that were told; tokens of the last generate(), natively and by modules, and why
+        self.told = set()        # reasons for modules that were told
+        self.last = 0,0,()       # of the last generate(): tokens by native steps, tokens by modules, why
 
     @property
     def tables(self)->Tables:
@@ -224,7 +244,8 @@ def pick_token(
     "Greedy choice, or a draw (Holtzman et al. 2020 for `top_p`)."
     if temperature<0: raise ValueError(f"temperature={temperature}: needs 0 (greedy) or more")
     if temperature==0: return int(logits.argmax())
-    v,i = (logits/temperature).sort(descending=True) if top_k is None else (logits/temperature).topk(min(top_k, len(logits)))
+    logits = logits/temperature
+    v,i = logits.sort(descending=True) if top_k is None else logits.topk(min(top_k, len(logits)))
     p = v.softmax(0)
     if top_p is not None: p = p*(p.cumsum(0)-p < top_p)
     return int(i[torch.multinomial(p, 1, generator=generator)])
@@ -241,11 +262,14 @@ def lean_tokens(
 )->Iterator[int]: # New tokens, one by one
     "Write on from a prompt."
     ids,stop = [int(t) for t in ids],set(stop)
-    if len(ids)+max_new_tokens-1>step.cache.context: raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones: the cache holds {step.cache.context}; give it a larger context")
+    if len(ids)+max_new_tokens-1>step.cache.context:
+        raise ValueError(f"{len(ids)} tokens and {max_new_tokens} new ones: the cache holds {step.cache.context}; "
+                         "give it a larger context")
     text = step.cache.begin()
     logits = step.prompt(ids)
     for i in range(max_new_tokens):
         yield (token := pick_token(logits, temperature, top_k, top_p, generator))
         if token in stop or i==max_new_tokens-1: return
-        if step.cache.text is not text: raise RuntimeError("another text was begun on this cache: give each its own LiveStep")
+        if step.cache.text is not text:
+            raise RuntimeError("another text was begun on this cache: give each its own LiveStep")
         logits = step(token)

@@ -31,7 +31,8 @@ class Angles:
 
     def _piece(self, start):
         places = torch.arange(start, start+self.PIECE)[None]
-        return tuple(c[0].float().contiguous() for c in self.rotary(torch.zeros(1, dtype=torch.float32, device='cpu'), places))
+        like = torch.zeros(1, dtype=torch.float32, device='cpu')
+        return tuple(c[0].float().contiguous() for c in self.rotary(like, places))
 
     def upto(self,
         positions:int, # Tables of at least so many
@@ -40,8 +41,8 @@ class Angles:
         with self.lock:
             have = len(self.cos)
             if positions>have:
-                pieces = [self._piece(i) for i in range(have, max(positions, 2*have), self.PIECE)]
-                self.cos,self.sin = (torch.cat([old, *new]) for old,new in zip((self.cos, self.sin), zip(*pieces)))
+                cos,sin = zip(*(self._piece(i) for i in range(have, max(positions, 2*have), self.PIECE)))
+                self.cos,self.sin = torch.cat([self.cos, *cos]),torch.cat([self.sin, *sin])
             return self.cos,self.sin
 
 @dataclass
@@ -74,41 +75,65 @@ class Parts:
 
 def _gpt2_parts(model):
     c,t = model.config,model.transformer
-    _refuse(c, dict(activation_function=c.activation_function not in ('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=not c.scale_attn_weights,
-                    scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx))
+    _refuse(c, dict(
+        activation_function=c.activation_function not in ('gelu_new','gelu_pytorch_tanh'),
+        scale_attn_weights=not c.scale_attn_weights,
+        scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx))
     blocks = [Block(b.ln_1, [b.attn.c_attn], b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj) for b in t.h]
-    return Parts(blocks, t.wte, t.ln_f, model.lm_head, c.n_head, c.n_head, c.n_embd//c.n_head, c.n_positions, c.layer_norm_epsilon, False, False, positions=t.wpe)
+    return Parts(blocks, t.wte, t.ln_f, model.lm_head, heads=c.n_head, kv_heads=c.n_head,
+                 head_dim=c.n_embd//c.n_head, context=c.n_positions, eps=c.layer_norm_epsilon,
+                 rms=False, silu=False, positions=t.wpe)
 
 def _llama_parts(model):
     c,t = model.config,model.model
     head_dim = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
-    window = getattr(c, 'sliding_window', None) if getattr(c, 'use_sliding_window', True) else None   # shorter than it, a sequence sees all
-    _refuse(c, dict(hidden_act=c.hidden_act not in ('silu','swish'), rope_type=getattr(t.rotary_emb, 'rope_type', 'default') in ('dynamic','longrope')))
-    blocks = [Block(b.input_layernorm, [b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj], b.self_attn.o_proj, b.post_attention_layernorm,
-                    b.mlp.up_proj, b.mlp.down_proj, b.mlp.gate_proj) for b in t.layers]
+    window = getattr(c, 'sliding_window', None) if getattr(c, 'use_sliding_window', True) else None
+    _refuse(c, dict(
+        hidden_act=c.hidden_act not in ('silu','swish'),
+        rope_type=getattr(t.rotary_emb, 'rope_type', 'default') in ('dynamic','longrope')))
     angles = Angles(t.rotary_emb)
-    if angles.cos.shape[-1]!=head_dim: raise NotLean(f"the lean loop rotates whole heads, and this model {angles.cos.shape[-1]} of {head_dim}: use model.generate()")
-    return Parts(blocks, t.embed_tokens, t.norm, model.lm_head, c.num_attention_heads, c.num_key_value_heads, head_dim,
-                 min(c.max_position_embeddings, window or c.max_position_embeddings), c.rms_norm_eps, True, True, rotary=angles)
+    if angles.cos.shape[-1]!=head_dim:
+        raise NotLean(f"the lean loop rotates whole heads, and this model {angles.cos.shape[-1]} of {head_dim}: "
+                      "use model.generate()")
+    longest = c.max_position_embeddings   # a sequence that is shorter than the window sees all of itself
+    return Parts([_llama_block(b) for b in t.layers], t.embed_tokens, t.norm, model.lm_head,
+                 heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=head_dim,
+                 context=min(longest, window or longest), eps=c.rms_norm_eps, rms=True, silu=True, rotary=angles)
+
+def _llama_block(b):
+    a,m = b.self_attn,b.mlp
+    return Block(b.input_layernorm, [a.q_proj, a.k_proj, a.v_proj], a.o_proj,
+                 b.post_attention_layernorm, m.up_proj, m.down_proj, m.gate_proj)
 
 def _refuse(c, bad):
-    if any(bad.values()): raise NotLean(f"the lean loop does not do {', '.join(f'{k}={getattr(c, k, None)!r}' for k,v in bad.items() if v)}: use model.generate()")
+    found = ', '.join(f'{k}={getattr(c, k, None)!r}' for k,v in bad.items() if v)
+    if found: raise NotLean(f"the lean loop does not do {found}: use model.generate()")
 
-PARTS = dict(gpt2=_gpt2_parts, llama=_llama_parts, mistral=_llama_parts, qwen2=_llama_parts)   # `config.model_type` -> its parts
+# `config.model_type` -> its parts
+PARTS = dict(gpt2=_gpt2_parts, llama=_llama_parts, mistral=_llama_parts, qwen2=_llama_parts)
 
 def parts_of(
     model:nn.Module, # A causal language model of transformers
 )->Parts: # Its parts
     "Take a model apart; a `NotLean` if its family is unknown."
-    if model.config.model_type not in PARTS: raise NotLean(f"model type {model.config.model_type!r} is not in PARTS ({', '.join(PARTS)}): use model.generate()")
-    return PARTS[model.config.model_type](model)
+    kind = model.config.model_type
+    if kind not in PARTS:
+        raise NotLean(f"model type {kind!r} is not in PARTS ({', '.join(PARTS)}): use model.generate()")
+    return PARTS[kind](model)
 
 # %% ../../nbs/serving/parts.ipynb #f41ddc7c
-_pointers = lambda names: [(k, ctypes.c_void_p) for k in names.split()]
-_integers = lambda names: [(k, ctypes.c_int64) for k in names.split()]
+def _pointers(names): return [(k, ctypes.c_void_p) for k in names.split()]
+def _integers(names): return [(k, ctypes.c_int64) for k in names.split()]
 
-class _Cache(ctypes.Structure):   # SlCache of csrc/packed.cpp
-    _fields_ = _integers('size') + _pointers('keys values cos sin') + _integers('keys_len values_len cos_len sin_len capacity')
+def _point(struct, **tensors):   # the address and the length of each tensor that there is
+    for name,t in tensors.items():
+        if t is None: continue
+        setattr(struct, name, t.data_ptr())
+        setattr(struct, f'{name}_len', t.numel())
+
+class _Cache(ctypes.Structure):   # SlCache of csrc/packed.h
+    _fields_ = (_integers('size') + _pointers('keys values cos sin')
+                + _integers('keys_len values_len cos_len sin_len capacity'))
 
 class Cache:
     "Keys and values of one sequence, float32; memory for the tokens in use."
@@ -118,8 +143,10 @@ class Cache:
         context:int|None=None,  # Most tokens it holds; by default all that the model can
     ):
         self.parts,self.context = parts,parts.context if context is None else context
-        if not 1<=self.context<=parts.context: raise ValueError(f"context={context}: this model takes 1 to {parts.context} tokens")
-        self.keys = self.values = torch.empty(len(parts.blocks), parts.kv_heads, 0, parts.head_dim, dtype=torch.float32, device='cpu')
+        if not 1<=self.context<=parts.context:
+            raise ValueError(f"context={context}: this model takes 1 to {parts.context} tokens")
+        shape = len(parts.blocks),parts.kv_heads,0,parts.head_dim
+        self.keys = self.values = torch.empty(*shape, dtype=torch.float32, device='cpu')
         self.cos = self.sin = None
         self.length,self.capacity,self.logits = 0,0,torch.empty(0)
         self.lock,self.text,self.shown = threading.Lock(),None,False   # `shown`: others may hold a view of it
@@ -133,15 +160,15 @@ class Cache:
         tokens:int, # So many have to fit
     ):
         "Make room; what is there stays."
-        if tokens>self.context: raise ValueError(f"{tokens} tokens: the cache holds {self.context}; give it a larger context")
+        if tokens>self.context:
+            raise ValueError(f"{tokens} tokens: the cache holds {self.context}; give it a larger context")
         if tokens<=self.capacity: return
         room = min(max(tokens, 2*self.capacity, self.FIRST), self.context)
         keys,values = _longer(self.keys, room),_longer(self.values, room)
         if self.parts.rotary is not None: self.cos,self.sin = self.parts.rotary.upto(room)
         self.keys,self.values,self.capacity = keys,values,room
         self.native = _Cache(size=ctypes.sizeof(_Cache), capacity=room)
-        for name in ('keys','values','cos','sin'):
-            if (t := getattr(self, name)) is not None: setattr(self.native, name, t.data_ptr()); setattr(self.native, f'{name}_len', t.numel())
+        _point(self.native, keys=keys, values=values, cos=self.cos, sin=self.sin)
         self.ref = ctypes.byref(self.native)
 
     def logits_of(self,
@@ -167,17 +194,20 @@ def _longer(t, room):   # with room for so many tokens
     return new
 
 # %% ../../nbs/serving/parts.ipynb #b2c0a006
-class _Layer(ctypes.Structure):   # SlLayer of csrc/packed.cpp
-    _fields_ = _integers('size') + [('norm', ctypes.c_void_p*4), ('norm_len', ctypes.c_int64*4)] + _pointers('q k v out gate up down')
+class _Layer(ctypes.Structure):   # SlLayer of csrc/packed.h
+    _fields_ = (_integers('size') + [('norm', ctypes.c_void_p*4), ('norm_len', ctypes.c_int64*4)]
+                + _pointers('q k v out gate up down'))
 
 class _Model(ctypes.Structure):   # SlModel
-    _fields_ = (_integers('size') + _pointers('layers embedding head positions norm_w norm_b') + _integers('positions_len norm_w_len norm_b_len positions_type')
+    _fields_ = (_integers('size') + _pointers('layers embedding head positions norm_w norm_b')
+                + _integers('positions_len norm_w_len norm_b_len positions_type')
                 + _integers('n_layers dim heads kv_heads head_dim hidden context rms silu rotary')
-                + [('eps', ctypes.c_double), ('attention_scale', ctypes.c_double)] + _integers('checked packed max_kp max_r'))
+                + [('eps', ctypes.c_double), ('attention_scale', ctypes.c_double)]
+                + _integers('checked packed max_kp max_r'))
 
 class Dense(NamedTuple):
     "A float layer, read where it lies."
-    weight:Tensor     # (outputs, inputs), one of the types that the kernels read; a view where the module keeps it (inputs, outputs)
+    weight:Tensor     # (outputs, inputs) of a type in `FLOAT_TYPES`; a view where the module keeps it transposed
     bias:Tensor|None  # float32 (outputs,)
 
 def live_plan(
@@ -191,7 +221,8 @@ def _in_place(w):   # a float weight as the kernels read it
     return w.detach() if fits else as_floats(w)
 
 def _dense(m):
-    if type(m) not in (nn.Linear, Conv1D, nn.Embedding): raise NotLean(f"a {type(m).__name__} is neither packed nor a plain layer: use model.generate()")
+    if type(m) not in (nn.Linear, Conv1D, nn.Embedding):
+        raise NotLean(f"a {type(m).__name__} is neither packed nor a plain layer: use model.generate()")
     w,b = _in_place(m.weight),getattr(m, 'bias', None)
     return Dense(w.T if isinstance(m, Conv1D) else w, None if b is None else as_floats(b))
 
@@ -199,19 +230,23 @@ def _multiplier(name, m, plan_of):   # LinearPlan or Dense
     try: p = plan_of(m) or _dense(m)
     except NotLean: raise
     except ValueError as e: raise ValueError(f"{name}: {e}") from e
-    if not isinstance(p, (LinearPlan, Dense)): raise NotLean(f"{type(m).__name__} multiplies by a {type(p).__name__}: the lean loop needs one scale for each output, use model.generate()")
+    if not isinstance(p, (LinearPlan, Dense)):
+        raise NotLean(f"{type(m).__name__} multiplies by a {type(p).__name__}: the lean loop needs one scale for "
+                      "each output, use model.generate()")
     device = (p.planes.high if isinstance(p, LinearPlan) else p.weight).device
-    if device.type!='cpu': raise NotLean(f"the weights are on {device}: the lean loop runs on the CPU, use model.generate()")
+    if device.type!='cpu':
+        raise NotLean(f"the weights are on {device}: the lean loop runs on the CPU, use model.generate()")
     return p
 
 def _size(p): return (p.planes.n, p.planes.k) if isinstance(p, LinearPlan) else tuple(p.weight.shape)
 
-def _layers_of(p):   # name, module, the outputs and inputs that it has to have, None for any number; dim and hidden are the model's own
+def _layers_of(p):   # name, module, outputs and inputs that it must have: numbers, None for any, 'dim' or 'hidden'
     q,kv = p.heads*p.head_dim,p.kv_heads*p.head_dim
     yield from (('embedding', p.embedding, None, 'dim'), ('head', p.head, None, 'dim'))
     for i,b in enumerate(p.blocks):
-        parts = ('queries','keys','values') if len(b.qkv)==3 else ('queries, keys and values',)
-        for part,m,n in zip(parts, b.qkv, (q, kv, kv) if len(b.qkv)==3 else (q+2*kv,)): yield f'block {i}, {part}', m, n, 'dim'
+        if len(b.qkv)==3: need = dict(queries=q, keys=kv, values=kv)
+        else: need = {'queries, keys and values': q+2*kv}
+        for m,(part,n) in zip(b.qkv, need.items()): yield f'block {i}, {part}', m, n, 'dim'
         yield f'block {i}, attention output', b.out, 'dim', q
         if b.gate is not None: yield f'block {i}, gate', b.gate, 'hidden', 'dim'
         yield f'block {i}, up', b.up, 'hidden', 'dim'
@@ -221,17 +256,19 @@ class Table:
     "A model at one profile: only read, so all its sequences share it."
     def __init__(self,
         parts:Parts,      # The model
-        plan_of:Callable[[nn.Module],LinearPlan|None]=live_plan, # Module -> its plan at this profile; `None` for a float layer
+        plan_of:Callable=live_plan, # Module -> its `LinearPlan` at this profile; `None` for a float layer
     ):
         self.parts,self.linears = parts,{}
         for name,m,*_ in _layers_of(parts): self.linears[id(m)] = _multiplier(name, m, plan_of)
-        norms = [('last norm', parts.norm)] + [(f'block {i}, norm', m) for i,b in enumerate(parts.blocks) for m in (b.norm1, b.norm2)]
-        self.norms = {id(m):tuple(None if t is None else as_floats(t) for t in (m.weight, getattr(m, 'bias', None))) for _,m in norms}
+        norms = [('last norm', parts.norm)]
+        for i,b in enumerate(parts.blocks): norms += [(f'block {i}, norm', m) for m in (b.norm1, b.norm2)]
+        self.norms = {id(m):_norm(m) for _,m in norms}
         self.positions = None if parts.positions is None else _in_place(parts.positions.weight)
         self.vocabulary,self.outputs = self.size(parts.embedding)[0],self.size(parts.head)[0]
         self.dim,self.hidden = self.size(parts.embedding)[1],self.size(parts.blocks[0].up)[0]
         self._check(norms)
-        self.packed = all(isinstance(self.linears[id(m)], LinearPlan) for b in parts.blocks for m in (*b.qkv, b.out, b.up, b.down))
+        inner = [m for b in parts.blocks for m in (*b.qkv, b.out, b.up, b.down)]
+        self.packed = all(isinstance(self.linears[id(m)], LinearPlan) for m in inner)
         if native_calls() is not None: self._describe()
 
     def size(self,
@@ -242,26 +279,31 @@ class Table:
 
     def _check(self, norms):
         p,known = self.parts,dict(dim=self.dim, hidden=self.hidden)
-        if p.kv_heads<1 or p.heads%p.kv_heads: raise ValueError(f"{p.heads} heads share {p.kv_heads} heads of keys: needs a whole number for each")
+        if p.kv_heads<1 or p.heads%p.kv_heads:
+            raise ValueError(f"{p.heads} heads share {p.kv_heads} heads of keys: needs a whole number for each")
         for name,m,*need in _layers_of(p):
             have = self.size(m)
             for what,n,x in zip(('outputs','inputs'), have, need):
-                if x is not None and n!=known.get(x, x): raise ValueError(f"{name}: {n} {what}, and its neighbours need {known.get(x, x)}")
+                x = known.get(x, x)
+                if x is not None and n!=x: raise ValueError(f"{name}: {n} {what}, and its neighbours need {x}")
         for name,m in norms:
-            if any(t is not None and t.shape!=(self.dim,) for t in self.norms[id(m)]): raise ValueError(f"{name}: needs {self.dim} numbers")
-        if self.positions is not None and self.positions.shape!=(p.context, self.dim): raise ValueError(f"positions of shape {tuple(self.positions.shape)}: needs {(p.context, self.dim)}")
+            if any(t is not None and t.shape!=(self.dim,) for t in self.norms[id(m)]):
+                raise ValueError(f"{name}: needs {self.dim} numbers")
+        if self.positions is not None and self.positions.shape!=(p.context, self.dim):
+            raise ValueError(f"positions of shape {tuple(self.positions.shape)}: needs {(p.context, self.dim)}")
 
     def _describe(self):   # for the native calls; `held` keeps alive what is pointed at
-        p,entries = self.parts,{i:q.linear if isinstance(q, LinearPlan) else _dense_entry(q) for i,q in self.linears.items()}
-        at = lambda m: None if m is None else ctypes.addressof(entries[id(m)])
+        p,entries = self.parts,{i:_entry(q) for i,q in self.linears.items()}
+        def at(m): return None if m is None else ctypes.addressof(entries[id(m)])
         rows = (_Layer*len(p.blocks))()
         for row,b in zip(rows, p.blocks): self._fill(row, b, at)
         w,bias = self.norms[id(p.norm)]
-        self.model = _Model(size=ctypes.sizeof(_Model), layers=ctypes.addressof(rows), embedding=at(p.embedding), head=at(p.head),
-                            n_layers=len(rows), dim=self.dim, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim, hidden=self.hidden,
-                            context=p.context, rms=p.rms, silu=p.silu, rotary=p.rotary is not None, eps=p.eps, attention_scale=p.head_dim**-.5)
-        for name,t in dict(positions=self.positions, norm_w=w, norm_b=bias).items():
-            if t is not None: setattr(self.model, name, t.data_ptr()); setattr(self.model, f'{name}_len', t.numel())
+        self.model = _Model(
+            size=ctypes.sizeof(_Model), layers=ctypes.addressof(rows), embedding=at(p.embedding), head=at(p.head),
+            n_layers=len(rows), dim=self.dim, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim,
+            hidden=self.hidden, context=p.context, rms=p.rms, silu=p.silu, rotary=p.rotary is not None,
+            eps=p.eps, attention_scale=p.head_dim**-.5)
+        _point(self.model, positions=self.positions, norm_w=w, norm_b=bias)
         if self.positions is not None: self.model.positions_type = FLOAT_TYPES[self.positions.dtype]
         self.held,self.ref,where = (entries, rows),ctypes.byref(self.model),(ctypes.c_int64*2)()
         check_fault(native_calls().check(self.ref, where), f"block {where[0]}, part {where[1]} of the model")
@@ -273,9 +315,15 @@ class Table:
         row.q,row.k,row.v = map(at, (*b.qkv, None, None)[:3])
         row.out,row.gate,row.up,row.down = map(at, (b.out, b.gate, b.up, b.down))
 
-def _dense_entry(d):
-    n,k = d.weight.shape
-    return linear_entry(dict(dense=d.weight, bias=d.bias), n, k, bits=8, dense_type=FLOAT_TYPES[d.weight.dtype], dense_columns=not d.weight.is_contiguous())
+def _norm(m):   # weight and bias
+    w,b = m.weight,getattr(m, 'bias', None)
+    return None if w is None else as_floats(w), None if b is None else as_floats(b)
+
+def _entry(q):   # a layer, for the kernels
+    if isinstance(q, LinearPlan): return q.linear
+    n,k = q.weight.shape
+    return linear_entry(dict(dense=q.weight, bias=q.bias), n, k, bits=8, dense_type=FLOAT_TYPES[q.weight.dtype],
+                        dense_columns=not q.weight.is_contiguous())
 
 class _Calls(NamedTuple):
     check:Callable   # table, where the first fault is

@@ -1,0 +1,135 @@
+// What the processor can do, and what comes in: it is checked before anything is read through it.
+#include "packed.h"
+
+#ifdef SL_HERE
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int detect() {           // bit 0: vector kernels, bit 1: tile kernels
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vnni"))) return 0;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return 1;
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 3 : 1;   // ask the system for tile registers
+}
+int features() { static const int f = detect(); return f; }
+SL_API int sl_packed_features() { int f = features(); return (f & 1) | (f & 2 ? 6 : 0); }
+
+static const i64 CHECKED = 0x736c5f636865636b;
+static i64 times(i64 a, i64 b) { i64 c; return __builtin_mul_overflow(a, b, &c) ? -1 : c; }
+static inline bool holds(const void *p, i64 len, i64 need) { return p && need > 0 && len == need; }
+static inline bool holds_or_none(const void *p, i64 len, i64 need) { return !p || holds(p, len, need); }
+
+static int check_planes(const SlLinear *d) {
+    if (!within(d->bits, 2, 8)) return RANGE;
+    const i64 unit = times((d->n + 15) >> 4, d->kp >> 4)*64;
+    if (!holds(d->high, d->len[HIGH], 2*unit)) return BUFFER;
+    if (d->bits > 4 && !holds(d->middle, d->len[MIDDLE], unit)) return BUFFER;
+    if (d->bits > 6 && !holds(d->low, d->len[LOW], unit)) return BUFFER;
+    if (!holds(d->scale, d->len[SCALE], d->n)) return BUFFER;
+    return d->act_mode && !holds(d->sums, d->len[SUMS], d->n) ? BUFFER : FINE;
+}
+static int check_dense(const SlLinear *d) {
+    if (!within(d->dense_type, 0, 2) || !within(d->dense_columns, 0, 1)) return RANGE;
+    return holds(d->dense, d->len[DENSE], times(d->n, d->k)) ? FINE : BUFFER;
+}
+static int check_activations(const SlLinear *d) {
+    if (!within(d->act_mode, 0, 2)) return RANGE;
+    if (!d->act_mode) return FINE;
+    if (!within(d->act_bits, 2, 16) || !within(d->act_symmetric, 0, 1)) return RANGE;
+    const i64 top = (i64)1 << (d->act_symmetric ? d->act_bits - 1 : d->act_bits);
+    if (!within(d->act_zero, d->act_symmetric ? 1 - top : 0, top - 1)) return RANGE;
+    return d->act_mode == 1 && !(d->act_scale > 0 && d->act_scale <= 3.4e38) ? RANGE : FINE;
+}
+int check_linear(const SlLinear *d) {
+    if (!d || d->size != (i64)sizeof *d) return STRUCT;
+    if (!within(d->n, 1, MOST) || !within(d->k, 1, 65536) || !within(d->r, 0, 65536)) return RANGE;
+    if (d->kp != ((d->k + 63) & ~(i64)63)) return RANGE;
+    if (int fault = check_activations(d)) return fault;
+    if (int fault = d->dense ? check_dense(d) : check_planes(d)) return fault;
+    if (!holds_or_none(d->bias, d->len[BIAS], d->n)) return BUFFER;
+    if (!d->r) return FINE;
+    if (!holds(d->lora_a, d->len[LORA_A], times(d->r, d->k))) return BUFFER;
+    return holds(d->lora_bt, d->len[LORA_BT], times(d->r, d->n)) ? FINE : BUFFER;
+}
+static int check_shape(const SlLinear *d, i64 n, i64 k) {
+    if (int fault = check_linear(d)) return fault;
+    return d->n == n && d->k == k ? FINE : SHAPES;
+}
+static int check_layer(const SlModel *M, const SlLayer *L, i64 *part) {
+    const i64 q = M->heads*M->head_dim, kv = M->kv_heads*M->head_dim, dim = M->dim;
+    if (L->size != (i64)sizeof *L) return STRUCT;
+    for (int i = 0; i < 4; i++) if (!holds_or_none(L->norm[i], L->norm_len[i], dim)) return BUFFER;
+    const bool three = L->qkv[1] || L->qkv[2];
+    int fault = check_shape(L->qkv[*part = 0], three ? q : q + 2*kv, dim);
+    for (i64 i = 1; three && i < 3 && !fault; i++) fault = check_shape(L->qkv[*part = i], kv, dim);
+    if (!fault) *part = 3, fault = check_shape(L->out, dim, q);
+    if (!fault && L->gate) *part = 4, fault = check_shape(L->gate, M->hidden, dim);
+    if (!fault) *part = 5, fault = check_shape(L->up, M->hidden, dim);
+    if (!fault) *part = 6, fault = check_shape(L->down, dim, M->hidden);
+    return fault;
+}
+static int check_ends(const SlModel *M, i64 *part) {
+    *part = 7;
+    if (int fault = check_linear(M->embedding)) return fault;
+    if (M->embedding->k != M->dim || M->embedding->dense_columns) return SHAPES;
+    *part = 8;
+    if (int fault = check_linear(M->head)) return fault;
+    if (M->head->k != M->dim) return SHAPES;
+    *part = 9;
+    if (!holds_or_none(M->norm_w, M->norm_w_len, M->dim)) return BUFFER;
+    if (!holds_or_none(M->norm_b, M->norm_b_len, M->dim)) return BUFFER;
+    return holds_or_none(M->positions, M->positions_len, times(M->context, M->dim)) ? FINE : BUFFER;
+}
+// Notes the largest sizes of all layers, and whether all inside are planes.
+static void note_size(SlModel *M, const SlLinear *d, bool inside) {
+    if (!d) return;
+    if (d->kp > M->max_kp) M->max_kp = d->kp;
+    if (d->r > M->max_r) M->max_r = d->r;
+    if (inside && d->dense) M->packed = 0;
+}
+
+// Checks a table once, before its first use. Layer and part of the first fault go to `where` (2), -1 where there
+// is none.
+SL_API int sl_check_model(SlModel *M, i64 *where) {
+    where[0] = where[1] = -1;
+    if (!M || M->size != (i64)sizeof *M) return STRUCT;
+    M->checked = 0;
+    if (!within(M->n_layers, 1, 65536) || !within(M->dim, 1, 65536)) return RANGE;
+    if (!within(M->hidden, 1, 65536) || !within(M->heads, 1, 65536)) return RANGE;
+    if (!within(M->kv_heads, 1, M->heads) || M->heads % M->kv_heads) return RANGE;
+    if (!within(M->head_dim, 1, 65536) || (M->rotary && M->head_dim % 2)) return RANGE;
+    if (!within(M->context, 1, MOST) || !within(M->positions_type, 0, 2) || !M->layers) return RANGE;
+    if (int fault = check_ends(M, where + 1)) return fault;
+    M->packed = 1; M->max_kp = M->max_r = 0;
+    for (i64 i = 0; i < M->n_layers; i++) {
+        const SlLayer *L = M->layers + i;
+        where[0] = i; where[1] = -1;
+        if (int fault = check_layer(M, L, where + 1)) return fault;
+        const SlLinear *all[7] = {L->qkv[0], L->qkv[1], L->qkv[2], L->out, L->gate, L->up, L->down};
+        for (const SlLinear *d : all) note_size(M, d, true);
+    }
+    note_size(M, M->head, false);
+    M->checked = CHECKED;
+    return FINE;
+}
+
+// Checks a pass before it begins: tokens ids (m) at position pos.
+int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos) {
+    if (!M || !C || M->size != (i64)sizeof *M || C->size != (i64)sizeof *C) return STRUCT;
+    if (M->checked != CHECKED) return UNCHECKED;
+    if (!within(C->capacity, 1, MOST)) return RANGE;
+    const i64 one = times(C->capacity, M->head_dim), need = times(times(M->n_layers, M->kv_heads), one);
+    if (!holds(C->keys, C->keys_len, need) || !holds(C->values, C->values_len, need)) return BUFFER;
+    if (M->rotary && (!C->cos || !C->sin || C->cos_len < one || C->sin_len < one)) return BUFFER;
+    if (m < 1 || pos < 0 || m > C->capacity - pos || m > M->context - pos) return POSITION;
+    for (i64 t = 0; t < m; t++) if (ids[t] < 0 || ids[t] >= M->embedding->n) return TOKEN;
+    return FINE;
+}
+#else
+SL_API int sl_packed_features() { return 0; }
+SL_API int sl_check_model(SlModel*, i64*) { return 1; }
+#endif

@@ -1,0 +1,361 @@
+// Tokens through a whole model in one call (nbs/serving/lean.ipynb): one, or all of a prompt.
+#include "packed.h"
+
+#ifdef SL_HERE
+#include "vectors.h"
+
+static thread_local Arena arena;
+
+SL_VECTORS_ON
+// ---- one token ----
+static inline __m512 exp16(__m512 x) {   // within 2 units in the last place
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.7f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.f/5040);
+    const float c[] = {1.f/720, 1.f/120, 1.f/24, 1.f/6, .5f, 1.f, 1.f};
+    for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[i]));
+    return _mm512_scalef_ps(p, n);
+}
+static inline __m512 sigmoid16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+static void activate(float *y, const float *gate, i64 a, i64 b, bool silu) {   // y = act(gate)*y, or act(y)
+    for (i64 i = a; i < b; i += 16) {
+        const __mmask16 m = head(b - i);
+        const __m512 up = _mm512_maskz_loadu_ps(m, y + i), g = gate ? _mm512_maskz_loadu_ps(m, gate + i) : up;
+        __m512 u = g;
+        if (!silu) {                      // x/2 (1 + tanh v) = x sigmoid(2v)
+            u = _mm512_mul_ps(_mm512_mul_ps(g, g), g);
+            u = _mm512_fmadd_ps(u, _mm512_set1_ps(0.044715f), g);
+            u = _mm512_mul_ps(u, _mm512_set1_ps(2*0.7978845608028654f));
+        }
+        const __m512 v = _mm512_mul_ps(g, sigmoid16(u));
+        _mm512_mask_storeu_ps(y + i, m, gate ? _mm512_mul_ps(v, up) : v);
+    }
+}
+static void normalize(const float *x, const float *w, const float *b, i64 n, bool rms, double eps, float *y) {
+    __m512 s = _mm512_setzero_ps();
+    float mean = 0;
+    if (!rms) {
+        for (i64 i = 0; i < n; i += 16) s = _mm512_add_ps(s, _mm512_maskz_loadu_ps(head(n - i), x + i));
+        mean = _mm512_reduce_add_ps(s)/(float)n; s = _mm512_setzero_ps();
+    }
+    const __m512 mu = _mm512_set1_ps(mean);
+    for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = head(n - i);
+        const __m512 v = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + i), mu);
+        s = _mm512_fmadd_ps(v, v, s);
+    }
+    const __m512 r = _mm512_set1_ps(1.f/sqrtf(_mm512_reduce_add_ps(s)/(float)n + (float)eps));
+    for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = head(n - i);
+        const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), mu), r);
+        const __m512 scale = w ? _mm512_maskz_loadu_ps(m, w + i) : _mm512_set1_ps(1.f);
+        const __m512 c = b ? _mm512_maskz_loadu_ps(m, b + i) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(y + i, m, _mm512_fmadd_ps(v, scale, c));
+    }
+}
+// y = rows[row], or y += rows[row].
+static void add_row(const void *rows, int type, i64 row, i64 n, bool fresh, float *y) {
+    for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = head(n - i);
+        const __m512 v = load16(rows, type, row*n + i, m);
+        _mm512_mask_storeu_ps(y + i, m, fresh ? v : _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y + i)));
+    }
+}
+static void embed(const SlLinear *d, i64 id, float *y) {   // row `id` of the weight
+    if (d->dense) { add_row(d->dense, (int)d->dense_type, id, d->k, true, y); return; }
+    const i64 units = d->kp >> 4, base = (id >> 4)*units, lane = (id & 15)*4;
+    const float s = d->scale[id];
+    for (i64 i = 0; i < d->k; i++) {
+        const i64 u = base + (i >> 4), v = (i >> 2) & 3, at = lane + (i & 3);
+        int c = (d->high[u*128 + (v >> 1)*64 + at] >> (v & 1)*4 & 15) << 4;
+        if (d->bits > 4) c |= (d->middle[u*64 + at] >> 2*v & 3) << 2;
+        if (d->bits > 6) c |= d->low[u*64 + at] >> 2*v & 3;
+        y[i] = ((float)(c >> (8 - d->bits)) - (float)d->zero)*s;
+    }
+}
+// Halves rotated, as Llama does; c and s hold n cosines and sines, or nothing.
+static void rotate(const float *x, const float *c, const float *s, i64 n, float *y) {
+    if (!c) { memcpy(y, x, (size_t)n*4); return; }
+    const i64 h = n/2;
+    for (i64 i = 0; i < h; i++) {
+        y[i] = x[i]*c[i] - x[i + h]*s[i];
+        y[i + h] = x[i + h]*c[i + h] + x[i]*s[i + h];
+    }
+}
+// One head: q (n) against `pos` cached keys and the new one; y = softmax(scale q k) v.
+static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 pos,
+                   i64 n, float scale, float *p, float *y) {
+    for (i64 t = 0; t < pos; t++) p[t] = scale*dot(keys + t*n, q, 0, n);
+    p[pos] = scale*dot(k, q, 0, n);
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (i64 t = 0; t <= pos; t += 16) {
+        const __mmask16 m = head(pos + 1 - t);
+        top = _mm512_mask_max_ps(top, m, top, _mm512_maskz_loadu_ps(m, p + t));
+    }
+    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (i64 t = 0; t <= pos; t += 16) {
+        const __mmask16 m = head(pos + 1 - t);
+        const __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, p + t), top)));
+        _mm512_mask_storeu_ps(p + t, m, e); sum = _mm512_add_ps(sum, e);
+    }
+    const float inv = 1.f/_mm512_reduce_add_ps(sum);
+    for (i64 i = 0; i < n; i += 64) {
+        __m512 a[4]; __mmask16 m[4];
+        for (int j = 0; j < 4; j++) {
+            m[j] = i + 16*j < n ? head(n - i - 16*j) : 0;
+            a[j] = _mm512_mul_ps(_mm512_set1_ps(p[pos]), _mm512_maskz_loadu_ps(m[j], v + i + 16*j));
+        }
+        for (i64 t = 0; t < pos; t++) {
+            const __m512 w = _mm512_set1_ps(p[t]);
+            const float *row = values + t*n + i;
+            for (int j = 0; j < 4; j++) a[j] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(m[j], row + 16*j), a[j]);
+        }
+        for (int j = 0; j < 4; j++)
+            _mm512_mask_storeu_ps(y + i + 16*j, m[j], _mm512_mul_ps(a[j], _mm512_set1_ps(inv)));
+    }
+}
+static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
+                      const Own *o, int me, int all) {
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, row = C->capacity*hd;
+    const float *c = M->rotary ? C->cos + pos*hd : nullptr, *s = M->rotary ? C->sin + pos*hd : nullptr;
+    const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
+    for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
+        float *keys = C->keys + (layer*G + i/each)*row, *values = C->values + (layer*G + i/each)*row;
+        if (g != i/each) { g = i/each; rotate(k_new + g*hd, c, s, hd, o->k); }
+        rotate(qkv + i*hd, c, s, hd, o->q);
+        attend(o->q, keys, values, o->k, v_new + g*hd, pos, hd, (float)M->attention_scale, o->scores, out + i*hd);
+        if (i % each == 0) {
+            memcpy(keys + pos*hd, o->k, (size_t)hd*4);
+            memcpy(values + pos*hd, v_new + g*hd, (size_t)hd*4);
+        }
+    }
+}
+static void run_layer(const SlModel *M, const SlCache *C, i64 i, i64 pos, float *x, float *qkv, float *att,
+                      float *mid, const Own *o, int me, int all) {
+    const SlLayer *L = M->layers + i;
+    normalize(x, L->norm[0], L->norm[1], M->dim, M->rms, M->eps, o->norm);
+    for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n)
+        share(L->qkv[j], o->norm, qkv + at, false, o, me, all);
+    #pragma omp barrier
+    attention(M, C, i, pos, qkv, att, o, me, all);
+    #pragma omp barrier
+    share(L->out, att, x, true, o, me, all);
+    #pragma omp barrier
+    normalize(x, L->norm[2], L->norm[3], M->dim, M->rms, M->eps, o->norm);
+    const i64 blocks = (M->hidden + 15) >> 4, a = blocks*me/all*16, b = blocks*(me + 1)/all*16;
+    float *gate = L->gate ? mid + round64(M->hidden) : nullptr;
+    if (gate) share(L->gate, o->norm, gate, false, o, me, all);
+    share(L->up, o->norm, mid, false, o, me, all);
+    activate(mid, gate, a, b < M->hidden ? b : M->hidden, M->silu);
+    #pragma omp barrier
+    share(L->down, mid, x, true, o, me, all);
+    #pragma omp barrier
+}
+
+// Token `id` at position `pos`: its keys and values go into the cache, the logits of the next token to `logits` (if
+// not null).
+SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits) {
+    if (!(features() & 1)) return CANNOT;
+    if (int fault = check_pass(M, C, &id, 1, pos)) return fault;
+    const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
+    const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
+    const size_t score = round64(pos + 17);
+    const size_t own = round64(3*kp) + 4*(round64(r) + dim + score + 2*head_dim);
+    const size_t common = 4*(dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
+    int threads = max_threads();
+    char *p = arena.get(common + own*threads + 64);
+    if (!p) return NO_MEMORY;
+    float *x = (float*)p, *qkv = x + dim, *att = qkv + round64(wide);
+    float *mid = att + round64(M->heads*M->head_dim);
+    embed(M->embedding, id, x);
+    if (M->positions) add_row(M->positions, (int)M->positions_type, pos, M->dim, false, x);
+    #pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int me = 0, all = 1;
+#endif
+        char *q = p + common + own*me;
+        Own o;
+        o.bytes = (int8_t*)q; o.h = (float*)(q + round64(3*kp));
+        o.norm = o.h + round64(r); o.scores = o.norm + dim;
+        o.q = o.scores + score; o.k = o.q + head_dim;
+        for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, x, qkv, att, mid, &o, me, all);
+        if (logits) {
+            normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, o.norm);
+            share(M->head, o.norm, logits, false, &o, me, all);
+        }
+    }
+    return 0;
+}
+
+// ---- a prompt: all its tokens through the same kernels ----
+// Queries t..t+g-1 (g <= 8) of one head at positions pos+t..; kt holds the keys input by input, `wide` positions
+// apart.
+static void attend_some(const float *q, i64 qstride, const float *kt, const float *values, i64 pos, int g, i64 n,
+                        i64 wide, float scale, float *p, float *y, i64 ystride) {
+    const i64 last = pos + g;   // keys that the last query sees
+    for (i64 k = 0; k < last; k += 16) {
+        __m512 a[8];
+        for (int i = 0; i < 8; i++) a[i] = _mm512_setzero_ps();
+        for (i64 j = 0; j < n; j++) {
+            const __m512 v = _mm512_loadu_ps(kt + j*wide + k);
+            for (int i = 0; i < 8; i++)
+                a[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[(i < g ? i : 0)*qstride + j]), v, a[i]);
+        }
+        for (int i = 0; i < g; i++)
+            _mm512_storeu_ps(p + i*wide + k, _mm512_mul_ps(a[i], _mm512_set1_ps(scale)));
+    }
+    for (int i = 0; i < g; i++) {
+        float *s = p + i*wide;
+        const i64 sees = pos + i + 1;
+        __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (i64 k = 0; k < sees; k += 16)
+            top = _mm512_mask_max_ps(top, head(sees - k), top, _mm512_loadu_ps(s + k));
+        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+        for (i64 k = 0; k < sees; k += 16) {
+            __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + k), top));
+            e = _mm512_maskz_mov_ps(head(sees - k), e);
+            _mm512_storeu_ps(s + k, e); sum = _mm512_add_ps(sum, e);
+        }
+        const float inv = 1.f/_mm512_reduce_add_ps(sum);
+        for (i64 k = 0; k < sees; k += 16)
+            _mm512_storeu_ps(s + k, _mm512_mul_ps(_mm512_loadu_ps(s + k), _mm512_set1_ps(inv)));
+        for (i64 k = sees; k < last; k++) s[k] = 0;
+    }
+    for (int i0 = 0; i0 < g; i0 += 4) for (i64 c = 0; c < n; c += 64) {
+        __m512 a[4][4]; __mmask16 m[4];
+        for (int j = 0; j < 4; j++) {
+            m[j] = c + 16*j < n ? head(n - c - 16*j) : 0;
+            for (int i = 0; i < 4; i++) a[i][j] = _mm512_setzero_ps();
+        }
+        for (i64 k = 0; k < last; k++) {
+            __m512 v[4];
+            for (int j = 0; j < 4; j++) v[j] = _mm512_maskz_loadu_ps(m[j], values + k*n + c + 16*j);
+            for (int i = 0; i < 4; i++) {
+                const __m512 w = _mm512_set1_ps(p[(i0 + i < g ? i0 + i : 0)*wide + k]);
+                for (int j = 0; j < 4; j++) a[i][j] = _mm512_fmadd_ps(w, v[j], a[i][j]);
+            }
+        }
+        for (int i = 0; i < 4 && i0 + i < g; i++)
+            for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
+    }
+}
+// Rotates queries and keys, and puts keys and values into the cache.
+static void cache_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide,
+                         float *spare) {
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, row = C->capacity*hd;
+    for (i64 t = 0; t < m; t++) {
+        const float *c = M->rotary ? C->cos + (pos + t)*hd : nullptr;
+        const float *s = M->rotary ? C->sin + (pos + t)*hd : nullptr;
+        float *q = qkv + t*wide;
+        if (c) for (i64 i = 0; i < H; i++) {
+            memcpy(spare, q + i*hd, (size_t)hd*4);
+            rotate(spare, c, s, hd, q + i*hd);
+        }
+        for (i64 g = 0; g < G; g++) {
+            rotate(q + (H + g)*hd, c, s, hd, C->keys + (layer*G + g)*row + (pos + t)*hd);
+            memcpy(C->values + (layer*G + g)*row + (pos + t)*hd, q + (H + G + g)*hd, (size_t)hd*4);
+        }
+    }
+}
+static thread_local Arena prompt_arena;
+
+// Logits of one token, by all threads.
+static int finish_token(const SlModel *M, const float *x, float *norm, float *logits, int threads) {
+    normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, norm);
+    const size_t bytes = round64(3*M->head->kp), own = bytes + 4*round64(M->head->r);
+    char *p = arena.get(own*threads + 64);
+    if (!p) return NO_MEMORY;
+    #pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        const int all = omp_get_num_threads();
+#else
+        const int all = 1;
+#endif
+        Own o = {};
+        o.bytes = (int8_t*)p + own*thread_id(); o.h = (float*)(o.bytes + bytes);
+        share(M->head, norm, logits, false, &o, thread_id(), all);
+    }
+    return FINE;
+}
+
+// Tokens ids (m) at positions pos, pos+1, ...: like m decoding steps, of which only the last makes logits (if not
+// null). Layers must be packed.
+SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
+    if (!(features() & 1)) return CANNOT;
+    if (!ids) return BUFFER;
+    if (int fault = check_pass(M, C, ids, m, pos)) return fault;
+    if (!M->packed) return SHAPES;
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim;
+    const i64 hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16;
+    const int threads = max_threads();
+    const size_t own = round64(hd*keys + 8*keys + hd + 64);
+    const size_t common = round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden);
+    char *mem = prompt_arena.get(4*(common + own*threads) + 64);
+    if (!mem) return NO_MEMORY;
+    float *x = (float*)mem, *norm = x + m*dim, *y = norm + m*dim, *qkv = x + round64(3*m*dim);
+    float *att = qkv + round64(m*wide), *up = att + round64(m*H*hd), *gate = up + m*hidden;
+    float *scratch = up + round64(2*m*hidden);
+    for (i64 t = 0; t < m; t++) {
+        embed(M->embedding, ids[t], x + t*dim);
+        if (M->positions) add_row(M->positions, (int)M->positions_type, pos + t, dim, false, x + t*dim);
+    }
+    for (i64 l = 0; l < M->n_layers; l++) {
+        const SlLayer *L = M->layers + l;
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 t = 0; t < m; t++)
+            normalize(x + t*dim, L->norm[0], L->norm[1], dim, M->rms, M->eps, norm + t*dim);
+        for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n)
+            tokens_linear(L->qkv[j], norm, m, qkv + at, wide);
+        cache_tokens(M, C, l, pos, m, qkv, wide, scratch);
+        #pragma omp parallel num_threads(threads)
+        {
+            float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
+            i64 have = -1;
+            #pragma omp for schedule(static)
+            for (i64 h = 0; h < H; h++) {
+                const i64 g = h/(H/G);
+                const float *K = C->keys + (l*G + g)*C->capacity*hd, *V = C->values + (l*G + g)*C->capacity*hd;
+                if (have != g) {
+                    for (i64 k = 0; k < keys; k++)
+                        for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
+                    have = g;
+                }
+                for (i64 t = 0; t < m; t += 8) {
+                    const int some = (int)(m - t < 8 ? m - t : 8);
+                    attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, some, hd, keys,
+                                (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
+                }
+            }
+        }
+        tokens_linear(L->out, att, m, y, dim);
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 t = 0; t < m; t++) {
+            for (i64 i = t*dim; i < (t + 1)*dim; i++) x[i] += y[i];
+            normalize(x + t*dim, L->norm[2], L->norm[3], dim, M->rms, M->eps, norm + t*dim);
+        }
+        if (L->gate) tokens_linear(L->gate, norm, m, gate, hidden);
+        tokens_linear(L->up, norm, m, up, hidden);
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 t = 0; t < m; t++)
+            activate(up + t*hidden, L->gate ? gate + t*hidden : nullptr, 0, hidden, M->silu);
+        tokens_linear(L->down, up, m, y, dim);
+        #pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 i = 0; i < m*dim; i++) x[i] += y[i];
+    }
+    return logits ? finish_token(M, x + (m - 1)*dim, norm, logits, threads) : FINE;
+}
+SL_VECTORS_OFF
+
+#else
+SL_API int sl_decode_step(const SlModel*, const SlCache*, i64, i64, float*) { return 1; }
+SL_API int sl_prompt(const SlModel*, const SlCache*, const i64*, i64, i64, float*) { return 1; }
+#endif

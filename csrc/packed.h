@@ -1,0 +1,126 @@
+// Products with the nested store (nbs/serving/kernels.ipynb describes the layout and the formulas).
+//
+// A weight of n output channels and k inputs is kept as three planes of its eight-bit codes: bits 7-4, bits 3-2,
+// bits 1-0. A vector of 64 bytes is 16 channels x 4 inputs. Four vectors make a unit of 16 inputs: 128 bytes of the
+// high plane, 64 of the middle, 64 of the low. Codes are used with their top bit at bit 7 and zeros (or nothing)
+// below the live bits, so one routine serves all precisions.
+//
+// Activations become signed bytes: codes of at most 8 bits take one, wider codes and floats (24-bit integers per
+// token) take three. All sums are integers; scales, zero points and bias are applied in double, and the result is
+// rounded once.
+//
+// border.cpp checks what comes in, planes.cpp multiplies, model.cpp runs tokens through a whole model.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <cmath>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define SL_API extern "C" __attribute__((visibility("default")))
+typedef int64_t i64;
+
+// Every struct begins with its own size, as the caller knows it, and every buffer comes with the count of numbers
+// that it holds. The calls compare both with what they are going to read, and return a fault instead of reading
+// past an end.
+enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, BUFFERS };
+struct SlLinear {               // mirrored by kernels._Linear
+    i64 size;
+    const uint8_t *high, *middle, *low;
+    const void *dense;          // float weight instead of planes, or null
+    const float *scale;         // (n) step of a row
+    const int32_t *sums;        // (n) sum of a row's codes; null for float activations, which need none
+    const float *bias;          // (n) or null
+    const float *lora_a;        // (r,k) or null
+    const float *lora_bt;       // (r,n)
+    i64 len[BUFFERS];           // of the buffers above, in their order
+    i64 n, k, kp, r, bits;
+    i64 dense_type;             // 0 float32, 1 bfloat16, 2 float16
+    i64 dense_columns;          // 0: the float weight is (n,k); 1: (k,n)
+    i64 act_mode;               // 0 float, 1 static range, 2 range per token
+    i64 act_bits, act_symmetric, act_zero;
+    double act_scale, zero, lora_scale;
+};
+
+struct SlLayer {                // mirrored by parts._Layer
+    i64 size;
+    const float *norm[4];       // weight and bias before attention, then before the MLP; biases may be null
+    i64 norm_len[4];
+    const SlLinear *qkv[3];     // one fused (then 1 and 2 are null) or three
+    const SlLinear *out, *gate, *up, *down;               // gate null for a plain MLP
+};
+struct SlModel {                // mirrored by parts._Model: a model at one profile; threads only read it
+    i64 size;
+    const SlLayer *layers;
+    const SlLinear *embedding, *head;
+    const void *positions;      // (context,dim) learned positions, or null
+    const float *norm_w, *norm_b;
+    i64 positions_len, norm_w_len, norm_b_len;
+    i64 positions_type;         // as dense_type
+    i64 n_layers, dim, heads, kv_heads, head_dim, hidden, context;
+    i64 rms, silu, rotary;      // RMS norm or layer norm; SiLU or tanh GELU; rotated queries and keys or not
+    double eps, attention_scale;
+    i64 checked, packed, max_kp, max_r;   // written by sl_check_model
+};
+struct SlCache {                // mirrored by parts._Cache: one sequence
+    i64 size;
+    float *keys, *values;       // (layers,kv_heads,capacity,head_dim)
+    const float *cos, *sin;     // (capacity or more,head_dim) rotary angles, or null
+    i64 keys_len, values_len, cos_len, sin_len;
+    i64 capacity;               // tokens that fit
+};
+
+// What the calls return; mirrored by kernels.FAULTS.
+enum { FINE, CANNOT, NO_MEMORY, POSITION, TOKEN, STRUCT, RANGE, BUFFER, SHAPES, UNCHECKED };
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define SL_HERE 1               // elsewhere every call returns a fault
+#endif
+
+#ifdef SL_HERE
+// ---- border.cpp ----
+int features();                 // bit 0: vector kernels, bit 1: tile kernels
+int check_linear(const SlLinear *d);
+int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos);
+
+// ---- planes.cpp ----
+struct Own { int8_t *bytes; float *h, *norm, *scores, *q, *k; };   // scratch of one thread
+void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, int me, int all);
+void tokens_linear(const SlLinear *d, const float *x, i64 m, float *y, i64 stride);
+
+// ---- threads and memory ----
+static inline int max_threads() {
+#ifdef _OPENMP
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+static inline int thread_id() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+struct Arena {                  // scratch memory of the calling thread; grows, and goes with the thread
+    char *p = nullptr; size_t size = 0;
+    char *get(size_t n) {
+        if (n <= size) return p;
+        free(p);
+        p = nullptr; size = 0;
+        void *q;
+        if (posix_memalign(&q, 64, n + n/4)) return nullptr;
+        p = (char*)q; size = n + n/4;
+        return p;
+    }
+    ~Arena() { free(p); }
+};
+static inline size_t round64(size_t n) { return (n + 63) & ~(size_t)63; }
+static const i64 MOST = (i64)1 << 31;
+static inline bool within(i64 v, i64 lo, i64 hi) { return v >= lo && v <= hi; }
+#endif
