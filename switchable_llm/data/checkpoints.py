@@ -14,7 +14,7 @@ from typing import Iterable
 import torch
 from torch import nn
 from ..quantizers import QuantConfig
-import switchable_llm.core.gates   # a checkpoint can hold its gates: it makes their types known
+import switchable_llm.core.gates   # noqa: F401 (a checkpoint can hold gates: this makes their types known)
 from ..core.files import check_target, whole_folder, writing_folder
 from ..core.switching import (
     check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of)

@@ -7,7 +7,7 @@ __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logi
            'export_torchao', 'save_torchao', 'GGUFFamily', 'rotary_pairs', 'export_gguf']
 
 # %% ../../nbs/serving/formats.ipynb #06b33677
-import copy, importlib, json, pickle, torch
+import copy, importlib, json, torch
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -168,7 +168,7 @@ def export_torchao(
 def _is_torchao(path):   # a state dict with torchao's tensors
     kind = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
     try: state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError): return False
+    except Exception: return False   # torch has many ways to say that a file is damaged
     return isinstance(state, dict) and any(isinstance(t, kind) for t in state.values())
 
 def save_torchao(
@@ -343,13 +343,12 @@ def _gguf_tokenizer(gguf, w, tok, config, pre):
     if chat: w.add_chat_template(chat)
 
 # %% ../../nbs/serving/formats.ipynb #b34b5312
+_SEEN = 1<<16   # bytes at the start of a GGUF file, where its description stands before the tokenizer
+
 def _is_our_gguf(path):   # a file that `export_gguf` wrote: its description is a profile
-    try:
-        with open(path, 'rb') as f:
-            if f.read(4)!=b'GGUF': return False
-        field = importlib.import_module('gguf').GGUFReader(path).get_field('general.description')
-    except (OSError, ValueError, KeyError, IndexError): return False
-    return field is not None and str(field.contents()).startswith('profile {')
+    with open(path, 'rb') as f: head = f.read(_SEEN)
+    value = head.partition(b'general.description')[2][12:]   # after its type and its length
+    return head[:4]==b'GGUF' and value.startswith(b'profile {')
 
 def _gguf_metadata(gguf, w, model, family, profile, dtype):
     w.add_type(gguf.GGUFType.MODEL)

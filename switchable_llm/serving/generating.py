@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
-from .parts import Cache, NotLean, native_calls
+from .parts import Cache, NotLean, native_calls, parts_of
 from .lean import LiveStep, live_of
 from ..core.integer import native_report
 
@@ -31,8 +31,9 @@ class LeanLayer(DynamicLayer):
     def __init__(self,
         store:Cache, # Keys and values of all layers
         i:int,       # Which layer
+        owner=None,  # Lives as long as somebody holds the cache or one of its layers
     ):
-        self.store,self.i,self.length = store,i,0
+        self.store,self.i,self.owner,self.length = store,i,owner,0
         super().__init__()
         self.is_initialized = True
 
@@ -67,16 +68,19 @@ class LeanLayer(DynamicLayer):
         if tokens<0: self.length = max(0, self.length+tokens)
         elif _CROPS_TO: self.length = min(self.length, tokens)
 
+class _Owner: pass
+
 class LeanCache(TransformersCache):
-    "The lean loop's cache for one `generate()`; its buffer goes back to the model with it."
+    "The lean loop's cache for one `generate()`; a buffer of the model's goes back when nobody holds it or a layer."
     def __init__(self,
         model:nn.Module,       # From `load_packed`
         store:Cache|None=None, # The buffer; by default one that nobody uses
     ):
-        live = live_of(model)
+        live,self.owner = live_of(model),_Owner()
         self.model,self.step = ref(model),LiveStep(model, cache=live.take() if store is None else store)
-        super().__init__(layers=[LeanLayer(self.step.cache, i) for i in range(len(self.step.parts.blocks))])
-        finalize(self, live.give, self.step.cache).atexit = False
+        blocks = range(len(self.step.parts.blocks))
+        super().__init__(layers=[LeanLayer(self.step.cache, i, self.owner) for i in blocks])
+        if store is None: finalize(self.owner, live.give, self.step.cache).atexit = False
 
     def __deepcopy__(self, memo):
         other = LeanCache(self.model(), self.step.cache.copy())
@@ -160,8 +164,9 @@ def _hindrance(model, cache, kw):   # of one pass
         if not (torch.is_tensor(mask) and mask.shape==(1, past+n)):
             return 'an attention mask of another shape than the tokens'
         if not mask.all(): return 'padding: the attention mask hides tokens'
-    if (at := kw.get('position_ids')) is not None and (at[0, 0]!=past or at[0, -1]!=past+n-1):
-        return 'position_ids are not those of the tokens'
+    if (at := kw.get('position_ids')) is not None:
+        if at.shape!=(1, n) or not at[0].cpu().eq(torch.arange(past, past+n)).all():
+            return 'position_ids are not those of the tokens'
 
 def _lean_forward(model, step, cache, ids):   # the step's logits, as transformers gives them
     past,n = cache.get_seq_length(),ids.shape[1]
@@ -237,10 +242,10 @@ def lean_class(
             return NativeStatus(_obstacle(self), *live_of(self).last)
 
         def _apply(self, *args, **kw):   # moved: what points at the old weights is stale
-            live = live_of(self)
+            live,moved = live_of(self),super()._apply(*args, **kw)
             live.free.clear()
-            if live.made is not None: live.made.forget()
-            return super()._apply(*args, **kw)
+            if live.made is not None: live.made.forget(parts_of(self))
+            return moved
 
         def __reduce__(self): return _revived,(cls,),self.__getstate__()   # a made class cannot be found by its name
     Lean.__name__,Lean.__qualname__,Lean.__module__ = cls.__name__,cls.__qualname__,cls.__module__

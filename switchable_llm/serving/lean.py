@@ -154,17 +154,20 @@ class Tables:
 
     def _make(self, settings):
         try: return Table(self.parts, lambda m: m.plan(*settings[m.index]) if hasattr(m, 'plan') else None)
-        except NotLean as e: return str(e)
+        except ValueError as e: return str(e)   # `NotLean`, or numbers that the native side refuses
 
-    def forget(self):
-        "Weights were moved: what points at the old ones is stale."
+    def forget(self,
+        parts:Parts, # The model again
+    ):
+        "Weights were moved: what points at the old ones is stale, and what was computed from them."
         with self.lock:
+            self.parts = parts
             self.kept.clear()
             self.version += 1
 
 class Live:
     "What a model's callers share."
-    MOST,LARGEST = 8,2**25   # free caches that are kept, and the largest of them, bytes
+    MOST,LARGEST = 8,2**25   # free caches that are kept, and their bytes together
     def __init__(self,
         model:nn.Module, # From `load_packed`
     ):
@@ -187,7 +190,8 @@ class Live:
         cache:Cache, # Of this model
     ):
         "A cache back, for the next one; not if somebody may still look at it."
-        if cache.shown or cache.keys.nbytes>self.LARGEST or cache.context!=cache.parts.context: return
+        held = sum(c.keys.nbytes+c.values.nbytes for c in (*self.free, cache))
+        if cache.shown or held>self.LARGEST or cache.context!=cache.parts.context: return
         cache.begin()
         self.free.append(cache)
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PACKED_VERSION', 'LARGEST_HEAD', 'BLANK', 'FLOATS_BY_NAME', 'FLOATS', 'MOST_BLOCKS', 'MOST_NUMBER', 'CARRIED',
-           'naming', 'short', 'Head', 'read_head', 'checksum', 'seal', 'damaged', 'check_data', 'check_description',
-           'layer_tensors', 'check_tensors', 'check_values', 'check_config', 'is_elsewhere', 'make_tokenizer']
+           'naming', 'short', 'Head', 'read_head', 'identity_of', 'checksum', 'seal', 'damaged', 'check_data',
+           'check_description', 'layer_tensors', 'check_tensors', 'check_values', 'check_config', 'is_elsewhere',
+           'make_tokenizer']
 
 # %% ../../nbs/serving/packed_file.ipynb #816c0940
-import json, math, re, tempfile, transformers
+import json, math, os, re, tempfile, transformers
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import fields
@@ -32,7 +33,8 @@ def naming(
     try: yield
     except (FileNotFoundError, PermissionError, MemoryError): raise    # these say it themselves
     except ValueError as e: raise ValueError(f"{path}: {short(e)}") from e
-    except Exception as e:   # transformers has an exception of its own for each thing that it does not like
+    except BaseException as e:   # transformers and tokenizers have exceptions of their own for what they do not like
+        if not isinstance(e, Exception) and type(e).__name__!='PanicException': raise   # Ctrl-C and the like
         raise ValueError(f"{path}: damaged, or not for transformers {transformers.__version__}: "
                          f"{type(e).__name__}: {short(e)}") from e
 
@@ -55,6 +57,7 @@ class Head(NamedTuple):
     d:dict            # What `freeze` said about the model
     entries:dict      # Name of a tensor -> `dtype`, `shape`, `data_offsets`, as safetensors has them
     start:int         # Byte at which the data begins
+    identity:tuple    # Which file it was: another one may take its place
 
 def read_head(
     path:str|Path, # A file that `freeze` wrote
@@ -63,7 +66,7 @@ def read_head(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: missing")
     with naming(path):
-        head = _head_bytes(path)
+        head,file = _head_bytes(path)
         try: entries = json.loads(head)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"damaged, cut off, or no safetensors file: {short(e)}") from e
@@ -73,7 +76,7 @@ def read_head(
         d = json.loads(meta['switchable_llm'])
         _check_version(d)
         if d['format_version']>1: _check_seal(head, meta)
-        return Head(path, d, entries, 8+len(head))
+        return Head(path, d, entries, 8+len(head), file)
 
 def _head_bytes(path):
     if not path.is_file(): raise ValueError("not a file")
@@ -83,7 +86,13 @@ def _head_bytes(path):
         if not 2<=n<=size-8: raise ValueError("damaged, cut off, or no safetensors file")
         if n>LARGEST_HEAD:
             raise ValueError(f"damaged: a head of {n:,} bytes, and {LARGEST_HEAD:,} are more than enough")
-        return f.read(n)
+        return f.read(n),identity_of(os.fstat(f.fileno()))
+
+def identity_of(
+    s:os.stat_result, # Of a file
+)->tuple: # Equal for the same file, unchanged
+    "Which file it is, and in which state."
+    return s.st_ino,s.st_size,s.st_mtime_ns
 
 def _check_version(d):
     version = d.get('format_version') if isinstance(d, dict) else None
@@ -111,7 +120,7 @@ def seal(
     path:Path, # A file whose metadata has `head_checksum=BLANK`
 ):
     "Put the checksum of a head into its place."
-    head = _head_bytes(path)
+    head,_ = _head_bytes(path)
     entry = f'"head_checksum":"{BLANK}"'.encode()
     with open(path, 'r+b') as f:
         f.seek(8+head.index(entry)+len(entry)-1-len(BLANK))
@@ -322,6 +331,7 @@ _DROPPED = 'auto_map','quantization_config'   # about files that are not here
 _FEW = dict.fromkeys((   # what generate() loops over
     'num_beams','num_beam_groups','num_return_sequences','num_assistant_tokens','prompt_lookup_num_tokens',
     'max_matching_ngram_size','assistant_lookbehind','target_lookbehind','assistant_early_exit'), 1024)
+_LOOPED = 'expert','cycle','iteration','group','depth'   # in the names of what a model makes, or runs, so many times
 
 def check_config(
     d:dict,    # A description
@@ -346,7 +356,7 @@ def _check_numbers(v, key, most):   # `most`: key -> largest number
     if type(v) is list:
         for x in v: _check_numbers(x, key, most)
     if type(v) is not int or any(w in key for w in _FREE): return
-    limit = most.get(key, 4096 if 'expert' in key else MOST_NUMBER)
+    limit = most.get(key, 4096 if any(w in key for w in _LOOPED) else MOST_NUMBER)
     if abs(v)>limit: raise ValueError(f"config: {short(key)}={v}: this file can have up to {limit}")
 
 # %% ../../nbs/serving/packed_file.ipynb #8f8a53d2
@@ -390,4 +400,5 @@ def _completed(tokenizer, carried, text):
     for k,v in carried.items():
         if getattr(tokenizer, k, None)!=v: setattr(tokenizer, k, v)
     tokenizer._tokenizer = Tokenizer.from_str(text.decode())   # some classes build it anew, and a setting can change it
+    tokenizer.decode(tokenizer('One, 2.').input_ids)   # what cannot be used is found here, where the file is named
     return tokenizer
