@@ -974,6 +974,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                            'switchable_llm.data.squad._asked': ('data/squad.html#_asked', 'switchable_llm/data/squad.py'),
                                            'switchable_llm.data.squad._checked': ( 'data/squad.html#_checked',
                                                                                    'switchable_llm/data/squad.py'),
+                                           'switchable_llm.data.squad._datasets': ( 'data/squad.html#_datasets',
+                                                                                    'switchable_llm/data/squad.py'),
                                            'switchable_llm.data.squad._is_text': ( 'data/squad.html#_is_text',
                                                                                    'switchable_llm/data/squad.py'),
                                            'switchable_llm.data.squad._load_table': ( 'data/squad.html#_load_table',

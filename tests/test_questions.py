@@ -1,5 +1,5 @@
 "Questions from files of every kind, and SQuAD v2 by its own rules written out."
-import json, random, re, string, warnings
+import json, random, re, string, subprocess, sys, warnings
 from collections import Counter
 import datasets, pytest, torch
 from transformers import GPT2Config, GPT2ForQuestionAnswering, GPT2LMHeadModel
@@ -135,6 +135,50 @@ def test_tables(tmp_path):
     datasets.Dataset.from_list(V2[:9], features, split=datasets.Split.TRAIN).save_to_disk(tmp_path/'one')
     assert load_squad(tmp_path/'one', 'train')==V2[:9]
     with pytest.raises(ValueError, match='it is the split train'): load_squad(tmp_path/'one', 'validation')
+
+@pytest.mark.parametrize('named', ['train[:5]', 'train[50%:]', 'train', 'test', 'train[:2]+validation[:2]', None])
+def test_a_part_that_was_saved(tmp_path, named):
+    "A part is of the split that it was taken from; one of another name may be either."
+    split = named and datasets.NamedSplit(named)
+    datasets.Dataset.from_list(V2[:9], table().features, split=split).save_to_disk(tmp_path/'part')
+    assert load_squad(tmp_path/'part', 'train')==V2[:9]
+    if named and named.partition('[')[0]=='train':
+        with pytest.raises(ValueError, match=rf"it is the split {re.escape(named)}: ask for split='train'"):
+            load_squad(tmp_path/'part', 'validation')
+    else: assert load_squad(tmp_path/'part', 'validation')==V2[:9]
+
+def test_parts_of_a_real_split(tmp_path):
+    table(V2[:8]).to_parquet(tmp_path/'q.parquet')
+    part = datasets.load_dataset('parquet', data_files=dict(train=str(tmp_path/'q.parquet')), split='train[:6]')
+    part.save_to_disk(tmp_path/'part')
+    assert load_squad(tmp_path/'part')==V2[:6]
+    halves = part.train_test_split(.5, shuffle=False)
+    for half,qs in (('train', V2[:3]), ('test', V2[3:6])):
+        halves[half].save_to_disk(tmp_path/half)
+        assert load_squad(tmp_path/half)==qs
+
+WITHOUT = """
+import json, sys
+import switchable_llm.data.squad as squad
+assert squad.load_squad('tiny', n=3) and squad.load_squad(sys.argv[1])
+print([m for m in sys.modules if m=='datasets'])
+sys.modules['datasets'] = None        # as if it were not installed
+assert squad.load_squad('tiny', n=3) and squad.load_squad(sys.argv[1])
+for source in ('rajpurkar/squad', sys.argv[2]):
+    try: squad.load_squad(source)
+    except ImportError as e: print(e)
+"""
+
+def test_datasets_is_imported_for_tables_only(tmp_path, child_env):
+    file = write(tmp_path/'q.json', official(QUESTIONS[:3]))
+    table(QUESTIONS[:3]).to_parquet(tmp_path/'q.parquet')
+    args = [sys.executable, '-c', WITHOUT, str(file), str(tmp_path/'q.parquet')]
+    out = subprocess.run(args, env=child_env, capture_output=True, text=True)
+    assert out.returncode==0, out.stderr
+    loaded,hub,parquet = out.stdout.splitlines()
+    assert loaded=='[]'
+    for line,source in ((hub, 'rajpurkar/squad'), (parquet, 'q.parquet')):
+        assert f"{source}' needs the package datasets" in line and "pip install 'switchable-llm[study]'" in line
 
 def test_tables_of_another_shape(tmp_path):
     def one_by_one(answers): return [dict(text=t, answer_start=s) for t,s in zip(*answers.values())]

@@ -68,7 +68,9 @@ def said(folder):
             return {k:v for k,v in json.loads(data).items() if k not in ('preset','experiment')}
         if not name.endswith('.safetensors'): return data
         end = 8+int.from_bytes(data[:8], 'little')
-        return json.loads(data[8:end]), data[end:]
+        head = json.loads(data[8:end])
+        head['__metadata__'].pop('head_checksum', None)   # of its bytes, and so of its order
+        return head, data[end:]
     return {k:read(k, v) for k,v in content(folder).items()}
 
 def no_work(monkeypatch):

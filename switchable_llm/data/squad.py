@@ -6,10 +6,9 @@
 __all__ = ['load_squad']
 
 # %% ../../nbs/data/squad.ipynb #6f3a83df
-import json, random, re, warnings
+import importlib, json, random, re, warnings
 from collections import Counter
 from pathlib import Path
-import datasets
 from .embedded import tiny_squad
 
 # %% ../../nbs/data/squad.ipynb #c3b4556d
@@ -60,7 +59,8 @@ def _read_table(source, split):
     if path.is_file() and path.suffix not in _tables:
         wanted = 'give a SQuAD file (.json) or a table (.parquet, .jsonl)'
         raise ValueError(f"{name}: {wanted}, not a {path.suffix} file")
-    try: table = _load_table(str(source), path, split)
+    datasets = _datasets(source)
+    try: table = _load_table(datasets, str(source), path, split)
     except Exception as e:
         nowhere = 'no such file or folder here, and the hub could not give it'
         where = 'cannot be read' if path.exists() else nowhere
@@ -70,15 +70,23 @@ def _read_table(source, split):
         raise ValueError(f"{name}: has no column {', '.join(missing)}; {found}")
     return table
 
-def _load_table(source, path, split):
+def _load_table(datasets, source, path, split):
     if path.is_file():
         return datasets.load_dataset(_tables[path.suffix], data_files={split:source}, split=split)
     marks = 'dataset_dict.json','state.json'   # of `save_to_disk`: all splits, or one
     saved = any((path/f).exists() for f in marks)
     table = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split=split)
     if isinstance(table, datasets.DatasetDict): return table[split]
-    if str(table.split or split)!=split: raise ValueError(f"it is the split {table.split}")
+    other = 'validation' if split=='train' else 'train'
+    if str(table.split).partition('[')[0]==other:   # 'train[:5]' is a part of it
+        raise ValueError(f"it is the split {table.split}: ask for split={other!r}")
     return table
+
+def _datasets(source):   # the package is large: it is imported when a table is read
+    try: return importlib.import_module('datasets')
+    except ImportError as e:
+        how = f"pip install 'switchable-llm[study]'; or {_wanted}"
+        raise ImportError(f"data {str(source)!r} needs the package datasets ({e}): {how}") from e
 
 # %% ../../nbs/data/squad.ipynb #7e61c9d4
 _needed = 'id','context','question','answers'
