@@ -229,14 +229,12 @@ class ProfileScores:
     "One profile of one model on some questions."
     profile:Profile                                  # What was live
     cost:Cost                                        # What it takes
-    # By the names of `SCORES` that there are; all but `ppl` from 0 to 1
-    summary:dict[str,Interval]
+    summary:dict[str,Interval]                       # By the names of `SCORES`; all but `ppl` from 0 to 1
     ids:tuple[str,...] = field(repr=False)           # Of the questions; what follows is in their order
     prediction:tuple[str,...] = field(repr=False)    # Answers
     em:tuple[float,...] = field(repr=False)          # Exact match, 0 or 1
     f1:tuple[float,...] = field(repr=False)          # 0 to 1
-    # Negative log-likelihood of the text, nats; empty if none is predicted
-    nll_text:tuple[float,...] = field(repr=False)
+    nll_text:tuple[float,...] = field(repr=False)    # Negative log-likelihood of the text, nats; may be empty
     n_text:tuple[int,...] = field(repr=False)        # Its tokens
     nll_answer:tuple[float,...] = field(repr=False)  # Of the answer
     n_answer:tuple[int,...] = field(repr=False)      # Its tokens

@@ -18,8 +18,7 @@ class Window(NamedTuple):
     question:int                        # Number of the question
     first:int                           # Where in `ids` the stretch begins
     offsets:tuple[tuple[int,int],...]   # For each token of the stretch, its characters in the context
-    # First and last token of the first reference answer; if not here, the last of all
-    target:tuple[int,int]
+    target:tuple[int,int]               # First and last token of the first reference answer; if not here, the last
     weight:float                        # 1 / windows of the question
 
     @property

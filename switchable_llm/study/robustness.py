@@ -32,14 +32,12 @@ class Plan:
     "How much of the study is run."
     questions:int=80                 # Validation questions
     profiles:tuple[str,...]=('bw4','bw6','bw8') # Profiles that are attacked, and drawn from
-    # Of `STRATEGIES`, beside each fixed profile; a draw for a batch has the expected scores of one for each example
-    strategies:tuple[str,...]=('random_profile','random_layer','random_token')
+    strategies:tuple[str,...]=('random_profile','random_layer','random_token') # Of `STRATEGIES`, beside fixed profiles
     rates:tuple[float,...]=(.05,.1,.2) # Chances of a typo, for each letter
     where:str='both'                 # Typos in 'question', 'context' or 'both'
     attacks:tuple[str,...]=('noise','fgsm','pgd','pgd_l2') # Of `ATTACKS`
     radii:tuple[float,...]=(.05,.1,.2) # Shares of the embedding norm
-    # A radius at which nothing should be left; it brings the sanity checks' other attacks
-    unbounded:float|None=2.
+    unbounded:float|None=2.          # A radius at which nothing should be left; with it come the sanity checks' attacks
     steps:int=5                      # Of iterated attacks
     restarts:int=1                   # Of iterated attacks
     adaptive:tuple[str,...]=('random_profile','random_layer') # Strategies that have an attacker of their own
