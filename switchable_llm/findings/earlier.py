@@ -10,10 +10,9 @@ __all__ = ['SOURCES', 'EARLIER', 'Earlier', 'earlier', 'plot_earlier_accuracy', 
 import math
 from typing import Iterable, NamedTuple
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from ..study.statistics import Interval, crossed_mean, paired
-from ..study.figures import figure_style
+from ..study.figures import INK, name_rows, panels
 from ..study.cycles import cpt_findings, cpt_verdicts
 from .defences import earlier_statements
 from switchable_llm.findings.verdicts import (
@@ -33,24 +32,47 @@ class Earlier(NamedTuple):
     other:float|None=None  # 'cpt': of what it is compared with; 'typos': of the same without typos
 
 SOURCES = {   # name -> what it did
-    'study A':'GPT-2 124M writing the answer, perplexity of the full text of 1,000 questions; scored without its adapters, ranges calibrated on the evaluation data; one seed',
+    'study A':'GPT-2 124M writing the answer, perplexity of the full text of 1,000 questions; scored without its '
+              'adapters, ranges calibrated on the evaluation data; one seed',
     'study B':'GPT-2 124M writing the answer, 1,000 steps over bw4, bw6, bw8, a random one per batch; one seed',
     'QaLoF':'GPT-2 124M pointing at the answer, all 87 thousand training questions, batch 128; one seed',
     'Quantized-LoRA-Finetuning-of-GPT-2':'GPT-2 124M pointing at the answer, all training questions; one seed',
     'llm_qat_test':'GPT-2 124M pointing at the answer, all training questions, cascade distillation; one seed',
     'LLM-QAT-on-gpt2':'GPT-2 124M, perplexity on WikiText-103; no SQuAD result'}
 _ft = 'Quantized-LoRA-Finetuning-of-GPT-2'
+
 EARLIER = tuple(Earlier(*e) for e in (
-    *(('QaLoF','accuracy',s,b,'f1',v) for s,b,v in (('float',16,75.10), ('switchable',8,77.69), ('switchable',4,57.47), ('75 % of layers at 8, 25 % at 4',None,72.31))),
-    *((_ft,'accuracy',s,b,'f1',v) for s,b,v in (('float',16,74.41), ('static',8,71.92), ('static',6,68.87), ('static',5,56.09))),
-    *(('llm_qat_test','accuracy',s,b,'f1',v) for s,b,v in (('float',16,73.49), ('joint',8,68.67), ('joint',6,47.19), ('joint',4,5.62), ('mixed, 55 MB',None,67.54))),
-    *(('study B','accuracy','joint',b,'f1',v) for b,v in ((8,4.3), (6,2.3), (4,3.7))),
-    ('QaLoF','cpt','at 8 bits, against switchable',8,'f1',74.70,77.69), ('QaLoF','cpt','at 4 bits, against switchable',4,'f1',55.94,57.47),
-    (_ft,'cpt','8 to 16 bits, against static 12',8,'f1',71.40,72.70),
-    *(('study A','typos',s,b,'ppl',v,o) for s,b,v,o in (('uniform8',8,42.22,24.79), ('mixed8648',None,45.67,26.82), ('random per batch',None,43.82,25.58))),
-    *(('study B','typos',s,6,'f1',v) for s,v in (('bw6',2.5), ('random profile',4.4), ('random layer',.5))),
-    *(('study A','perplexity',s,b,'ppl',v) for s,b,v in (('uniform8',8,29.71), ('mixed8648',None,32.25))),
-    *(('LLM-QAT-on-gpt2','perplexity',s,b,'ppl',v) for s,b,v in (('float',16,36.1), ('int8',8,38.0), ('int6',6,36.2), ('int4',4,54.5)))))
+    ('QaLoF', 'accuracy', 'float', 16, 'f1', 75.10),
+    ('QaLoF', 'accuracy', 'switchable', 8, 'f1', 77.69),
+    ('QaLoF', 'accuracy', 'switchable', 4, 'f1', 57.47),
+    ('QaLoF', 'accuracy', '75 % of layers at 8, 25 % at 4', None, 'f1', 72.31),
+    (_ft, 'accuracy', 'float', 16, 'f1', 74.41),
+    (_ft, 'accuracy', 'static', 8, 'f1', 71.92),
+    (_ft, 'accuracy', 'static', 6, 'f1', 68.87),
+    (_ft, 'accuracy', 'static', 5, 'f1', 56.09),
+    ('llm_qat_test', 'accuracy', 'float', 16, 'f1', 73.49),
+    ('llm_qat_test', 'accuracy', 'joint', 8, 'f1', 68.67),
+    ('llm_qat_test', 'accuracy', 'joint', 6, 'f1', 47.19),
+    ('llm_qat_test', 'accuracy', 'joint', 4, 'f1', 5.62),
+    ('llm_qat_test', 'accuracy', 'mixed, 55 MB', None, 'f1', 67.54),
+    ('study B', 'accuracy', 'joint', 8, 'f1', 4.3),
+    ('study B', 'accuracy', 'joint', 6, 'f1', 2.3),
+    ('study B', 'accuracy', 'joint', 4, 'f1', 3.7),
+    ('QaLoF', 'cpt', 'at 8 bits, against switchable', 8, 'f1', 74.70, 77.69),
+    ('QaLoF', 'cpt', 'at 4 bits, against switchable', 4, 'f1', 55.94, 57.47),
+    (_ft, 'cpt', '8 to 16 bits, against static 12', 8, 'f1', 71.40, 72.70),
+    ('study A', 'typos', 'uniform8', 8, 'ppl', 42.22, 24.79),
+    ('study A', 'typos', 'mixed8648', None, 'ppl', 45.67, 26.82),
+    ('study A', 'typos', 'random per batch', None, 'ppl', 43.82, 25.58),
+    ('study B', 'typos', 'bw6', 6, 'f1', 2.5),
+    ('study B', 'typos', 'random profile', 6, 'f1', 4.4),
+    ('study B', 'typos', 'random layer', 6, 'f1', .5),
+    ('study A', 'perplexity', 'uniform8', 8, 'ppl', 29.71),
+    ('study A', 'perplexity', 'mixed8648', None, 'ppl', 32.25),
+    ('LLM-QAT-on-gpt2', 'perplexity', 'float', 16, 'ppl', 36.1),
+    ('LLM-QAT-on-gpt2', 'perplexity', 'int8', 8, 'ppl', 38.0),
+    ('LLM-QAT-on-gpt2', 'perplexity', 'int6', 6, 'ppl', 36.2),
+    ('LLM-QAT-on-gpt2', 'perplexity', 'int4', 4, 'ppl', 54.5)))
 
 def earlier(
     what:str,             # 'accuracy', 'cpt', 'typos' or 'perplexity'
@@ -62,15 +84,19 @@ def earlier(
 
 # %% ../../nbs/findings/earlier.ipynb #72e77607
 def _uniform(records):   # profile -> its bits, where weights and activations have the same everywhere
-    return {n:c['w_bits'] for n in profile_names(records[0]) if (c := profile_scores(records[0])[n]['cost'])['w_bits']==c['a_bits'] and not profile_scores(records[0])[n]['profile'].get('rules')}
+    out = {}
+    for n,s in profile_scores(records[0]).items():
+        w,a = s['cost']['w_bits'],s['cost']['a_bits']
+        if w==a and not s['profile'].get('rules'): out[n] = w
+    return {n:out[n] for n in profile_names(records[0]) if n in out}
 
-def _task_curves(study):   # label -> bits -> Interval, percent
+def _task_curves(study):   # label -> bits -> Interval
     out = {}
     for p,name in PRESET_NAMES.items():
-        for experiment,how in (('joint','writing'),('spans','pointing')):
-            if rs := study.joint(p) if experiment=='joint' else study.of(p, experiment):
-                found = {16:joint_score(rs, 'float', when='before')} if how=='writing' else {}
-                out[f'{capital(name)}, {how}'] = found | {b:joint_score(rs, n) for n,b in _uniform(rs).items()}
+        for how,rs in (('writing', study.joint(p)), ('pointing', study.of(p, 'spans'))):
+            if not rs: continue
+            found = {16:joint_score(rs, 'float', when='before')} if how=='writing' else {}
+            out[f'{capital(name)}, {how}'] = found | {b:joint_score(rs, n) for n,b in _uniform(rs).items()}
     return out
 
 _ours = dict(zip(PRESET_NAMES, (('#0F8BC6','o'), ('#A0703C','X'))))   # no colours of profiles
@@ -80,45 +106,54 @@ def plot_earlier_accuracy(
     study:Study, # All records
 )->Figure: # Earlier studies hollow and dashed, this one filled with intervals
     "F1 against uniform bits, ours and theirs on the same axes."
-    with figure_style():
-        fig,ax = plt.subplots(figsize=(7.2, 4), layout='constrained'); plt.close(fig)
-        x = lambda b: 10 if b==16 else b
+    with panels(1, 1, 7.2, 4) as (fig,(ax,)):
         for source in SOURCES:
-            if points := [e for e in earlier('accuracy', score='f1', source=source) if e.bits in (4,5,6,8,16)]:
-                ax.plot([x(e.bits) for e in points], [e.value for e in points], '--', marker=_their_markers[source], c='#7f7f7f', mfc='none', ms=5.5, lw=1, label=source, gid=f'theirs-{source}')
+            points = [e for e in earlier('accuracy', score='f1', source=source) if e.bits in (4,5,6,8,16)]
+            if not points: continue
+            ax.plot([_at(e.bits) for e in points], [e.value for e in points], '--', marker=_their_markers[source],
+                    c=INK, mfc='none', ms=5.5, lw=1, label=source, gid=f'theirs-{source}')
         for label,curve in _task_curves(study).items():
-            color,marker = next(c for p,(c,_) in _ours.items() if label.startswith(capital(PRESET_NAMES[p]))),'<' if label.endswith('pointing') else 'o'
-            for bits,line in ((sorted(curve.keys()-{16}), '-'), (curve.keys()&{16}, '')):   # float was not trained
-                v,low,high = 100*np.array([curve[b] for b in bits]).reshape(-1, 3).T
-                ax.errorbar(list(map(x, bits)), v, yerr=[v-low, high-v], ls=line, marker=marker, c=color, mfc=color if line else 'none', ms=6.5, lw=1.8, label=label if line else None, gid=f'ours-{label}{"" if line else ", float"}')
-        ax.set(xlabel='bits of weights and activations', ylabel='F1 (%)', ylim=(-3, 103)); ax.set_xticks([4,5,6,8,10], ['4','5','6','8','float'])
+            color = next(c for p,(c,_) in _ours.items() if label.startswith(capital(PRESET_NAMES[p])))
+            _our_curve(ax, label, curve, color, '<' if label.endswith('pointing') else 'o')
+        ax.set(xlabel='bits of weights and activations', ylabel='F1 (%)', ylim=(-3, 103))
+        ax.set_xticks([4,5,6,8,10], ['4','5','6','8','float'])
         fig.legend(loc='outside lower center', ncols=2)
     return fig
 
+def _at(bits): return 10 if bits==16 else bits   # where float stands
+
+def _our_curve(ax, label, curve, color, marker):   # a line through the trained widths; float, not trained, is hollow
+    def draw(bits, line, fill, name, gid):
+        v,low,high = 100*np.array([curve[b] for b in bits]).reshape(-1, 3).T
+        ax.errorbar(list(map(_at, bits)), v, yerr=[v-low, high-v], ls=line, marker=marker, c=color, mfc=fill,
+                    ms=6.5, lw=1.8, label=name, gid=gid)
+    draw(sorted(curve.keys()-{16}), '-', color, label, f'ours-{label}')
+    draw(curve.keys()&{16}, '', 'none', None, f'ours-{label}, float')
+
 def _row_plot(rows, xlabel, limit=math.inf):   # (label, Interval or number, colour, marker, filled)
-    with figure_style():
-        fig,ax = plt.subplots(figsize=(7.2, 1.1+.27*len(rows)), layout='constrained'); plt.close(fig)
+    with panels(1, 1, 7.2, 1.1+.27*len(rows)) as (fig,(ax,)):
         for y,(label,i,color,marker,filled) in enumerate(rows):
             v,low,high = i if isinstance(i, tuple) else (i, i, i)
             if high>low: ax.plot([low, high], [y, y], c=color, lw=1.6)
             ax.plot(v, y, marker, c=color, mfc=color if filled else 'none', ms=6, gid=label)
-        ax.axvline(0, ls=':', c='#7f7f7f'); ax.grid(axis='y', visible=False)
-        ax.set_yticks(range(len(rows)), [r[0] for r in rows]); ax.set_ylim(len(rows)-.5, -.5); ax.set(xlabel=xlabel)
+        ax.axvline(0, ls=':', c=INK)
+        name_rows(ax, [r[0] for r in rows])
+        ax.set(xlabel=xlabel)
         low,high = ax.get_xlim(); ax.set_xlim(max(low, -limit), min(high, limit))
     return fig
 
 def plot_earlier_cpt(
     study:Study, # All records
 )->Figure: # A row for each comparison
-    "F1 of cyclic precision less that of its baseline: theirs hollow, ours with intervals where our runs can carry a verdict."
-    rows = [(f'{e.source}, {e.setting}', e.value-e.other, '#7f7f7f', _their_markers[e.source], False) for e in earlier('cpt')]
+    "F1 of cyclic precision minus that of its baseline: theirs hollow, ours with intervals where there is a verdict."
+    rows = [(f'{e.source}, {e.setting}', e.value-e.other, INK, _their_markers[e.source], False) for e in earlier('cpt')]
     for p,name in PRESET_NAMES.items():
         for q in ('static','random'):
             found = cpt_findings(study.of(p, 'cpt'), q, 'f1', ranges=study.of(p, 'range_test'))
             said = lambda f: f.claim.removeprefix('cyclic ').replace(' better than ', ', against ')
             rows += [(f'{capital(name)}, {said(f)}', tuple(100*x for x in f.effect), *_ours[p], True)
                      for f in found if ' = ' not in f.claim and not f.fault]
-    return _row_plot(rows, 'F1 of cyclic precision less its baseline (points)', 40)
+    return _row_plot(rows, 'F1 of cyclic precision minus its baseline (points)', 40)
 
 def typo_harm(
     records:Iterable[dict], # Of the jointly trained model, of one preset
@@ -126,16 +161,22 @@ def typo_harm(
     "What typos at the highest rate cost each strategy."
     records = [r for r in records if r['typos']]
     if not records: return {}
-    at = lambda s, i: lambda r: np.array(r['typos'][i]['scores'][s]['nll_answer'])
-    return {s:crossed_mean(paired(records, records, at(s, -1), at(s, 0)), records[0]['n_answer']).interval() for s in records[0]['clean']}
+    def at(s, i): return lambda r: np.array(r['typos'][i]['scores'][s]['nll_answer'])
+    def harm(s):
+        d = paired(records, records, at(s, -1), at(s, 0))
+        return crossed_mean(d, records[0]['n_answer']).interval()
+    return {s:harm(s) for s in records[0]['clean']}
 
 def plot_earlier_typos(
     study:Study, # All records
 )->Figure: # A row for each strategy
     "Rise of log perplexity by typos: theirs hollow, ours with intervals."
-    rows = [(f'{e.source}, {e.setting}', math.log(e.value/e.other), '#7f7f7f', _their_markers[e.source], False) for e in earlier('typos', score='ppl')]
+    rows = [(f'{e.source}, {e.setting}', math.log(e.value/e.other), INK, _their_markers[e.source], False)
+            for e in earlier('typos', score='ppl')]
     for p,name in PRESET_NAMES.items():
-        rows += [(f"{capital(name)}, {s.removeprefix('fixed_').replace('_', ' ')}", tuple(i), *_ours[p], True) for s,i in typo_harm(study.of(p, 'robustness', 'joint')).items()]
+        for s,i in typo_harm(study.of(p, 'robustness', 'joint')).items():
+            label = f"{capital(name)}, {s.removeprefix('fixed_').replace('_', ' ')}"
+            rows.append((label, tuple(i), *_ours[p], True))
     return _row_plot(rows, 'rise of log perplexity (nats per token): full text (theirs), answer (ours)')
 
 # %% ../../nbs/findings/earlier.ipynb #c2939b89
@@ -158,7 +199,8 @@ def statements_table(
     said = {p:tried(_stated, study, p) for p in PRESET_NAMES}
     said = {p:v if isinstance(v, dict) else {} for p,v in said.items()}
     names = list(dict.fromkeys(k for v in said.values() for k in v))
-    return markdown_table([['statement', *map(capital, PRESET_NAMES.values())], *([k, *(v.get(k, 'no record') for v in said.values())] for k in names)])
+    heads = ['statement', *map(capital, PRESET_NAMES.values())]
+    return markdown_table([heads, *([k, *(v.get(k, 'no record') for v in said.values())] for k in names)])
 
 def earlier_table(
     study:Study, # All records
@@ -168,7 +210,9 @@ def earlier_table(
     for x in earlier('accuracy', 'f1'): rows.setdefault(x.source, {})[x.bits] = f'{x.value:.1f}'
     for label,curve in _task_curves(study).items(): rows[label] = {b:i.show(100) for b,i in curve.items()}
     for p,name in PRESET_NAMES.items():
-        if (rs := study.joint(p)) and 'mixed8648' in profile_names(rs[0]): rows[f'{capital(name)}, writing'][None] = joint_score(rs, 'mixed8648').show(100)
+        rs = study.joint(p)
+        if not rs or 'mixed8648' not in profile_names(rs[0]): continue
+        rows[f'{capital(name)}, writing'][None] = joint_score(rs, 'mixed8648').show(100)
     heads = ['F1 %','float','8 bits','6 bits','5 bits','4 bits','mixed']
     cells = ([name, *(r.get(c, '') for c in columns)] for name,r in rows.items())
     differ = {capital(name):unequal_exposure(study.joint(p)) for p,name in PRESET_NAMES.items()}
@@ -179,6 +223,10 @@ def earlier_table(
 def other_numbers(
 )->str: # In Markdown
     "Published numbers other than F1 by bits."
-    unit = lambda e, v: f'{v:.2f} '+('% F1' if e.score=='f1' else 'PPL')
-    rest = [e for e in EARLIER if e.what!='accuracy']
-    return markdown_table([['whose','what','value','against'], *([e.source, f'{dict(cpt="CPT").get(e.what, e.what)}: {e.setting}', unit(e, e.value), '' if e.other is None else unit(e, e.other)] for e in rest)], 'Typos: with them, against without.')
+    def unit(e, v): return f'{v:.2f} '+('% F1' if e.score=='f1' else 'PPL')
+    rows = []
+    for e in EARLIER:
+        if e.what=='accuracy': continue
+        what = f"{'CPT' if e.what=='cpt' else e.what}: {e.setting}"
+        rows.append([e.source, what, unit(e, e.value), '' if e.other is None else unit(e, e.other)])
+    return markdown_table([['whose','what','value','against'], *rows], 'Typos: with them, against without.')
