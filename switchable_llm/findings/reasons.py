@@ -224,7 +224,7 @@ def robustness_answer(
     right,nll = (robustness_findings(joint, score=s, unequal=unequal) for s in ('right','nll'))
     faults = [*attack_faults(joint), *([unequal] if unequal else [])]
     over = basis(len(joint), len(joint[0]['ids']), 'question')
-    training = robustness_verdicts(rs, unequal)['Training']
+    training = robustness_verdicts(rs, unequal)['Training'].removeprefix('Open: ')
     lines = [f'**{_defends[right.answer]}** Share of answers that stay right, {_shown(right)}; '
              f'in nats per token: {_shown(nll, False)}. {capital(over)}.',
              faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
