@@ -28,7 +28,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
-        'plots comparisons widths cycling choices defences verdicts reasons'),
+        'plots comparisons widths cycling choices defences verdicts reasons earlier'),
     ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli options commands studying page exploration explorer'))]
 
 

@@ -26,7 +26,7 @@ from .packed_file import (
     BLANK, CARRIED, PACKED_VERSION, check_description, checksum, is_elsewhere, make_tokenizer, seal, short)
 
 # %% ../../nbs/serving/exports.ipynb #1aa09584
-from typing import Any
+#| export
 
 # %% ../../nbs/serving/exports.ipynb #a4f150a8
 def freeze(
