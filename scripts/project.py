@@ -22,7 +22,7 @@ PARTS = [Part(folder, title, tuple(rooms.split())) for folder,title,rooms in (
     ('core', 'Core', 'files modules native integer switching gates'),
     ('data', 'Data', 'squad squad_scores spans'),
     ('training', 'Training', 'settings resuming objectives'),
-    ('search', 'Search', 'intervals costs sensitivity allocation strategies extraction'),
+    ('search', 'Search', 'intervals costs groups sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels lean packed_file packed exports'),
     ('study', 'Study', 'figures statistics runs experiments cycles robustness searches comparisons cycle_findings defences verdicts reasons earlier profile_findings'),
     ('apps', 'Apps', 'cli page exploration explorer'))]

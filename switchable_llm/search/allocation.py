@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from ..quantizers import Bits
 from ..core.switching import Profile, switch_of
 from ..data.squad import Encoded
-from .costs import Cost, profile_cost
+from .costs import Cost, profile_cost, total
 from .intervals import MARGIN, Interval, crossed_mean, interval, per_token, side
-from .sensitivity import Meter, Sensitivity, compact_profile, dropped, total
+from .sensitivity import Meter, Sensitivity, dropped
+from .groups import compact_profile
 
 # %% ../../nbs/search/allocation.ipynb #53c97dc3
 class Choices:

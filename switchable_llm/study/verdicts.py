@@ -24,10 +24,10 @@ from switchable_llm.study.statistics import (
     same_exposure, show_exposure)
 from ..search.intervals import MARGIN, Interval, crossed_mean, side
 from .runs import run_name
-from ..search.sensitivity import cheaper, total
+from ..search.sensitivity import cheaper
+from ..search.costs import total, Cost
 from .comparisons import calibration_verdict, gate_verdict, objective_verdicts
 from .cycle_findings import cpt_score
-from ..search.costs import Cost
 
 # %% ../../nbs/study/verdicts.ipynb #f08fd774
 PRESET_NAMES = dict(smollm2='SmolLM2-135M-Instruct', tiny='embedded model')   # in the order of the report
