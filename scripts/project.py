@@ -24,7 +24,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('data', 'Data', 'models, questions, checkpoints',
         'squad squad_scores embedded encoding tasks models checkpoints spans'),
     ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
-    ('search', 'Search', 'which bits, for which cost', 'intervals costs sensitivity allocation strategies extraction'),
+    ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',

@@ -30,7 +30,7 @@ from ..data.encoding import encode, prompt_texts, start_ids
 from ..study.figures import figure_style, profile_style
 from ..search.costs import Cost, profile_cost
 from ..profiles_eval import answer, scoring_mode
-from ..search.sensitivity import compact_profile
+from ..search.groups import compact_profile
 from ..study.runs import fit, study_data, study_model
 from .commands import load_checkpoint
 

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from ..core.profiles import Profile, Site
 from ..study.records import PRESETS
-from ..search.sensitivity import cheaper, total
-from ..search.costs import Cost
+from ..search.sensitivity import cheaper
+from ..search.costs import total, Cost
 from ..search.intervals import MARGIN, Interval, crossed_mean
 from ..study.statistics import VERDICTS, Findings, better, decide, plural
 from .comparisons import calibration_verdict, gate_verdict, objective_verdicts

@@ -19,8 +19,9 @@ from ..core.profiles import Profile
 from ..core.switching import switch_of
 from ..data.encoding import Encoded
 from .intervals import MARGIN, Interval, crossed_mean, interval, per_token, side
-from .costs import Cost, profile_cost
-from .sensitivity import Meter, Sensitivity, compact_profile, dropped, total
+from .costs import Cost, profile_cost, total
+from .sensitivity import Meter, Sensitivity, dropped
+from .groups import compact_profile
 
 # %% ../../nbs/search/allocation.ipynb #53c97dc3
 class Choices:

@@ -23,9 +23,9 @@ from ..data.squad_scores import em_f1
 from ..joint_training import batch_rows
 from ..profiles_eval import answer
 from ..search.intervals import MARGIN
-from ..search.costs import profile_cost
-from ..search.sensitivity import (
-    Meter, bit_options, cheaper, find_groups, sensitivity, tolerance, total, uniform)
+from ..search.costs import profile_cost, total
+from ..search.sensitivity import Meter, bit_options, cheaper, sensitivity, tolerance
+from ..search.groups import find_groups, uniform
 from ..search.allocation import Choices, Contest, allocate, best, front, search, Front
 from .runs import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
 from .statistics import plural
