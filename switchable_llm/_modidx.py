@@ -1703,6 +1703,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                         'switchable_llm/profiles_eval.py'),
                                               'switchable_llm.profiles_eval.evaluate': ( 'profiles_eval.html#evaluate',
                                                                                          'switchable_llm/profiles_eval.py'),
+                                              'switchable_llm.profiles_eval.own_settings': ( 'profiles_eval.html#own_settings',
+                                                                                             'switchable_llm/profiles_eval.py'),
                                               'switchable_llm.profiles_eval.pad_id': ( 'profiles_eval.html#pad_id',
                                                                                        'switchable_llm/profiles_eval.py'),
                                               'switchable_llm.profiles_eval.perplexity': ( 'profiles_eval.html#perplexity',

@@ -4,7 +4,7 @@ import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from switchable_llm.data.encoding import Encoded, encode
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
-from switchable_llm.profiles_eval import answer, perplexity, stop_ids
+from switchable_llm.profiles_eval import answer, perplexity, stop_ids, scoring_mode
 
 TOK = tiny_tokenizer()
 QUESTIONS = [q for n in (2, 5, 9) for q in tiny_squad(8, 'validation', max_facts=n)]   # of quite different lengths
@@ -82,6 +82,14 @@ def test_answers_in_threads():
     assert m.generation_config is own
     assert own.repetition_penalty==5.
     assert all(x.training for x in m.modules())
+
+def test_its_own_ends_of_text_hold_while_it_is_scored():
+    "Also for a thread that begins while another one scores."
+    m = model_of('llama')
+    m.generation_config.eos_token_id = [1, 7, 9]
+    want = stop_ids(m, TOK)
+    with scoring_mode(m): assert stop_ids(m, TOK)==want and {7, 9}<=set(want)
+    assert stop_ids(m, TOK)==want
 
 @torch.no_grad()
 def test_answers_are_the_likeliest_tokens(model):

@@ -89,7 +89,7 @@ class Drawn:
                              f"{', '.join(self.switch.bound)}; add it with switch.add")
         self.bound = [self.switch.bound[p] if isinstance(p, str) else self.switch.bind(p) for p in strategy.profiles]
         self.rows = {'run':['']*len(self.keys), 'batch':self.keys[:1]*len(self.keys)}.get(strategy.per, self.keys)
-        self.picks = None if strategy.per=='token' else self._draw()    # of a token: known when a pass begins
+        self.picks = None if strategy.per=='token' else self._draw()    # of a token: of the pass that began last
 
     def _draw(self, positions=1):   # (rows, positions, layers), each of the last two 1 where it does not matter
         layers = len(self.switch.layers) if self.strategy.layers else 1
@@ -100,27 +100,29 @@ class Drawn:
         module:nn.Module, # The model's decoder, whose pass begins
         args:tuple,       # What it is given
         kwargs:dict,      # By name
-    ):
+    )->Tensor|None: # (rows, positions, layers); the switch keeps it as `told`, for this pass and its recomputation
         "Draw for the rows and positions of the coming pass."
         given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         x = next(given[k] for k in ('input_ids','inputs_embeds') if given.get(k) is not None)
         if len(x)!=len(self.keys):
             raise ValueError(f"{len(self.keys)} keys for a batch of {len(x)} rows: needs one for each")
-        if self.strategy.per!='token': return
+        if self.strategy.per!='token': return None
         at = _positions(x.shape[1], given).expand(len(x), -1)
         drawn = self._draw(int(at.max())+1)
         self.picks = drawn.gather(1, at.unsqueeze(-1).expand(-1, -1, drawn.shape[-1]))
+        return self.picks
 
     def __call__(self,
         layer:QuantLayer, # A layer of the model
         x:Tensor,         # Its input, (..., in), or numbers of tokens
     )->Tensor: # Its output, (..., out)
         "What a layer does: each token at the setting that was drawn for it."
-        if self.picks is None:
+        drawn = self.switch.told if self.strategy.per=='token' else self.picks
+        if drawn is None:
             raise RuntimeError("a draw for each token needs to see the pass begin: call the model as a whole")
         settings = [b[layer.index] for b in self.bound]
         same = torch.tensor([settings.index(s) for s in settings])                  # profiles may agree in this layer
-        picks = same[self.picks[..., layer.index if self.strategy.layers else 0]]   # (rows, positions or 1)
+        picks = same[drawn[..., layer.index if self.strategy.layers else 0]]        # (rows, positions or 1)
         live = picks.unique().tolist()
         if len(live)==1: return layer.at(x, settings[live[0]])
         shape = x.shape[:-1] if layer.multiplies else x.shape

@@ -66,7 +66,7 @@ class Number:
         if self.high<math.inf: return f'{kind} from {self.low:,} to {self.high:,}'
         return f'{kind} above {self.low:g}' if self.above else f'{kind} of {self.low:g} or more'
 
-COUNT,SEED,QUESTIONS = Number(1),Number(0, 2**32-1),Number(1, 10**6)
+COUNT,SEED,QUESTIONS = Number(1),Number(0, 2**31-1),Number(1, 10**6)
 
 NUMBERS = dict(   # setting of a preset -> what it takes
     steps=COUNT, batch_size=COUNT, accumulate=COUNT, max_length=COUNT,

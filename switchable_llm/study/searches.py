@@ -7,7 +7,7 @@ __all__ = ['search_items', 'default_budgets', 'random_choice', 'front_verdict', 
            'run_allocation']
 
 # %% ../../nbs/study/searches.ipynb #43f6394c
-import itertools
+import itertools, math
 import numpy as np
 from dataclasses import asdict
 from pathlib import Path
@@ -198,7 +198,10 @@ def run_allocation(
     scored = front(scoring, [*plain, *mixed, *entries], items, scores if f1 else None, progress)
     verdicts = {of:front_verdict(scored.contests(of)) for of in budgets}
     for of,said in verdicts.items(): say(f'{of}: {said}')
-    told = lambda c: c._asdict() | dict(difference=c.difference.to_list(), verdict=c.verdict, visible=c.visible)
+    def known(x): return x if math.isfinite(x) else None   # of few questions, an interval may be everything
+    def told(c):
+        seen = dict(difference=[known(x) for x in c.difference.to_list()], visible=known(c.visible))
+        return c._asdict() | seen | dict(verdict=c.verdict)
     contests = {of:[told(c) for k in ('allocated','searched','random') for c in scored.contests(of, k)]
                 for of in budgets}
     def gain(of, i):   # of the search over the allocation
