@@ -5,7 +5,7 @@ With a lock, each package must have the hash that stands there; then comes PyTor
 for this machine; then the package itself, built with what is installed by now. Nothing is resolved, so that nothing can move."""
 import json, subprocess, sys
 from pathlib import Path
-from lock import LOCKS, LOWEST, TORCH, requirements
+from lock import LOCKS, LOWEST, TORCH, UV, requirements
 from project import ROOT
 
 DRIVERS = (Path('/proc/driver/nvidia/version'), Path('/dev/nvidiactl'), Path('/dev/dxg'))   # the last one under WSL
@@ -29,7 +29,7 @@ def install_torch(
 ):
     "PyTorch for this machine. pip knows one address only; uv knows where PyTorch keeps its builds."
     if not needs_cpu_build(which): return install(*which)
-    install('uv')
+    install('--no-deps', '--only-binary', ':all:', '--require-hashes', '--requirement', str(UV))
     cmd = [sys.executable, '-m', 'uv', 'pip', 'install', '--quiet', '--python', sys.executable, '--torch-backend', 'cpu']
     subprocess.run([*cmd, *which], cwd=ROOT, check=True)
 

@@ -3,7 +3,7 @@
 `requirements/dev.lock` pins what the tests need, for every Python and system that the package supports, with hashes.
 `run.lock` (for users) and `bench.lock` hold the same versions: what runs is what was tested. PyTorch is in none of them
 (see requirements/torch.txt), nor are the CUDA packages that some of its builds need: pip takes those with PyTorch itself.
-`lowest.txt` holds the lower ends of the ranges in pyproject.toml."""
+`lowest.txt` holds the lower ends of the ranges in pyproject.toml, `uv.txt` the installer that knows PyTorch's builds."""
 import re, subprocess, sys, tempfile, tomllib
 from pathlib import Path
 from project import ROOT
@@ -11,6 +11,7 @@ from project import ROOT
 LOCKS = ROOT/'requirements'
 TORCH = LOCKS/'torch.txt'
 LOWEST = LOCKS/'lowest.txt'
+UV = LOCKS/'uv.txt'
 HEADER = "# Exact versions, written by scripts/lock.py: `make lock` renews them.\n"
 WITH_TORCH = re.compile(r'(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==')   # what comes with PyTorch, or is PyTorch
 
@@ -21,7 +22,7 @@ def requirements(*extras):
 
 def lowest():
     "The lower ends of the ranges, as constraints."
-    return [re.sub(r'>=([\w.]+).*', r'==\1', r) for r in requirements('gguf', 'torchao')]
+    return [re.sub(r'>=([\w.]+).*', r'==\1', r) for r in requirements('study', 'gguf', 'torchao')]
 
 def resolve(
     extra:str,         # Optional dependencies of the package; '' for none
@@ -33,6 +34,12 @@ def resolve(
     for f in within: options += ['--constraint', str(f)]
     cmd = [sys.executable, '-m', 'uv', 'pip', 'compile', 'pyproject.toml', *options]
     return subprocess.run(cmd, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+def tool(name):
+    "One version of a tool, for every system, with its hashes."
+    options = ['--universal', '--python-version', '3.11', '--generate-hashes', '--no-annotate', '--no-header', '--quiet']
+    cmd = [sys.executable, '-m', 'uv', 'pip', 'compile', '-', *options]
+    return subprocess.run(cmd, cwd=ROOT, check=True, text=True, input=name+'\n', stdout=subprocess.PIPE).stdout
 
 def entries(text): return re.findall(r'^\S.*(?:\n[ \t].*)*\n', text, flags=re.M)
 
@@ -50,10 +57,11 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         tested = Path(tmp)/'tested.txt'
         tested.write_text(as_constraints(dev), encoding='utf-8')
-        found = dict(dev=dev, run=resolve('', [tested]), bench=resolve('bench', [tested]))
+        found = dict(dev=dev, run=resolve('study', [tested]), bench=resolve('bench', [tested]))
     for name,text in found.items():
         (LOCKS/f'{name}.lock').write_text(HEADER+without_torch(text), encoding='utf-8')
         print(f'{name}.lock: {len(entries(without_torch(text)))} packages')
+    UV.write_text(HEADER+tool('uv'), encoding='utf-8')
     LOWEST.write_text(HEADER+'\n'.join(lowest())+'\n', encoding='utf-8')
     resolve('dev', [LOWEST])   # an error, if the lower ends do not go together
 

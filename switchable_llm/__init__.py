@@ -23,12 +23,17 @@ WHERE = dict(
     freeze='serving.exports', check_packed='serving.packed',
     export_float='serving.exports', export_torchao='serving.formats', export_gguf='serving.formats')
 _THERE = dict(squad='load_squad')
+_STUDY = 'scipy','torchmetrics','matplotlib','datasets'   # what the extra `study` brings
 
 __all__ = list(WHERE)
 
 def __getattr__(name):
     if name not in WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}: it has {", ".join(WHERE)}')
-    found = getattr(_import_module(f'{__name__}.{WHERE[name]}'), _THERE.get(name, name))
+    try: module = _import_module(f'{__name__}.{WHERE[name]}')
+    except ModuleNotFoundError as e:
+        if e.name.partition('.')[0] not in _STUDY: raise
+        raise ImportError(f"{name} needs the package {e.name.partition('.')[0]}: pip install 'switchable-llm[study]'") from e
+    found = getattr(module, _THERE.get(name, name))
     globals()[name] = found
     return found
 

@@ -64,3 +64,9 @@ def test_the_import_costs_little(child_env):
     "Beside torch and transformers: at most 0.3 s of processor time and 20 MB, all that loads and trains included."
     costs = [json.loads(run(COST, child_env)) for _ in range(3)]
     assert min(s for s,_ in costs)<.3 and min(mb for _,mb in costs)<20, costs
+
+def test_what_the_extra_brings_is_told_by_its_name(child_env):
+    code = ("import sys, torch\nfrom transformers import PreTrainedModel\nfor m in ('scipy','torchmetrics'): sys.modules[m] = None\n"
+            "import switchable_llm as sl\nm,t = sl.load('tiny'); sl.make_switchable(m)\n"
+            "try: sl.evaluate\nexcept ImportError as e: print(e)")
+    assert "pip install 'switchable-llm[study]'" in run(code, child_env)

@@ -33,25 +33,26 @@ def test_what_users_get_is_what_was_tested():
 @pytest.mark.parametrize('name', [*LOCKS,'torch'])
 def test_locked_versions_are_in_the_range(name):
     locked = {'torch': Requirement(lock.TORCH.read_text().splitlines()[-1]).specifier} if name=='torch' else {n:v for (n,_),v in pins(name).items()}
-    for r in map(Requirement, lock.requirements('gguf', 'torchao')):
+    for r in map(Requirement, lock.requirements('study', 'gguf', 'torchao')):
         if name=='torch' and r.name=='torch': assert r.specifier.contains(next(iter(locked['torch'])).version)
         elif r.name in locked: assert r.specifier.contains(locked[r.name]), r
 
 def test_the_lowest_versions_are_those_of_the_range():
     assert lock.LOWEST.read_text(encoding='utf-8')==lock.HEADER+'\n'.join(lock.lowest())+'\n'
-    for low,r in zip(map(Requirement, lock.lowest()), map(Requirement, lock.requirements('gguf', 'torchao')), strict=True):
+    for low,r in zip(map(Requirement, lock.lowest()), map(Requirement, lock.requirements('study', 'gguf', 'torchao')), strict=True):
         assert r.specifier.contains(next(iter(low.specifier)).version) and low.name==r.name
 
 def test_every_import_is_a_dependency():
     "Of the library's modules, by the distributions that hold what they import."
-    declared = {canonicalize_name(Requirement(r).name) for r in lock.requirements()}
-    page = {canonicalize_name(Requirement(r).name) for r in lock.requirements('explore')}
-    holders = metadata.packages_distributions()
+    def names_of(*extras): return {canonicalize_name(Requirement(r).name) for r in lock.requirements(*extras)}
+    holders,base,study,page = metadata.packages_distributions(),names_of(),names_of('study'),names_of('study', 'explore')
+    serves = 'core','serving','training','quantizers.py','lora_routing.py','joint_training.py','__init__.py'
     for path in (ROOT/'switchable_llm').rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {n.partition('.')[0] for n in names}-{'switchable_llm'}-set(sys.stdlib_module_names):
-                have = page if path.name=='page.py' else declared       # the explorer's page is an extra
+                at = path.relative_to(ROOT/'switchable_llm').parts[0]
+                have = page if path.name in ('page.py','explorer.py') else base if at in serves else study
                 assert {canonicalize_name(h) for h in holders[top]}&have, f'{path.name} imports {top}'
 
 # --- PyTorch --------------------------------------------------------------------------------------------------------
