@@ -1,5 +1,5 @@
 "What the benchmarks share: who takes part, whose turn it is, and the record of it."
-import importlib.util, json, platform, statistics, sys, time
+import argparse, importlib.util, json, platform, statistics, sys, time
 from importlib import metadata
 from pathlib import Path
 import torch
@@ -17,10 +17,11 @@ def missing(*packages):
 def gpt2(layers=12, dtype=torch.float32, **kw):
     "GPT-2's shape with random weights, always the same, no dropout."
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_layer=layers, embd_pdrop=0., attn_pdrop=0., resid_pdrop=0., **kw)).to(dtype).eval()
+    config = GPT2Config(n_layer=layers, embd_pdrop=0., attn_pdrop=0., resid_pdrop=0., **kw)
+    return GPT2LMHeadModel(config).to(dtype).eval()
 
 def swap_linears(model, make=torch.nn.Linear):
-    "Every `Conv1D` becomes what `make(in, out)` gives, an `nn.Linear` of some kind: other libraries know no `Conv1D`."
+    "Every `Conv1D` becomes the linear layer that `make(in, out)` gives: other libraries know no `Conv1D`."
     for name,c in [(n, m) for n,m in model.named_modules() if isinstance(m, Conv1D)]:
         linear = make(*c.weight.shape).to(c.weight.dtype)
         with torch.no_grad(): linear.weight.copy_(c.weight.T); linear.bias.copy_(c.bias)
@@ -28,12 +29,14 @@ def swap_linears(model, make=torch.nn.Linear):
     return model
 
 def take_turns(runs, rounds, warmup=1):
-    "Seconds of each run, `rounds` times; they alternate, so that what else the machine does falls on all alike."
+    "Seconds of each run, `rounds` times; they alternate, so that a busy moment slows all alike."
     times,order = {k:[] for k in runs},list(runs)
     for i in range(-warmup, rounds):
         for k in order[i%len(order):]+order[:i%len(order)]:
-            if sys.stderr.isatty(): print(f'\r{max(i, 0)+1}/{rounds} {k:40}', end='', file=sys.stderr, flush=True)
-            start = time.perf_counter(); runs[k]()
+            if sys.stderr.isatty():
+                print(f'\r{max(i, 0)+1}/{rounds} {k:40}', end='', file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            runs[k]()
             if i>=0: times[k].append(time.perf_counter()-start)
     if sys.stderr.isatty(): print('\r'+' '*60, end='\r', file=sys.stderr)
     return times
@@ -42,20 +45,38 @@ def ratio(times, k, base):
     "Median of the ratios of turns that were next to each other."
     return statistics.median(a/b for a,b in zip(times[k], times[base]))
 
+PEERS = {'peft':'peft', 'torchao':'torchao', 'optimum-quanto':'optimum', 'brevitas':'brevitas'}   # package -> module
+
+def processor():
+    "The processor's name, as the system gives it."
+    if not (info := Path('/proc/cpuinfo')).exists(): return platform.processor()
+    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')]
+    return names[0] if names else ''
+
 def where():
     "Where this was measured: what every record has, and what bears on speed."
-    name = next((l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
-    out = environment(None if torch.cuda.is_available() else f'{name or platform.machine()}, {torch.get_num_threads()} threads')
-    out['versions'] |= {p:metadata.version(p) for p in ('peft','torchao','optimum-quanto','brevitas') if not missing(p.replace('optimum-quanto', 'optimum'))}
-    flags = [k for k,v in (torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}).items() if v is True and k.startswith(('avx','amx'))]
-    return out | dict(flags=flags, threads=torch.get_num_threads(), native=native_report(), kernels={n:try_kernel(n, 'cpu')[1] for n in KERNELS})
+    threads = torch.get_num_threads()
+    cpu = f'{processor() or platform.machine()}, {threads} threads'
+    out = environment(None if torch.cuda.is_available() else cpu)
+    out['versions'] |= {p:metadata.version(p) for p,module in PEERS.items() if not missing(module)}
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    flags = [k for k,v in able.items() if v is True and k.startswith(('avx','amx'))]
+    kernels = {n:try_kernel(n, 'cpu')[1] for n in KERNELS}
+    return out | dict(flags=flags, threads=threads, native=native_report(), kernels=kernels)
 
 def write(out, name, settings, results):
     "The record of a benchmark: `<out>/<name>.json`."
     if out is None: return
     path = Path(out)/f'{name}.json'
-    write_whole(path, json.dumps(dict(benchmark=name, settings=settings, environment=where(), results=results), indent=1).encode())
+    settings = {k:v for k,v in vars(settings).items() if k!='out'}
+    record = dict(benchmark=name, settings=settings, environment=where(), results=results)
+    write_whole(path, json.dumps(record, indent=1).encode())
     print(f'\nrecord  {path}')
+
+def options(doc):
+    "A parser of arguments, described by the first line of a module's documentation."
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(description=doc.split('\n\n')[0], formatter_class=shown)
 
 def table(heads, rows):
     "A Markdown table."

@@ -2,16 +2,18 @@
 
     python tests/fuzz_packed.py                     20,000 cases
     python tests/fuzz_packed.py --cases 2000        as the tests run it
-    python tests/fuzz_packed.py --asan              over kernels compiled with the address sanitizer (needs g++ and libasan)
+    python tests/fuzz_packed.py --asan              over kernels compiled with the address sanitizer (g++, libasan)
     python tests/fuzz_packed.py --only 1234         one case again, in this process
 
-Each case is made from its number alone: a healthy file, changed in one way or a few. Workers load it; what loads runs a
-short generation, a change of profile, and the lean loop. They say which case they begin, so that a crash has a number."""
-import argparse, collections, copy, json, math, os, queue, random, resource, shutil, subprocess, sys, tempfile, threading, time
+Each case is made from its number alone: a healthy file, changed in one way or a few. Workers load it; what loads
+runs a short generation, a change of profile, and the lean loop. They say which case they begin, so that a crash has
+a number."""
+import argparse, collections, copy, json, math, os, queue, random, resource, shutil, subprocess, sys, tempfile
+import threading, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HANG = 300          # seconds without a word from a worker: far beyond what a busy machine needs for a case of milliseconds
+HANG = 300          # seconds without a word from a worker; a case takes milliseconds
 MOST_FAULTS = 10    # after so many deaths a worker gives up
 GROWTH = 1 << 30    # bytes of memory that a worker may grow by: nothing is taken that a file does not hold
 
@@ -22,10 +24,11 @@ def toy(kind, **kw):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
     ends = dict(bos_token_id=1, eos_token_id=1, pad_token_id=0)
-    if kind=='gpt2': return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4, **ends))
+    if kind=='gpt2':
+        return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4, **ends))
     cfg,cls = (LlamaConfig, LlamaForCausalLM) if kind=='llama' else (Qwen2Config, Qwen2ForCausalLM)
-    return cls(cfg(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4, num_key_value_heads=2,
-                   max_position_embeddings=64, **ends, **kw))
+    return cls(cfg(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4,
+                   num_key_value_heads=2, max_position_embeddings=64, **ends, **kw))
 
 def make_healthy(folder):
     "Files of several kinds in a folder."
@@ -38,11 +41,15 @@ def make_healthy(folder):
     from switchable_llm.core.calibration import calibrate_
     from switchable_llm.core.switching import make_switchable_
     half = Profile.from_dict(dict(name='half', default='w4a8', rules=[dict(layers=[1], bits='float')]))
+    own_ends = dict(embedding=8, lm_head=6)
+    gpt2,tied = toy('gpt2'),toy('llama', tie_word_embeddings=True)
+    qwen2 = toy('qwen2', tie_word_embeddings=False).to(torch.bfloat16)
+    apart = toy('llama', tie_word_embeddings=False)
     for name,model,profiles,cfg,ends,more in (
-        ('gpt2', toy('gpt2'), ['bw4','bw8','mixed8648'], {}, True, {}),
-        ('llama', toy('llama', tie_word_embeddings=True), ['bw4','bw8'], dict(act='per_token'), False, dict(embedding=8, lm_head=6)),
-        ('qwen2', toy('qwen2', tie_word_embeddings=False).to(torch.bfloat16), ['bw4','bw6'], dict(weight='per_group', group_size=32), True, {}),
-        ('half', toy('llama', tie_word_embeddings=False), [half], dict(act='per_token', act_symmetric=True), False, {})):
+        ('gpt2', gpt2, ['bw4','bw8','mixed8648'], {}, True, {}),
+        ('llama', tied, ['bw4','bw8'], dict(act='per_token'), False, own_ends),
+        ('qwen2', qwen2, ['bw4','bw6'], dict(weight='per_group', group_size=32), True, {}),
+        ('half', apart, [half], dict(act='per_token', act_symmetric=True), False, {})):
         make_switchable_(model.eval(), profiles, QuantConfig(**cfg), embedding=ends, lm_head=ends)
         calibrate_(model, [dict(input_ids=torch.randint(1, 97, (3, 11)))])
         add_adapters_(model, r=2, dropout=0.)
@@ -57,14 +64,17 @@ def parts(data):
     "Description and tensors of a healthy file."
     from safetensors.torch import load
     n = int.from_bytes(data[:8], 'little')
-    return json.loads(json.loads(data[8:8+n])['__metadata__']['switchable_llm']), load(bytes(data))
+    d = json.loads(json.loads(data[8:8+n])['__metadata__']['switchable_llm'])
+    return d, dict(sorted(load(bytes(data)).items()))   # safetensors gives them in any order
 
 def joined(path, d, tensors):
     "A file of them with the checksums that belong to it: forged, not damaged."
     from safetensors.torch import save_file
     from switchable_llm.serving.packed_file import BLANK, checksum, seal
-    if isinstance(d, dict) and isinstance(d.get('checksums'), dict): d['checksums'] = {k:checksum(t) for k,t in tensors.items()}
-    save_file({k:t.contiguous() for k,t in tensors.items()}, path, metadata=dict(format='pt', switchable_llm=json.dumps(d), head_checksum=BLANK))
+    if isinstance(d, dict) and isinstance(d.get('checksums'), dict):
+        d['checksums'] = {k:checksum(t) for k,t in tensors.items()}
+    save_file({k:t.contiguous() for k,t in tensors.items()}, path,
+              metadata=dict(format='pt', switchable_llm=json.dumps(d), head_checksum=BLANK))
     seal(path)
 
 def sealed(path, data):
@@ -83,10 +93,18 @@ def flip(rng, data, low, high, most=3):
 
 def start(data): return 8+int.from_bytes(data[:8], 'little')
 
-def head_bits(rng, path, data): flip(rng, data, 0, start(data)); path.write_bytes(data)
-def head_bits_sealed(rng, path, data): flip(rng, data, 8, start(data)); sealed(path, data)
-def data_bits(rng, path, data): flip(rng, data, start(data), len(data), 9); path.write_bytes(data)
-def cut(rng, path, data): path.write_bytes(data[:rng.choice([rng.randrange(len(data)), rng.randrange(64), start(data)+rng.randint(-9, 9)])])
+def head_bits(rng, path, data):
+    flip(rng, data, 0, start(data))
+    path.write_bytes(data)
+def head_bits_sealed(rng, path, data):
+    flip(rng, data, 8, start(data))
+    sealed(path, data)
+def data_bits(rng, path, data):
+    flip(rng, data, start(data), len(data), 9)
+    path.write_bytes(data)
+def cut(rng, path, data):
+    ends = [rng.randrange(len(data)), rng.randrange(64), start(data)+rng.randint(-9, 9)]
+    path.write_bytes(data[:rng.choice(ends)])
 def longer(rng, path, data): path.write_bytes(data+rng.randbytes(rng.randint(1, 99)))
 def block(rng, path, data):
     at,n = rng.randrange(len(data)),rng.choice([1, 16, 512, 4096])
@@ -94,8 +112,9 @@ def block(rng, path, data):
     data[at:at+n] = fill[:len(data)-at]
     path.write_bytes(data)
 
-ODD = (None, True, False, 0, -1, 1, 2, 3, 7, 8, 9, 17, 2**31, 2**63, 10**12, 10**30, .5, -1e308, 1e308, math.nan, math.inf, '', 'x', 'float', 'w4a8', '8',
-       'layers', '../../etc/passwd', 'x'*5000, '\ud800', [], {}, [[]], [0], {'a':1}, [[[]]*3]*3)
+ODD = (None, True, False, 0, -1, 1, 2, 3, 7, 8, 9, 17, 2**31, 2**63, 10**12, 10**30, .5, -1e308, 1e308,
+       math.nan, math.inf, '', 'x', 'float', 'w4a8', '8', 'layers', '../../etc/passwd', 'x'*5000, '\ud800',
+       [], {}, [[]], [0], {'a':1}, [[[]]*3]*3)
 
 def places(v, at=()):
     "Every place in nested lists and mappings."
@@ -111,11 +130,17 @@ def change(rng, d):
     k,old = at[-1],holder[at[-1]]
     how = rng.randrange(8)
     if how==0: del holder[k]
-    elif how==1 and isinstance(holder, dict): holder[rng.choice(['extra', 'num_hidden_layers', 'n_layer', 'auto_map', 'attn_implementation', k+'s'])] = copy.deepcopy(rng.choice(ODD))
+    elif how==1 and isinstance(holder, dict):
+        value = copy.deepcopy(rng.choice(ODD))
+        names = ['extra', 'num_hidden_layers', 'n_layer', 'auto_map', 'attn_implementation', k+'s']
+        holder[rng.choice(names)] = value
     elif how==1: holder.insert(rng.randrange(len(holder)+1), copy.deepcopy(old))
-    elif how==2 and type(old) in (int, float): holder[k] = rng.choice([old*10, old+1, old-1, -old, old*2, old//2, old*10**6, float(old)])
+    elif how==2 and type(old) in (int, float):
+        holder[k] = rng.choice([old*10, old+1, old-1, -old, old*2, old//2, old*10**6, float(old)])
     elif how==3: holder[k] = copy.deepcopy(rng.choice([*holder.values()] if isinstance(holder, dict) else holder))
-    elif how==4 and isinstance(old, str): holder[k] = rng.choice([old[:-1], old+old, old.upper(), old[::-1], old.replace('0', '1'), old.replace('4', '8')])
+    elif how==4 and isinstance(old, str):
+        digits = old.replace('0', '1'),old.replace('4', '8')
+        holder[k] = rng.choice([old[:-1], old+old, old.upper(), old[::-1], *digits])
     elif how==5 and isinstance(old, list): holder[k] = rng.choice([old*2, old[::-1], old[:-1], old*1000])
     else: holder[k] = copy.deepcopy(rng.choice(ODD))
 
@@ -126,7 +151,8 @@ def fields(rng, path, data):
 
 def config(rng, path, data):
     d,tensors = parts(data)
-    for part in rng.choice([('config',), ('config',), ('generation',), ('config', 'generation')]): change(rng, d[part] or {'x':1})
+    for part in rng.choice([('config',), ('config',), ('generation',), ('config', 'generation')]):
+        change(rng, d[part] or {'x':1})
     joined(path, d, tensors)
 
 def reshaped(rng, t):
@@ -138,7 +164,9 @@ def reshaped(rng, t):
     if how==3: return t[:-1] if t.dim() else t
     if how==4: return t.unsqueeze(rng.randint(0, t.dim()))
     if how==5: return t.reshape(-1).view(torch.uint8) if t.element_size()>1 else t.to(torch.int8)
-    if how==6: return t.to(rng.choice([torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool, torch.bfloat16]))
+    if how==6:
+        types = 'float16 float32 float64 int32 int64 bool bfloat16'.split()
+        return t.to(getattr(torch, rng.choice(types)))
     if how==7: return torch.cat([t, t[-1:]]) if t.dim() else t
     return torch.zeros_like(t) if rng.random()<.5 else t.flip(0) if t.dim() else t
 
@@ -148,7 +176,9 @@ def tensors(rng, path, data):
         n,m = rng.choice(list(ts)),rng.choice(list(ts))
         how = rng.randrange(6)
         if how==0: ts.pop(n)
-        elif how==1: ts[rng.choice([n+'x', n.replace('0', '1'), 'extra', n+'.weight', 'transformer.h.7.ln_1.weight'])] = ts[n].clone()
+        elif how==1:
+            names = [n+'x', n.replace('0', '1'), 'extra', n+'.weight', 'transformer.h.7.ln_1.weight']
+            ts[rng.choice(names)] = ts[n].clone()
         elif how==2: ts[n],ts[m] = ts[m].clone(),ts[n].clone()
         else: ts[n] = reshaped(rng, ts[n])
         if not ts: return path.write_bytes(data)
@@ -161,8 +191,10 @@ def values(rng, path, data):
     for n in rng.sample(list(ts), rng.randint(1, 6)):
         t = ts[n].clone()
         if t.numel()==0: continue
-        odd = [math.nan, math.inf, -math.inf, 0., -1., 1e38, 1e-45, 3e4] if t.is_floating_point() else [0, 1, 255, -1, 2**31-1, -2**31]
-        odd = [v for v in odd if t.is_floating_point() or torch.iinfo(t.dtype).min<=v<=torch.iinfo(t.dtype).max]
+        if t.is_floating_point(): odd = [math.nan, math.inf, -math.inf, 0., -1., 1e38, 1e-45, 3e4]
+        else:
+            info = torch.iinfo(t.dtype)
+            odd = [v for v in (0, 1, 255, -1, 2**31-1, -2**31) if info.min<=v<=info.max]
         t.view(-1)[rng.randrange(t.numel()):] = rng.choice(odd)
         ts[n] = t
     joined(path, d, ts)
@@ -171,12 +203,14 @@ def lies(rng, path, data):
     "A description and tensors that agree with each other in something wrong."
     import torch
     d,ts = parts(data)
-    l = rng.choice(d['layers']); at = l['name']
+    l = rng.choice(d['layers'])
+    at = l['name']
     how = rng.randrange(6)
     if how==0:                                          # more rows
         l['shape'][0] *= 10
         for k in list(ts):
-            if k.startswith(at+'.') and '.range' not in k and not k.endswith('.a') and ts[k].numel(): ts[k] = ts[k].repeat(10, *[1]*(ts[k].dim()-1))
+            if not k.startswith(at+'.') or '.range' in k or k.endswith('.a') or not ts[k].numel(): continue
+            ts[k] = ts[k].repeat(10, *[1]*(ts[k].dim()-1))
     if how==1:                                          # more inputs
         l['shape'][1] *= 2
         for k in ('high','middle','low'):
@@ -185,16 +219,22 @@ def lies(rng, path, data):
     if how==2 and l['adapters']:                        # another rank
         a,r = l['adapters'][0],rng.choice([1, 3, 64, 1000])
         a['r'] = r
-        for ab,shape in (('a', (r, l['shape'][1])), ('b', (l['shape'][0], r))): ts[f"{at}.adapters.{a['key']}.{ab}"] = torch.randn(shape)
+        for ab,shape in (('a', (r, l['shape'][1])), ('b', (l['shape'][0], r))):
+            generator = torch.Generator().manual_seed(0)
+            ts[f"{at}.adapters.{a['key']}.{ab}"] = torch.randn(shape, generator=generator)
     if how==3:                                          # heads
         for k in ('n_head','num_attention_heads','num_key_value_heads','head_dim'):
             if k in d['config']: d['config'][k] = rng.choice([1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 96])
-    if how==4: d['config'].update(rope_parameters=dict(rope_type=rng.choice(['linear','dynamic','yarn','longrope','llama3','default','proportional']), rope_theta=rng.choice([1, 1e4, 0, -1, 1e300]),
-                                                       factor=rng.choice([1., 8., 0., -2., 1e30]), partial_rotary_factor=rng.choice([.5, .25, 2., 0.])))
+    if how==4:
+        kinds = ['linear','dynamic','yarn','longrope','llama3','default','proportional']
+        d['config'].update(rope_parameters=dict(
+            rope_type=rng.choice(kinds), rope_theta=rng.choice([1, 1e4, 0, -1, 1e300]),
+            factor=rng.choice([1., 8., 0., -2., 1e30]), partial_rotary_factor=rng.choice([.5, .25, 2., 0.])))
     if how==5:                                          # positions and vocabulary
         for k in ('n_positions','max_position_embeddings'):
             if k in d['config']: d['config'][k] = rng.choice([1, 2, 10**6, 10**9])
-        if 'transformer.wpe.weight' in ts: ts['transformer.wpe.weight'] = ts['transformer.wpe.weight'].repeat(rng.choice([1, 3]), 1)[:d['config']['n_positions']]
+        if (wpe := 'transformer.wpe.weight') in ts:
+            ts[wpe] = ts[wpe].repeat(rng.choice([1, 3]), 1)[:d['config']['n_positions']]
     joined(path, d, ts)
 
 def tokenizers(rng, path, data):
@@ -211,15 +251,19 @@ def tokenizers(rng, path, data):
     ts['tokenizer'] = torch.frombuffer(t, dtype=torch.uint8)
     joined(path, d, ts)
 
-WAYS = [head_bits, head_bits_sealed, head_bits_sealed, data_bits, data_bits, cut, longer, block, fields, fields, fields, config, config, tensors, tensors, values, values, lies, lies, tokenizers]
+WAYS = [head_bits, head_bits_sealed, head_bits_sealed, data_bits, data_bits, cut, longer, block, fields, fields,
+        fields, config, config, tensors, tensors, values, values, lies, lies, tokenizers]
+
+UNWRITABLE = IndexError,KeyError,TypeError,ValueError,RuntimeError,OverflowError,AttributeError
 
 def make_case(i, seed, healthy, path):
     "Write case `i`; how it was made, and whether data are compared with their checksums."
     rng = random.Random(f'{seed}-{i}')
     base,way = rng.choice(sorted(healthy)),rng.choice(WAYS)
     try: way(rng, path, bytearray(healthy[base]))
-    except (IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as e:   # this change cannot be written
-        path.write_bytes(healthy[base]); return f'{base} {way.__name__}: {type(e).__name__}',True
+    except UNWRITABLE as e:   # this change cannot be written
+        path.write_bytes(healthy[base])
+        return f'{base} {way.__name__}: {type(e).__name__}',True
     return f'{base} {way.__name__}',rng.random()<.5
 
 # --- one case ---
@@ -247,8 +291,10 @@ def use(model):
     for p in [*model.switch.profiles][:2]:
         model.switch.profile = p
         with torch.no_grad(): model(ids)
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, num_beams=1, pad_token_id=0)
-        if model.config.model_type in PARTS and model.switch.cfg.weight!='per_group': list(lean_tokens(LiveStep(model, 16), [1, 2, 3], 3))
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, num_beams=1,
+                       pad_token_id=0)
+        if model.config.model_type in PARTS and model.switch.cfg.weight!='per_group':
+            list(lean_tokens(LiveStep(model, 16), [1, 2, 3], 3))
     return 'runs'
 
 # --- workers ---
@@ -270,11 +316,13 @@ def work(args):
         t,before = time.process_time(),resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         out = try_case(path, verify, args.heap)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)*1024
-        say(end=i, how=how, out=out if grown<GROWTH else f'fault: took {grown:,} bytes', seconds=time.process_time()-t, grown=grown)
+        say(end=i, how=how, out=out if grown<GROWTH else f'fault: took {grown:,} bytes',
+            seconds=time.process_time()-t, grown=grown)
 
 class Worker:
     "A process that works through its share; a new one takes over where it ends too early."
-    def __init__(self, args, number, env): self.args,self.number,self.env,self.next,self.faults,self.done = args,number,env,number,[],[]
+    def __init__(self, args, number, env):
+        self.args,self.number,self.env,self.next,self.faults,self.done = args,number,env,number,[],[]
     def run(self):
         while self.next<self.args.cases and len(self.faults)<MOST_FAULTS: self.one_process()
 
@@ -284,19 +332,27 @@ class Worker:
         cmd += ['--cases', str(a.cases), '--workers', str(a.workers), '--seed', str(a.seed)]
         log = Path(a.folder)/f'log-{self.number}'
         with open(log, 'wb') as err:
-            p = subprocess.Popen(cmd + ['--heap']*bool(a.asan), stdout=subprocess.PIPE, stderr=err, text=True, env=self.env)
+            p = subprocess.Popen(cmd + ['--heap']*bool(a.asan), stdout=subprocess.PIPE, stderr=err, text=True,
+                                 env=self.env)
             threading.Thread(target=lambda: [*map(lines.put, p.stdout), lines.put(None)], daemon=True).start()
             while True:
                 try: line = lines.get(timeout=HANG)
-                except queue.Empty: p.kill(); break
+                except queue.Empty:
+                    p.kill()
+                    break
                 if line is None: break
                 said = json.loads(line)
                 at = said if 'begin' in said else None
-                if 'end' in said: self.done.append(said); self.next = said['end']+a.workers
+                if 'end' in said:
+                    self.done.append(said)
+                    self.next = said['end']+a.workers
             code = p.wait()
-        if code==0: self.next = a.cases; return
+        if code==0:
+            self.next = a.cases
+            return
         if at is None and not self.done: raise SystemExit(f'a worker does not begin: {log.read_text()[-2000:]}')
-        what = f'hang: nothing for {HANG} s' if code==-9 else f'crash: exit status {code}: {log.read_text(errors="replace")[-3000:]}'
+        if code==-9: what = f'hang: nothing for {HANG} s'
+        else: what = f'crash: exit status {code}: {log.read_text(errors="replace")[-3000:]}'
         self.faults.append(dict(end=at['begin'] if at else self.next, how=at['how'] if at else '?', out=what))
         kept = Path(a.folder)/f"fault-{self.faults[-1]['end']}.safetensors"
         shutil.copy(Path(a.folder)/f'case-{self.number}.safetensors', kept)
@@ -306,16 +362,23 @@ def sanitized(folder):
     "A copy of the package whose kernels are compiled with the address sanitizer, and the environment that uses it."
     package = Path(folder)/'package'/'switchable_llm'
     shutil.copytree(ROOT/'switchable_llm', package, ignore=shutil.ignore_patterns('_native*', '__pycache__'))
-    flags = ['-O1', '-g', '-fno-omit-frame-pointer', '-fsanitize=address', '-std=c++17', '-fopenmp', '-fno-math-errno', '-fPIC', '-shared']
-    subprocess.run(['g++', *flags, *map(str, sorted((ROOT/'csrc').glob('*.cpp'))), '-o', str(package/'_native.so')], check=True)
-    where = lambda lib: subprocess.run(['g++', f'-print-file-name={lib}'], check=True, capture_output=True, text=True).stdout.strip()
-    return dict(PYTHONPATH=str(package.parent), LD_PRELOAD=f"{where('libasan.so')} {where('libstdc++.so.6')}", ASAN_OPTIONS='detect_leaks=0:abort_on_error=1:allocator_may_return_null=1')
+    flags = ['-O1', '-g', '-fno-omit-frame-pointer', '-fsanitize=address', '-std=c++17', '-fopenmp',
+             '-fno-math-errno', '-fPIC', '-shared']
+    sources = map(str, sorted((ROOT/'csrc').glob('*.cpp')))
+    subprocess.run(['g++', *flags, *sources, '-o', str(package/'_native.so')], check=True)
+    def where(lib):
+        p = subprocess.run(['g++', f'-print-file-name={lib}'], check=True, capture_output=True, text=True)
+        return p.stdout.strip()
+    return dict(PYTHONPATH=str(package.parent), LD_PRELOAD=f"{where('libasan.so')} {where('libstdc++.so.6')}",
+                ASAN_OPTIONS='detect_leaks=0:abort_on_error=1:allocator_may_return_null=1')
 
 def fuzz(cases, workers=None, seed=0, asan=False, folder=None, die=-1):
     "Run cases, case `die` ending its worker; what came of each, and the faults."
     with tempfile.TemporaryDirectory() as tmp:
-        args = argparse.Namespace(cases=cases, workers=workers or os.cpu_count() or 1, seed=seed, asan=asan, folder=folder or tmp, die=die)
-        env = {**os.environ, 'PYTHONPATH':str(ROOT), 'OMP_NUM_THREADS':'1', 'HF_HUB_OFFLINE':'1', 'TOKENIZERS_PARALLELISM':'false'}
+        args = argparse.Namespace(cases=cases, workers=workers or os.cpu_count() or 1, seed=seed, asan=asan,
+                                  folder=folder or tmp, die=die)
+        env = {**os.environ, 'PYTHONPATH':str(ROOT), 'OMP_NUM_THREADS':'1', 'HF_HUB_OFFLINE':'1',
+               'TOKENIZERS_PARALLELISM':'false'}
         (Path(args.folder)/'healthy').mkdir(parents=True, exist_ok=True)
         make_healthy(Path(args.folder)/'healthy')
         if asan: env |= sanitized(args.folder)
@@ -325,7 +388,8 @@ def fuzz(cases, workers=None, seed=0, asan=False, folder=None, die=-1):
         for t in threads: t.join()
     ends = [e for w in team for e in w.done]
     faults = [f for w in team for f in w.faults]+[e for e in ends if e['out'].startswith('fault')]
-    return dict(cases=len(ends)+sum(len(w.faults) for w in team), counts=collections.Counter(kind(e) for e in ends), faults=faults,
+    return dict(cases=len(ends)+sum(len(w.faults) for w in team),
+                counts=collections.Counter(kind(e) for e in ends), faults=faults,
                 slowest=max(ends, key=lambda e: e['seconds']), grown=max(e['grown'] for e in ends), ends=ends)
 
 def kind(end): return end['out'].partition(' ')[0].partition(':')[0]
@@ -338,26 +402,33 @@ def main():
     p.add_argument('--asan', action='store_true', help='compile the kernels with the address sanitizer')
     p.add_argument('--folder', help='where files are kept that crash; by default a temporary one')
     p.add_argument('--only', type=int, help='one case, in this process')
-    for n in ('--work',): p.add_argument(n, help=argparse.SUPPRESS)
+    p.add_argument('--work', help=argparse.SUPPRESS)
     p.add_argument('--first', type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument('--die', type=int, default=-1, help=argparse.SUPPRESS)
     p.add_argument('--heap', action='store_true', help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.work: args.folder = args.work; return work(args)
+    if args.work:
+        args.folder = args.work
+        return work(args)
     if args.only is not None:
         folder = Path(args.folder or tempfile.mkdtemp())
-        (folder/'healthy').mkdir(parents=True, exist_ok=True); make_healthy(folder/'healthy')
+        (folder/'healthy').mkdir(parents=True, exist_ok=True)
+        make_healthy(folder/'healthy')
         path = folder/f'only-{args.only}.safetensors'
-        how,verify = make_case(args.only, args.seed, {q.stem:q.read_bytes() for q in (folder/'healthy').iterdir()}, path)
+        healthy = {q.stem:q.read_bytes() for q in (folder/'healthy').iterdir()}
+        how,verify = make_case(args.only, args.seed, healthy, path)
         print(how, path, flush=True)
         return print(try_case(path, verify, False))
     start = time.time()
     found = fuzz(args.cases, args.workers, args.seed, args.asan, args.folder)
-    for (way, out),n in sorted(collections.Counter((e['how'].split()[1], kind(e)) for e in found['ends']).items()): print(f'{n:6} {way} {out}')
-    for out,n in collections.Counter(e['out'] for e in found['ends'] if kind(e)=='late').most_common(40): print(f'{n:6} {out}')
+    ways = collections.Counter((e['how'].split()[1], kind(e)) for e in found['ends'])
+    for (way, out),n in sorted(ways.items()): print(f'{n:6} {way} {out}')
+    late = collections.Counter(e['out'] for e in found['ends'] if kind(e)=='late')
+    for out,n in late.most_common(40): print(f'{n:6} {out}')
     for f in found['faults']: print(f"FAULT case {f['end']} ({f['how']}): {f['out']}")
     slow = found['slowest']
-    print(f"{found['cases']:,} cases in {time.time()-start:.0f} s: {dict(found['counts'])}; {len(found['faults'])} faults; slowest {slow['seconds']:.1f} s (case {slow['end']}, {slow['how']}); "
+    print(f"{found['cases']:,} cases in {time.time()-start:.0f} s: {dict(found['counts'])}; "
+          f"{len(found['faults'])} faults; slowest {slow['seconds']:.1f} s (case {slow['end']}, {slow['how']}); "
           f"grew by {found['grown']/1e6:.0f} MB")
     sys.exit(bool(found['faults']))
 

@@ -10,12 +10,11 @@ from switchable_llm.study.records import PRESETS
 from switchable_llm.data.encoding import Encoded
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.data.checkpoints import save_switchable
-from switchable_llm.search.costs import profile_cost
+from switchable_llm.search.costs import profile_cost, total
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.sensitivity import (
     Meter, Sensitivity, bit_options, highest, outliers, sensitivity, tolerance)
 from switchable_llm.search.groups import find_groups
-from switchable_llm.search.costs import total
 from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model
 from switchable_llm.core.profiles import Profile, Rule
 from switchable_llm.core.calibration import calibrate_

@@ -10,10 +10,9 @@ from switchable_llm.adversarial import (
 from switchable_llm.apps.cli import main
 from switchable_llm.cpt import CycleConfig
 from switchable_llm.study.cycles import CPTPlan, run_cpt
-from switchable_llm.study.records import PRESETS
+from switchable_llm.study.records import PRESETS, load_records
 from switchable_llm.data.encoding import collate, encode
 from switchable_llm.data.models import load_model
-from switchable_llm.study.records import load_records
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig

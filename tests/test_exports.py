@@ -2,8 +2,9 @@
 import io, os, sys
 import pytest, torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+    MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm.data.models import gguf_overrides, load_model
 from switchable_llm.data.embedded import tiny_tokenizer
@@ -20,7 +21,8 @@ from switchable_llm.core.switching import make_switchable_, use_profile
 
 IDS = torch.randint(2, 200, (3, 12), generator=torch.Generator().manual_seed(2))
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))
-common = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=1)
+common = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=1)
 
 def base(kind, dtype=torch.float32, tied=True, **kw):
     "A random model of a family, with biases and norms that are not those of a new one."
@@ -29,13 +31,17 @@ def base(kind, dtype=torch.float32, tied=True, **kw):
         sizes = dict(vocab_size=200, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
         m = GPT2LMHeadModel(GPT2Config(**sizes | dict(tie_word_embeddings=tied) | kw))
     else:
-        config,cls = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM), qwen2=(Qwen2Config, Qwen2ForCausalLM))[kind]
-        m = cls(config(**common | dict(tie_word_embeddings=tied) | (dict(sliding_window=None) if kind=='mistral' else {}) | kw))
+        kinds = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM),
+                     qwen2=(Qwen2Config, Qwen2ForCausalLM))
+        config,cls = kinds[kind]
+        window = dict(sliding_window=None) if kind=='mistral' else {}
+        m = cls(config(**common | dict(tie_word_embeddings=tied) | window | kw))
     with torch.no_grad():
         for p in m.parameters(): p.add_(.05*torch.randn_like(p))
     return m.to(dtype).eval()
 
-def switchable(kind, profiles=('bw4','bw8','mixed8648'), cfg=QuantConfig(), dtype=torch.float32, tied=True, adapters=True, ends=False, route='bits', **kw):
+def switchable(kind, profiles=('bw4','bw8','mixed8648'), cfg=QuantConfig(), dtype=torch.float32, tied=True,
+               adapters=True, ends=False, route='bits', **kw):
     m = base(kind, dtype, tied, **kw)
     make_switchable_(m, profiles, cfg, embedding=ends, lm_head=ends)
     m.switch.kernel = 'float'                                                       # the reference
@@ -67,9 +73,12 @@ def test_merge_round_trip(kind, tied, codes, tmp_path):
         assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight)==tied
         assert torch.equal(again(**BATCH).logits, plain(**BATCH).logits)
         assert load_profiles(folder/'profile.json')==[PROFILES[p]]
-    assert base_hash(m)==hashed and m.switch.profile.name=='float' and all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    assert base_hash(m)==hashed
+    assert m.switch.profile.name=='float'
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
     own = {id(q) for q in m.parameters()}
-    assert not [1 for q in plain.parameters() if id(q) in own] and not {q.data_ptr() for q in plain.parameters()} & {q.data_ptr() for q in m.parameters()}
+    assert not [1 for q in plain.parameters() if id(q) in own]
+    assert not {q.data_ptr() for q in plain.parameters()} & {q.data_ptr() for q in m.parameters()}
 
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 @pytest.mark.parametrize('dtype,u', [(torch.float32, 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
@@ -82,7 +91,8 @@ def test_merged_weight_is_rounded_once(kind, dtype, u):
         exact = l.weight_at(4).double() + (delta.T if l.axis==1 else delta)
         w = merged_weight(l, Setting(Bits(4), '4'))
         assert w.dtype==dtype and ((w.double()-exact).abs() <= u*exact.abs()*(1+2**-10) + 1e-7).all()
-        assert torch.equal(merged_weight(l, Setting(Bits(4), None)), l.weight_at(4))      # without an adapter nothing is rounded
+        # without an adapter nothing is rounded
+        assert torch.equal(merged_weight(l, Setting(Bits(4), None)), l.weight_at(4))
     gap = logit_gap(m, 'bw4', merge(m, 'bw4'), [BATCH])
     assert gap.relative < {torch.float32:1e-6, torch.bfloat16:.03, torch.float16:.004}[dtype]
     assert merge(m, 'bw4').dtype==dtype
@@ -105,9 +115,11 @@ def test_the_fastest_kernels_are_equal_within_rounding(kind):
 def test_activation_bits_are_what_is_lost():
     m = switchable('gpt2')
     plain = merge(m, 'bw4')
-    assert logit_gap(m, 'bw4', plain, [BATCH]).largest<2e-5 < .01 < logit_gap(m, 'bw4', plain, [BATCH], weights_only=False).largest
+    assert logit_gap(m, 'bw4', plain, [BATCH]).largest<2e-5
+    assert logit_gap(m, 'bw4', plain, [BATCH], weights_only=False).largest>.01
     m.switch.add(Profile('w4', Bits(4)))
-    assert logit_gap(m, 'w4', plain, [BATCH], weights_only=False).largest<2e-5     # a profile of weights alone loses nothing
+    # a profile of weights alone loses nothing
+    assert logit_gap(m, 'w4', plain, [BATCH], weights_only=False).largest<2e-5
     with use_weights_only(m, 'bw4'): x = m(**BATCH).logits
     with use_profile(m, 'w4'): assert torch.equal(m(**BATCH).logits, x)
     with pytest.raises(RuntimeError):
@@ -131,7 +143,8 @@ def test_quantized_ends(kind, tmp_path):
         m = switchable(kind, [same, parts], adapters=adapters, ends=True)
         for p in ('same','parts','float'):
             plain,one = merge(m, p),p=='float' or p=='same' and not adapters
-            assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight)==one==plain.config.tie_word_embeddings
+            a,b = plain.get_input_embeddings().weight,plain.get_output_embeddings().weight
+            assert (a is b)==one==plain.config.tie_word_embeddings
             again = AutoModelForCausalLM.from_pretrained(export_float(m, p, tmp_path/f'{p}{adapters}'))
             assert torch.equal(again(**BATCH).logits, plain(**BATCH).logits)
             assert logit_gap(m, p, again, [BATCH]).largest<1e-4
@@ -147,7 +160,10 @@ def test_gap_in_training_mode_and_of_a_padded_batch():
     assert all(q.grad is None for q in again.parameters()) and not again.training
     mask = torch.ones_like(IDS); mask[0, :5] = 0
     padded = dict(input_ids=IDS.clone(), attention_mask=mask)
-    assert logit_gap(m, 'bw8', plain, [padded, BATCH]).largest<2e-5 and m.training and all(x.training for x in m.modules()) and not plain.training
+    assert logit_gap(m, 'bw8', plain, [padded, BATCH]).largest<2e-5
+    assert m.training
+    assert all(x.training for x in m.modules())
+    assert not plain.training
     junk = dict(padded, input_ids=torch.where(mask.bool(), IDS, 7), labels=IDS)
     assert logit_gap(m, 'bw8', plain, [padded])==logit_gap(m, 'bw8', plain, [junk])
 
@@ -180,13 +196,15 @@ def test_folder_is_whole_or_not_at_all(tmp_path, monkeypatch):
         mp.setattr('switchable_llm.serving.exports.save_profiles', broken)
         with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', folder, overwrite=True)
         with pytest.raises(OSError, match='disk full'): export_float(m, 'bw4', tmp_path/'a'/'c')
-    for n in range(20):                                       # profile.json, the old one aside, the new one into place
+    # profile.json, the old one aside, the new one into place
+    for n in range(20):
         with monkeypatch.context() as mp:
             mp.setattr('os.replace', fails_at(n))
             try: export_float(m, 'bw4', folder, overwrite=True)
             except OSError: pass
             else: break
-        assert {f.name:f.read_bytes() for f in folder.iterdir()}==was and [f.name for f in folder.parent.iterdir()]==['b']
+        assert {f.name:f.read_bytes() for f in folder.iterdir()}==was
+        assert [f.name for f in folder.parent.iterdir()]==['b']
     assert n>=3 and load_profiles(folder/'profile.json')==[PROFILES['bw4']]
     assert [f.name for f in folder.parent.iterdir()]==['b']
 
@@ -214,14 +232,17 @@ def test_bad_input(tmp_path):
 def test_a_missing_package_names_its_extra(name, monkeypatch, tmp_path):
     m = switchable('gpt2')
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf"pip install 'switchable-llm\[{name}\]'"): export_torchao(m, 'bw4') if name=='torchao' else export_gguf(m, 'bw4', tmp_path/'x.gguf')
+    with pytest.raises(ImportError, match=rf"pip install 'switchable-llm\[{name}\]'"):
+        export_torchao(m, 'bw4') if name=='torchao' else export_gguf(m, 'bw4', tmp_path/'x.gguf')
     assert not list(tmp_path.iterdir())
 
 # --- torchao --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('cfg', [QuantConfig(codes='independent'), QuantConfig(), QuantConfig(codes='independent', weight_symmetric=False), QuantConfig(weight='per_tensor'), QuantConfig(weight='per_group', group_size=32),
-                                 QuantConfig(weight='per_group', group_size=16, codes='nested')], ids=str)
+@pytest.mark.parametrize('cfg', [
+    QuantConfig(codes='independent'), QuantConfig(), QuantConfig(codes='independent', weight_symmetric=False),
+    QuantConfig(weight='per_tensor'), QuantConfig(weight='per_group', group_size=32),
+    QuantConfig(weight='per_group', group_size=16, codes='nested')], ids=str)
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
 def test_torchao_holds_the_same_weights(kind, cfg, dtype):
     pytest.importorskip('torchao', reason='the extra `torchao` is not installed')
@@ -232,8 +253,12 @@ def test_torchao_holds_the_same_weights(kind, cfg, dtype):
         ao = export_torchao(m, f'w{b}')
         for s,l in zip(m.switch.sites, m.switch.layers):
             new = ao.get_submodule(s.name)
-            assert isinstance(new, LinearWithLoRA) and isinstance(new.weight, IntxUnpackedToInt8Tensor) and type(new.base) is torch.nn.Linear
-            assert -2**(b-1)<=int(new.weight.qdata.min()) and int(new.weight.qdata.max())<2**(b-1) and new.weight.target_dtype==getattr(torch, f'int{b}')
+            assert isinstance(new, LinearWithLoRA)
+            assert isinstance(new.weight, IntxUnpackedToInt8Tensor)
+            assert type(new.base) is torch.nn.Linear
+            assert -2**(b-1)<=int(new.weight.qdata.min())
+            assert int(new.weight.qdata.max())<2**(b-1)
+            assert new.weight.target_dtype==getattr(torch, f'int{b}')
             assert torch.equal(new.weight.dequantize(), l.weight_at(b).T if l.axis==1 else l.weight_at(b))
         gap = logit_gap(m, f'w{b}', ao, [BATCH])
         assert gap.largest<2e-5 if dtype==torch.float32 else gap.relative<.02
@@ -246,24 +271,29 @@ def test_torchao_activations_per_token(kind):
     for p in ('uniform8','w4a8'):
         gap = logit_gap(m, p, export_torchao(m, p, activations=True), [BATCH], weights_only=False)
         assert gap.relative<.2*logit_gap(m, p, export_torchao(m, p), [BATCH], weights_only=False).relative
-    with pytest.raises(ValueError, match=r'layer .*0\.(attn\.c_attn|self_attn\.q_proj): torchao cannot express w6a6'): export_torchao(m, 'bw6', activations=True)
+    with pytest.raises(ValueError, match=r'layer .*0\.(attn\.c_attn|self_attn\.q_proj): torchao cannot express w6a6'):
+        export_torchao(m, 'bw6', activations=True)
     a8 = Profile('a8', Bits(None, 8))
     with pytest.raises(ValueError, match='cannot express a8'): export_torchao(m, a8, activations=True)
     assert logit_gap(m, a8, export_torchao(m, a8), [BATCH]).largest==0
     for cfg in (QuantConfig(), QuantConfig(act='per_token', act_symmetric=True)):
-        with pytest.raises(ValueError, match='pass activations=False'): export_torchao(switchable(kind, ['uniform8'], cfg), 'uniform8', activations=True)
+        with pytest.raises(ValueError, match='pass activations=False'):
+            export_torchao(switchable(kind, ['uniform8'], cfg), 'uniform8', activations=True)
 
 def test_torchao_says_what_it_cannot():
     pytest.importorskip('torchao', reason='the extra `torchao` is not installed')
     m = switchable('llama', [Profile('wide', Bits(8), (Rule(Bits(12), site=('mlp_out',), layers=(1,)),))])
-    with pytest.raises(ValueError, match=r'layer model\.layers\.1\.mlp\.down_proj: .*not w12.*use merge'): export_torchao(m, 'wide')
+    with pytest.raises(ValueError, match=r'layer model\.layers\.1\.mlp\.down_proj: .*not w12.*use merge'):
+        export_torchao(m, 'wide')
     m = switchable('llama', [Profile('w4', Bits(4))], QuantConfig(weight='per_group', group_size=48))
-    with pytest.raises(ValueError, match=r'q_proj: its 64 inputs are no multiple of group_size=48.*use merge'): export_torchao(m, 'w4')
+    with pytest.raises(ValueError, match=r'q_proj: its 64 inputs are no multiple of group_size=48.*use merge'):
+        export_torchao(m, 'w4')
     assert logit_gap(m, 'w4', merge(m, 'w4'), [BATCH]).largest<2e-5
 
 def test_torchao_state_dict_and_ends():
     pytest.importorskip('torchao', reason='the extra `torchao` is not installed')
-    m = switchable('gpt2', [Profile('w4', Bits(4)), Profile('w8', Bits(8))], QuantConfig(codes='nested'), ends=True, adapters=False)
+    m = switchable('gpt2', [Profile('w4', Bits(4)), Profile('w8', Bits(8))], QuantConfig(codes='nested'),
+                   ends=True, adapters=False)
     a,b = export_torchao(m, 'w4'),export_torchao(m, 'w8')
     assert a.lm_head.weight is a.transformer.wte.weight and logit_gap(m, 'w4', a, [BATCH]).largest<1e-4
     file = io.BytesIO(); torch.save(a.state_dict(), file); file.seek(0)
@@ -292,9 +322,12 @@ def test_torchao_zero_rows():
 def read(path, **kw):
     "With transformers' own reader."
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype='float32', **gguf_overrides(path), **kw).eval()
+    kw = dict(gguf_file=path.name, dtype='float32', **gguf_overrides(path), **kw)
+    return AutoModelForCausalLM.from_pretrained(path.parent, **kw).eval()
 
-families = [('gpt2', {}), ('gpt2', dict(n_inner=96)), ('llama', {}), ('llama', dict(head_dim=32)), ('llama', dict(attention_bias=True, mlp_bias=True)), ('llama', dict(num_key_value_heads=4)), ('mistral', {}), ('mistral', dict(sliding_window=64)), ('qwen2', {})]
+families = [('gpt2', {}), ('gpt2', dict(n_inner=96)), ('llama', {}), ('llama', dict(head_dim=32)),
+            ('llama', dict(attention_bias=True, mlp_bias=True)), ('llama', dict(num_key_value_heads=4)),
+            ('mistral', {}), ('mistral', dict(sliding_window=64)), ('qwen2', {})]
 
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('kind,kw', families)
@@ -304,10 +337,12 @@ def test_gguf_f32_is_exact(kind, kw, tied, tmp_path):
     m = switchable(kind, tied=tied, **kw)
     plain,path = merge(m, 'bw4'),export_gguf(m, 'bw4', tmp_path/'sub'/'m.gguf')
     back = read(path)
-    assert back.config.model_type==('llama' if kind=='mistral' else kind) and (back.get_input_embeddings().weight is back.get_output_embeddings().weight)==tied
+    assert back.config.model_type==('llama' if kind=='mistral' else kind)
+    assert (back.get_input_embeddings().weight is back.get_output_embeddings().weight)==tied
     assert all(torch.equal(v, back.state_dict()[k]) for k,v in plain.state_dict().items())
     assert torch.equal(back(**BATCH).logits, plain(**BATCH).logits)
-    for k in ('max_position_embeddings','num_key_value_heads','rms_norm_eps','layer_norm_epsilon','rope_parameters','vocab_size'): 
+    for k in ('max_position_embeddings','num_key_value_heads','rms_norm_eps','layer_norm_epsilon',
+              'rope_parameters','vocab_size'): 
         if hasattr(plain.config, k): assert getattr(back.config, k)==pytest.approx(getattr(plain.config, k)), k
     assert [f.name for f in path.parent.iterdir()]==['m.gguf']
 
@@ -335,7 +370,9 @@ def test_gguf_types(kind, base_dtype, codes, tmp_path):
         fields = gguf.GGUFReader(str(path)).fields
         assert fields['general.file_type'].contents()==dict(F32=0, F16=1, BF16=32, Q8_0=7)[dtype]
         assert 'mixed8648' in fields['general.description'].contents()
-    if base_dtype==torch.bfloat16: assert torch.equal(read(tmp_path/'BF16.gguf')(**BATCH).logits, want)   # the base's own type
+    # the base's own type
+    if base_dtype==torch.bfloat16:
+        assert torch.equal(read(tmp_path/'BF16.gguf')(**BATCH).logits, want)
     sizes = {d:(tmp_path/f'{d}.gguf').stat().st_size for d in GGUF_DTYPES}
     assert sizes['Q8_0']<sizes['F16']==sizes['BF16']<sizes['F32']
 
@@ -344,7 +381,9 @@ def test_gguf_odd_rows_and_large_numbers(tmp_path):
     m = switchable('llama', intermediate_size=72)
     path = export_gguf(m, 'bw8', tmp_path/'m.gguf', 'Q8_0')
     kinds = {t.name:t.tensor_type.name for t in gguf.GGUFReader(str(path)).tensors}
-    assert kinds['blk.0.ffn_down.weight']=='F16' and kinds['blk.0.ffn_up.weight']=='Q8_0' and kinds['blk.0.attn_norm.weight']=='F32'
+    assert kinds['blk.0.ffn_down.weight']=='F16'
+    assert kinds['blk.0.ffn_up.weight']=='Q8_0'
+    assert kinds['blk.0.attn_norm.weight']=='F32'
     assert logit_gap(m, 'bw8', read(path), [BATCH]).relative<.03
     with torch.no_grad(): m.get_input_embeddings().weight[0, 0] = 1e6
     with pytest.raises(ValueError, match="too large for F16"): export_gguf(m, 'bw8', tmp_path/'n.gguf', 'F16')
@@ -352,18 +391,24 @@ def test_gguf_odd_rows_and_large_numbers(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir())==['m.gguf','n.gguf']
 
 @pytest.mark.parametrize('kind,kw,match', [
-    ('gpt2', dict(activation_function='relu'), "activation_function='relu'"), ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
-    ('llama', dict(hidden_act='gelu'), "hidden_act='gelu'"), ('llama', dict(rope_parameters=dict(rope_type='linear', factor=2., rope_theta=1e4)), "rope_type='linear'"),
-    ('mistral', dict(sliding_window=16), 'sliding_window=16'), ('qwen2', dict(use_sliding_window=True, sliding_window=16), 'use_sliding_window=True')])
+    ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
+    ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=True'),
+    ('llama', dict(hidden_act='gelu'), "hidden_act='gelu'"),
+    ('llama', dict(rope_parameters=dict(rope_type='linear', factor=2., rope_theta=1e4)), "rope_type='linear'"),
+    ('mistral', dict(sliding_window=16), 'sliding_window=16'),
+    ('qwen2', dict(use_sliding_window=True, sliding_window=16), 'use_sliding_window=True')])
 def test_gguf_refuses_what_it_has_no_place_for(kind, kw, match, tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
-    with pytest.raises(ValueError, match=match+'.*export_float'): export_gguf(switchable(kind, **kw), 'bw4', tmp_path/'m.gguf')
+    with pytest.raises(ValueError, match=match+'.*export_float'):
+        export_gguf(switchable(kind, **kw), 'bw4', tmp_path/'m.gguf')
     assert not list(tmp_path.iterdir())
 
 def test_gguf_unknown_family(tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     m = switchable('llama'); m.config.model_type = 'nonesuch'
-    with pytest.raises(ValueError, match="'nonesuch': GGUF export knows gpt2, llama, mistral, qwen2; use export_float"): export_gguf(m, 'bw4', tmp_path/'m.gguf')
+    with pytest.raises(ValueError,
+                       match="'nonesuch': GGUF export knows gpt2, llama, mistral, qwen2; use export_float"):
+        export_gguf(m, 'bw4', tmp_path/'m.gguf')
 
 def test_gguf_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
@@ -391,16 +436,24 @@ def test_gguf_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # --- its tokenizer --------------------------------------------------------------------------------------------------
 
-TEXTS = ["Where does Bodi live?", "Bodi was born in 1812.\n\n  Two  spaces, don't they?", "naïve café – 東京 🙂", "tab\there 12345 6"]
+TEXTS = ["Where does Bodi live?", "Bodi was born in 1812.\n\n  Two  spaces, don't they?",
+         "naïve café – 東京 🙂", "tab\there 12345 6"]
 
 def bpe(split='gpt2', size=320, **special):
     t = Tokenizer(models.BPE())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split!='qwen2')
-    t.pre_tokenizer = dict(gpt2=level, smollm=pre_tokenizers.Sequence([pre_tokenizers.Digits(True), level]), prefix=pre_tokenizers.ByteLevel(add_prefix_space=True),
-                           qwen2=pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), 'isolated'), level]), other=pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), level]))[split]
+    def before(step): return pre_tokenizers.Sequence([step, level])
+    t.pre_tokenizer = dict(
+        gpt2=level, smollm=before(pre_tokenizers.Digits(True)),
+        prefix=pre_tokenizers.ByteLevel(add_prefix_space=True),
+        qwen2=before(pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), 'isolated')),
+        other=before(pre_tokenizers.Whitespace()))[split]
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(TEXTS*3, trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=['<|endoftext|>','<|im_start|>','<|pad|>'], show_progress=False))
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|endoftext|>', eos_token='<|endoftext|>', pad_token='<|pad|>', additional_special_tokens=['<|im_start|>'])
+    t.train_from_iterator(TEXTS*3, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=['<|endoftext|>','<|im_start|>','<|pad|>'], show_progress=False))
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|endoftext|>', eos_token='<|endoftext|>',
+                                  pad_token='<|pad|>', additional_special_tokens=['<|im_start|>'])
     tok.add_tokens(['<tool>'])
     return tok
 
@@ -409,20 +462,30 @@ def bpe(split='gpt2', size=320, **special):
 def test_gguf_tokenizer(kind, split, pre, tmp_path):
     gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     tok = bpe(split); tok.chat_template = '{{ messages }}'
-    m = switchable(kind, vocab_size=len(tok)+7) if kind=='llama' else None                # more embeddings than tokens
+    # more embeddings than tokens
+    m = switchable(kind, vocab_size=len(tok)+7) if kind=='llama' else None
     if m is None:
-        torch.manual_seed(0); m = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok)+7, n_positions=64, n_embd=64, n_layer=1, n_head=4)).eval(); make_switchable_(m, ['bw4'])
+        torch.manual_seed(0)
+        m = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok)+7, n_positions=64, n_embd=64, n_layer=1, n_head=4)).eval()
+        make_switchable_(m, ['bw4'])
     path = export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok)
     fields = gguf.GGUFReader(str(path)).fields
     get = lambda k: fields[f'tokenizer.ggml.{k}'].contents()
-    assert get('pre')==pre and get('model')=='gpt2' and len(get('tokens'))==len(tok)+7 and get('tokens')[-1]==f'[PAD{len(tok)+6}]'
+    assert get('pre')==pre
+    assert get('model')=='gpt2'
+    assert len(get('tokens'))==len(tok)+7
+    assert get('tokens')[-1]==f'[PAD{len(tok)+6}]'
     types = get('token_type')
     assert [types[tok.convert_tokens_to_ids(t)] for t in ('<|im_start|>','<tool>','a')]==[3, 4, 1] and types[-1]==5
-    assert get('bos_token_id')==get('eos_token_id')==tok.eos_token_id and get('padding_token_id')==tok.pad_token_id and not get('add_bos_token')
+    assert get('bos_token_id')==get('eos_token_id')==tok.eos_token_id
+    assert get('padding_token_id')==tok.pad_token_id
+    assert not get('add_bos_token')
     back = AutoTokenizer.from_pretrained(tmp_path, gguf_file='m.gguf')
     assert back.eos_token==tok.eos_token and back.pad_token==tok.pad_token and back.chat_template==tok.chat_template
     for t in TEXTS+['<|im_start|>user <tool> x<|endoftext|>']:
-        if split!='smollm' or not any(c.isdigit() for c in t): assert back(t).input_ids==tok(t).input_ids, t     # the reader does not know that digits stand alone
+        # the reader does not know that digits stand alone
+        if split!='smollm' or not any(c.isdigit() for c in t):
+            assert back(t).input_ids==tok(t).input_ids, t
         assert back.decode(back(t).input_ids)==tok.decode(tok(t).input_ids)
     assert read(path).config.vocab_size==len(tok)+7
 
@@ -477,11 +540,12 @@ def test_gguf_tokenizers_that_cannot_be_written(tmp_path):
     lower = changed(lambda t: setattr(t.backend_tokenizer, 'normalizer', normalizers.Lowercase()))
     strips = changed(lambda t: t.add_tokens([AddedToken('<mask>', lstrip=True)]))
     whole_words = changed(lambda t: setattr(t.backend_tokenizer.model, 'ignore_merges', True))
-    for tok,match in ((tiny_tokenizer(), 'WordLevel'), (bpe('prefix'), 'without prefix space'), (bpe('other'), "as `pre`"),
-                      (object(), 'object'), (lower, 'Lowercase'), (strips, "'<mask>' is found with lstrip"),
+    for tok,match in ((tiny_tokenizer(), 'WordLevel'), (bpe('prefix'), 'without prefix space'),
+                      (bpe('other'), "as `pre`"), (object(), 'object'), (lower, 'Lowercase'), (strips, "'<mask>' is found with lstrip"),
                       (whole_words, 'as `pre`'), (around(bpe(), '<|pad|> $A'), r"puts '<\|pad\|>' before")):
         with pytest.raises(ValueError, match=match): export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok)
-    with pytest.raises(ValueError, match='not this model'): export_gguf(switchable('llama'), 'bw4', tmp_path/'m.gguf', tokenizer=bpe())
+    with pytest.raises(ValueError, match='not this model'):
+        export_gguf(switchable('llama'), 'bw4', tmp_path/'m.gguf', tokenizer=bpe())
     assert not list(tmp_path.iterdir())
     export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=bpe('other'), pre='llama-bpe')
     composed = changed(lambda t: setattr(t.backend_tokenizer, 'normalizer', normalizers.NFC()))
@@ -492,4 +556,5 @@ def test_a_gguf_export_is_read_by_load_model(tmp_path):
     tok = bpe(); m = switchable('llama', vocab_size=len(tok))
     back,said = load_model(export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok))
     ids = dict(input_ids=torch.tensor([tok(TEXTS[1]).input_ids]))
-    assert torch.equal(back(**ids).logits, merge(m, 'bw4')(**ids).logits) and said(TEXTS[0]).input_ids==tok(TEXTS[0]).input_ids
+    assert torch.equal(back(**ids).logits, merge(m, 'bw4')(**ids).logits)
+    assert said(TEXTS[0]).input_ids==tok(TEXTS[0]).input_ids

@@ -5,27 +5,31 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 from switchable_llm.serving import kernels
-from switchable_llm.serving.kernels import ActQuant, LinearPlan, code_sums, pack_planes, plane_linear_reference, plane_rows, unpack_planes
+from switchable_llm.serving.kernels import (
+    ActQuant, LinearPlan, code_sums, pack_planes, plane_linear_reference, plane_rows, unpack_planes)
 from switchable_llm.serving.parts import Cache, Table, parts_of
 from switchable_llm.serving.lean import Step, lean_tokens, torch_step
 from switchable_llm.core.integer import native_features
 from switchable_llm.quantizers import quantize
 
 native = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')
-ACTS = [None, ActQuant(8, False, .031, 117), ActQuant(8, True, .03), ActQuant(6, False, .1, 31), ActQuant(2, True, .9), ActQuant(8, False), ActQuant(4, False),
+ACTS = [None, ActQuant(8, False, .031, 117), ActQuant(8, True, .03), ActQuant(6, False, .1, 31),
+        ActQuant(2, True, .9), ActQuant(8, False), ActQuant(4, False),
         ActQuant(7, True), ActQuant(16, False), ActQuant(10, True), ActQuant(12, False, .001, 2000)]
 
 def plan(n, k, bits, act=None, lora=0, bias=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     u,step = torch.randint(0, 240, (n, k), dtype=torch.uint8, generator=g),torch.rand(n, generator=g)*.02+1e-3
     adapter = (torch.randn(lora, k, generator=g)*.1, torch.randn(n, lora, generator=g), 2.) if lora else None
-    return LinearPlan(pack_planes(u), bits, step*2**(8-bits), None, torch.randn(n, generator=g) if bias else None, act, adapter)
+    bias = torch.randn(n, generator=g) if bias else None
+    return LinearPlan(pack_planes(u), bits, step*2**(8-bits), None, bias, act, adapter)
 
 def numbers(*shape, seed=1): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 def slack(x, p): # the stated bound on float activations
     if p.act is not None: return 0
-    return 2**-23*x.abs().amax(-1, keepdim=True).double()*p.scale.double()*(unpack_planes(p.planes, p.bits).double()-p.zero).abs().sum(1)
+    spread = (unpack_planes(p.planes, p.bits).double()-p.zero).abs().sum(1)
+    return 2**-23*x.abs().amax(-1, keepdim=True).double()*p.scale.double()*spread
 
 @pytest.mark.parametrize('n,k', [(1, 1), (1, 3072), (15, 63), (16, 64), (17, 65), (50, 100), (33, 257), (300, 768)])
 def test_planes_give_back_the_codes(n, k):
@@ -102,14 +106,24 @@ def test_extreme_tokens(act):
 
 def test_what_does_not_fit_is_refused():
     p = plan(20, 70, 8)
-    for f,said in ((lambda: p(numbers(2, 69)), 'needs 70'), (lambda: LinearPlan(p.planes, 1, p.scale), 'bits=1'), (lambda: LinearPlan(p.planes, 8, p.scale[1:]), 'each of 20'),
-                   (lambda: LinearPlan(p.planes, 8, p.scale, act=ActQuant(17, False)), 'bits=17'), (lambda: pack_planes(torch.zeros(3, 4)), 'uint8')):
-        with pytest.raises(ValueError, match=said): f()
+    with pytest.raises(ValueError, match='needs 70'): p(numbers(2, 69))
+    with pytest.raises(ValueError, match='bits=1'): LinearPlan(p.planes, 1, p.scale)
+    with pytest.raises(ValueError, match='each of 20'): LinearPlan(p.planes, 8, p.scale[1:])
+    with pytest.raises(ValueError, match='bits=17'): LinearPlan(p.planes, 8, p.scale, act=ActQuant(17, False))
+    with pytest.raises(ValueError, match='uint8'): pack_planes(torch.zeros(3, 4))
+
+WITHOUT = """
+import torch
+from switchable_llm.serving import kernels as K
+planes = K.pack_planes(torch.arange(200, dtype=torch.uint8).view(10, 20))
+p,x = K.LinearPlan(planes, 4, torch.ones(10), act=K.ActQuant(8, False)),torch.linspace(-1, 1, 40).view(2, 20)
+print(K.plan_report(p))
+assert torch.equal(p(x), K.plane_linear_reference(x, p).float())
+"""
 
 def test_without_the_library(child_env):
-    code = ("import torch; from switchable_llm.serving import kernels as K; p=K.LinearPlan(K.pack_planes(torch.arange(200,dtype=torch.uint8).view(10,20)),4,torch.ones(10),act=K.ActQuant(8,False));"
-            "x=torch.linspace(-1,1,40).view(2,20); print(K.plan_report(p)); assert torch.equal(p(x), K.plane_linear_reference(x,p).float())")
-    out = subprocess.run([sys.executable, '-c', code], env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'}, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, '-c', WITHOUT], env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'},
+                         capture_output=True, text=True)
     assert out.returncode==0, out.stderr
     assert 'SWITCHABLE_LLM_NATIVE=0' in out.stdout
 
@@ -121,8 +135,10 @@ class Packed(nn.Module):
         step = w.abs().amax(1)/120
         u = ((w/step[:,None]).floor()+120).clamp(0, 239).to(torch.uint8)
         self.lookup = isinstance(m, nn.Embedding)
-        adapter = (torch.randn(lora, w.shape[1])*.1, torch.randn(len(w), lora)*.01, 2.) if lora and not self.lookup else None
-        self.plan = LinearPlan(pack_planes(u), bits, step*2**(8-bits), None, getattr(m, 'bias', None), None if self.lookup else act, adapter)
+        adapter,bias = None,getattr(m, 'bias', None)
+        if self.lookup: act = None
+        elif lora: adapter = torch.randn(lora, w.shape[1])*.1, torch.randn(len(w), lora)*.01, 2.
+        self.plan = LinearPlan(pack_planes(u), bits, step*2**(8-bits), None, bias, act, adapter)
     def forward(self, x):
         p = self.plan
         return (plane_rows(p.planes, x, p.bits).float()-p.zero)*p.scale[x][...,None] if self.lookup else p(x)
@@ -132,17 +148,24 @@ def plan_of(m): return getattr(m, 'plan', None)
 def packed(model, bits, act, lora=4, ends=True):
     for n,m in list(model.named_modules()):
         end = isinstance(m, nn.Embedding) or n=='lm_head'
-        if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) and not n.endswith('wpe') and (ends or not end): model.set_submodule(n, Packed(m, bits, act, lora))
+        if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) and not n.endswith('wpe') and (ends or not end):
+            model.set_submodule(n, Packed(m, bits, act, lora))
     return model
 
 llama = dict(vocab_size=131, max_position_embeddings=64, num_hidden_layers=3)
+gpt2 = dict(n_head=3, vocab_size=131, n_positions=64, bos_token_id=0, eos_token_id=0)
+
+def llama_of(hidden, inner, heads, kv, kind=LlamaForCausalLM, config=LlamaConfig, **kw):
+    return kind(config(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+                       num_key_value_heads=kv, **llama, **kw))
+
 MODELS = dict(
-    gpt2=lambda: GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=96, n_head=3, vocab_size=131, n_positions=64, bos_token_id=0, eos_token_id=0)),
-    odd=lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=42, n_head=3, vocab_size=131, n_positions=64, bos_token_id=0, eos_token_id=0)),
-    shared=lambda: LlamaForCausalLM(LlamaConfig(hidden_size=80, intermediate_size=200, num_attention_heads=5, num_key_value_heads=1, **llama)),
-    grouped=lambda: LlamaForCausalLM(LlamaConfig(hidden_size=96, intermediate_size=200, num_attention_heads=6, num_key_value_heads=3, head_dim=20, tie_word_embeddings=True, **llama)),
-    long_heads=lambda: LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=70, num_attention_heads=2, num_key_value_heads=2, head_dim=136, **llama)),
-    qwen2=lambda: Qwen2ForCausalLM(Qwen2Config(hidden_size=96, intermediate_size=200, num_attention_heads=6, num_key_value_heads=2, **llama)))
+    gpt2=lambda: GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=96, **gpt2)),
+    odd=lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=42, **gpt2)),
+    shared=lambda: llama_of(80, 200, 5, 1),
+    grouped=lambda: llama_of(96, 200, 6, 3, head_dim=20, tie_word_embeddings=True),
+    long_heads=lambda: llama_of(64, 70, 2, 2, head_dim=136),
+    qwen2=lambda: llama_of(96, 200, 6, 2, Qwen2ForCausalLM, Qwen2Config))
 
 @pytest.mark.parametrize('family', MODELS)
 @pytest.mark.parametrize('bits,ends', [(8, True), (6, True), (4, False)])
@@ -160,7 +183,8 @@ def test_lean_step_equals_the_model(family, bits, ends):
         torch.testing.assert_close(step(t), exact[i], **near)
         torch.testing.assert_close(torch_step(table, plain, t, i), exact[i], **near)
     step.cache.length = 0
-    for a,b in ((0, 1), (1, 12), (12, 13), (13, 30)): torch.testing.assert_close(step.prompt(ids[0,a:b].tolist()), exact[b-1], **near)
+    for a,b in ((0, 1), (1, 12), (12, 13), (13, 30)):
+        torch.testing.assert_close(step.prompt(ids[0,a:b].tolist()), exact[b-1], **near)
     torch.testing.assert_close(step.cache.keys[:, :, :30], plain.keys[:, :, :30], rtol=1e-4, atol=1e-4)
 
 @native

@@ -12,8 +12,10 @@ from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import use_profile
 from test_packed import switchable
 
-pytestmark = pytest.mark.skipif('decode' not in native_features(), reason='the compiled kernels are not built, or do not run on this processor')
-FLOAT = [Profile(f'w{b}', Bits(b)) for b in (8, 6, 4)]      # float activations: no code flips, so texts can be compared
+pytestmark = pytest.mark.skipif('decode' not in native_features(),
+                                reason='the compiled kernels are not built, or do not run on this processor')
+# float activations: no code flips, so texts can be compared
+FLOAT = [Profile(f'w{b}', Bits(b)) for b in (8, 6, 4)]
 IDS = torch.randint(1, 97, (1, 9), generator=torch.Generator().manual_seed(5))
 KW = dict(do_sample=False, pad_token_id=0, eos_token_id=None, max_new_tokens=12)
 
@@ -30,7 +32,9 @@ def steps(monkeypatch):
     monkeypatch.setattr(Step, 'prompt', lambda self, ids: (taken.append(len(ids)), prompt(self, ids))[1])
     return taken
 
-def by_modules(packed, ids=IDS, **kw): return packed.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(config=packed.config), **KW|kw)
+def by_modules(packed, ids=IDS, **kw):
+    return packed.generate(ids, attention_mask=torch.ones_like(ids),
+                           past_key_values=DynamicCache(config=packed.config), **KW|kw)
 def natively(packed, ids=IDS, **kw): return packed.generate(ids, attention_mask=torch.ones_like(ids), **KW|kw)
 
 @pytest.mark.parametrize('profile', ['w8','w6','w4','bw8'])
@@ -47,7 +51,8 @@ def test_same_text_and_logits(packed, steps, profile):
 
 def test_one_token_of_prompt_and_one_new(packed, steps):
     one = IDS[:, :1]
-    assert torch.equal(natively(packed, one, max_new_tokens=1), by_modules(packed, one, max_new_tokens=1)) and steps==[1]
+    assert torch.equal(natively(packed, one, max_new_tokens=1), by_modules(packed, one, max_new_tokens=1))
+    assert steps==[1]
 
 def test_sampling_with_a_seed(packed, steps):
     kw = dict(do_sample=True, temperature=.8, top_k=20)
@@ -55,7 +60,9 @@ def test_sampling_with_a_seed(packed, steps):
     torch.manual_seed(1); b = by_modules(packed, **kw)
     assert steps and torch.equal(a, b)
 
-@pytest.mark.parametrize('kw', [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True), dict(output_hidden_states=True, return_dict_in_generate=True), dict(use_cache=False), dict(cache_implementation='static')], ids=str)
+@pytest.mark.parametrize('kw', [
+    dict(num_beams=3), dict(num_return_sequences=2, do_sample=True), dict(use_cache=False),
+    dict(output_hidden_states=True, return_dict_in_generate=True), dict(cache_implementation='static')], ids=str)
 def test_what_the_step_cannot_do_the_modules_do(packed, steps, kw):
     natively(packed, **kw)
     assert not steps
@@ -64,19 +71,22 @@ def test_batches_and_padding(packed, steps):
     ids = IDS.repeat(2, 1); mask = torch.ones_like(ids); mask[0, :3] = 0
     both = packed.generate(ids, attention_mask=mask, **KW)
     assert not steps and torch.equal(both[1:], by_modules(packed))
-    padded = packed.generate(ids[:1], attention_mask=mask[:1], **KW)      # one row, but padded: its prompt is for the modules
+    # one row, but padded: its prompt is for the modules
+    padded = packed.generate(ids[:1], attention_mask=mask[:1], **KW)
     assert torch.equal(padded, both[:1])
 
 def test_a_cache_goes_on(packed):
     first = natively(packed, max_new_tokens=5, return_dict_in_generate=True)
     assert isinstance(first.past_key_values, LeanCache)
-    more = packed.generate(first.sequences, attention_mask=torch.ones_like(first.sequences), past_key_values=first.past_key_values, **KW|dict(max_new_tokens=7))
+    more = packed.generate(first.sequences, attention_mask=torch.ones_like(first.sequences),
+                           past_key_values=first.past_key_values, **KW|dict(max_new_tokens=7))
     assert torch.equal(more, by_modules(packed))
 
 def test_a_cache_in_use_is_not_taken(packed):
     first = natively(packed, max_new_tokens=5, return_dict_in_generate=True)
     natively(packed, IDS.flip(1))                                     # another one, meanwhile
-    more = packed.generate(first.sequences, attention_mask=torch.ones_like(first.sequences), past_key_values=first.past_key_values, **KW|dict(max_new_tokens=7))
+    more = packed.generate(first.sequences, attention_mask=torch.ones_like(first.sequences),
+                           past_key_values=first.past_key_values, **KW|dict(max_new_tokens=7))
     assert torch.equal(more, by_modules(packed))
 
 def test_the_buffer_is_used_again(packed):
@@ -93,7 +103,8 @@ def test_modules_and_steps_take_turns_on_one_cache(packed):
         packed(IDS[:, 5:8], past_key_values=cache)
         last = packed(IDS[:, 8:9], past_key_values=cache).logits
         right = packed(IDS, use_cache=False).logits
-    assert (native[:, -1]-right[:, 4]).abs().max() <= 1e-5*right.abs().max() and (last[:, -1]-right[:, 8]).abs().max() <= 1e-5*right.abs().max()
+    assert (native[:, -1]-right[:, 4]).abs().max() <= 1e-5*right.abs().max()
+    assert (last[:, -1]-right[:, 8]).abs().max() <= 1e-5*right.abs().max()
     cache.crop(-2)
     assert cache.get_seq_length()==7
 

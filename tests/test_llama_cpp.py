@@ -23,7 +23,8 @@ def same_words(plain, ask, ids, end):
     "The four most likely tokens that follow, one after the other; llama.cpp never takes the one that ends a text."
     kw = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[end])
     want = plain.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **kw)[0, len(ids):].tolist()
-    assert ask('completion', prompt=ids, n_predict=4, temperature=0, top_k=1, return_tokens=True, ignore_eos=True)==want
+    assert ask('completion', prompt=ids, n_predict=4, temperature=0, top_k=1, return_tokens=True,
+               ignore_eos=True)==want
 
 @pytest.mark.parametrize('template', ['$A','<|im_start|> $A','<|im_start|> $A <|endoftext|>'])
 @pytest.mark.parametrize('split', ['gpt2','smollm','qwen2'])

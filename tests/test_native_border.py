@@ -2,21 +2,26 @@
 import ctypes, os, random
 import pytest, torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.serving.kernels import ActQuant, FAULTS, _Linear, _native, LinearPlan
-from switchable_llm.serving.parts import Cache, Table, _Cache, _Layer, _Model, parts_of, Dense, native_calls
+from switchable_llm.serving.kernels import ActQuant, FAULTS, LinearPlan, _Linear, _native
+from switchable_llm.serving.parts import Cache, Dense, Table, _Cache, _Layer, _Model, native_calls, parts_of
 from switchable_llm.serving.lean import Step, torch_step
 from switchable_llm.core.integer import native_features
 from test_kernels import packed, plan, plan_of
 
 pytestmark = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')
-CASES = int(os.environ.get('SWITCHABLE_LLM_FUZZ', 1500))   # more by hand, and over a library built with the address sanitizer
-NUMBERS = [-2**63, -2**31, -65, -1, 0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 128, 1000, 65536, 2**31-1, 2**31, 2**40, 2**63-1]
+# more by hand, and over a library built with the address sanitizer
+CASES = int(os.environ.get('SWITCHABLE_LLM_FUZZ', 1500))
+NUMBERS = [-2**63, -2**31, -65, -1, 0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 128, 1000, 65536, 2**31-1,
+           2**31, 2**40, 2**63-1]
 FLOATS = [0., -1., float('nan'), float('inf'), 1e300, 1e-300]
 
 def small(kind):
     torch.manual_seed(0)
-    if kind=='gpt2': return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=42, n_head=3, vocab_size=61, n_positions=32, bos_token_id=0, eos_token_id=0))
-    sizes = dict(hidden_size=48, intermediate_size=84, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, head_dim=10)
+    if kind=='gpt2':
+        return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=42, n_head=3, vocab_size=61, n_positions=32,
+                                          bos_token_id=0, eos_token_id=0))
+    sizes = dict(hidden_size=48, intermediate_size=84, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=3, head_dim=10)
     return LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=32, **sizes))
 
 def integers(struct): return [n for n,kind in struct._fields_ if kind is ctypes.c_int64]
@@ -26,7 +31,8 @@ def spoil(d, rng):
     "Change one thing of a description: a number, a length, a step, or a buffer that is gone."
     lists = [n for n,kind in d._fields_ if hasattr(kind, '_length_')]
     fields = integers(d)+pointers(d)+lists+[n for n,kind in d._fields_ if kind is ctypes.c_double]
-    name = rng.choice([n for n in fields if n not in ('checked','packed','max_kp','max_r')])   # the last four are the native side's own
+    # the last four are the native side's own
+    name = rng.choice([n for n in fields if n not in ('checked','packed','max_kp','max_r')])
     kind = dict(d._fields_)[name]
     if kind is ctypes.c_void_p: setattr(d, name, None)
     elif kind is ctypes.c_double: setattr(d, name, rng.choice(FLOATS))
@@ -56,7 +62,8 @@ def test_a_layer_that_lies(act, lora):
         fault = f(ctypes.addressof(d), x.data_ptr(), m, k, k, 0, y.data_ptr(), n)
         assert 0<=fault<len(FAULTS)
         seen.add(fault)
-        if {'n','k','kp','size'}&set(changed) and any(getattr(d, c)!=getattr(p.linear, c) for c in ('n','k','kp','size')): assert fault, changed
+        sizes = 'n','k','kp','size'
+        if {*sizes}&set(changed) and any(getattr(d, c)!=getattr(p.linear, c) for c in sizes): assert fault, changed
     assert {0, 5, 6, 7} <= seen
 
 def test_arguments_that_lie():
@@ -64,7 +71,8 @@ def test_arguments_that_lie():
     x,y = torch.randn(2, 70),torch.empty(2, 33)
     right = [p.ref, x.data_ptr(), 2, 70, 70, 0, y.data_ptr(), 33]
     assert f(*right)==0
-    for i,bad in ((0, None), (1, None), (2, -1), (2, 2**40), (3, 69), (3, 71), (4, -1), (5, 3), (5, -1), (6, None), (7, 32), (7, 34)):
+    for i,bad in ((0, None), (1, None), (2, -1), (2, 2**40), (3, 69), (3, 71), (4, -1), (5, 3), (5, -1),
+                  (6, None), (7, 32), (7, 34)):
         assert f(*right[:i], bad, *right[i+1:]), (i, bad)
 
 def entries_of(table):
@@ -88,9 +96,11 @@ def test_a_model_that_lies(kind, ends):
         faults[fault] = faults.get(fault, 0)+1
         cache.reserve(20)
         ids = (ctypes.c_int64*12)(*range(12))
-        for run in (lambda: calls.token(table.ref, cache.ref, 3, 0, logits.data_ptr()), lambda: calls.prompt(table.ref, cache.ref, ids, 12, 1, logits.data_ptr())):
+        for run in (lambda: calls.token(table.ref, cache.ref, 3, 0, logits.data_ptr()),
+                    lambda: calls.prompt(table.ref, cache.ref, ids, 12, 1, logits.data_ptr())):
             code = run()
-            assert code==0 or fault or code==8 and not ends, (changed, code)   # layers in float take their prompt token by token
+            # layers in float take their prompt token by token
+            assert code==0 or fault or code==8 and not ends, (changed, code)
             if fault: assert code, changed
         ctypes.memmove(ctypes.addressof(d), ctypes.addressof(before), ctypes.sizeof(before))   # plans are shared
     assert faults[0] and {5, 6, 7, 8} <= set(faults)
@@ -108,7 +118,8 @@ def test_a_cache_that_lies(kind):
         name = spoil(d, rng)
         same = all(getattr(d, n)==getattr(good, n) for n in (*integers(d), *pointers(d)))
         code = calls.token(table.ref, ctypes.addressof(d), 3, 2, logits.data_ptr())
-        of_angles = kind=='gpt2' and name in ('cos','sin','cos_len','sin_len') or name in ('cos_len','sin_len') and getattr(d, name)>=20*parts.head_dim
+        if kind=='gpt2': of_angles = name in ('cos','sin','cos_len','sin_len')
+        else: of_angles = name in ('cos_len','sin_len') and getattr(d, name)>=20*parts.head_dim
         assert bool(code)!=(same or of_angles), (name, code)
 
 def test_places_and_tokens():
@@ -119,13 +130,20 @@ def test_places_and_tokens():
     cache.reserve(20)
     capacity = cache.capacity
     def token(t, at): return calls.token(table.ref, cache.ref, t, at, logits.data_ptr())
-    def prompt(ids, at, m=None): return calls.prompt(table.ref, cache.ref, (ctypes.c_int64*max(1, len(ids)))(*ids), len(ids) if m is None else m, at, logits.data_ptr())
+    def prompt(ids, at, m=None):
+        return calls.prompt(table.ref, cache.ref, (ctypes.c_int64*max(1, len(ids)))(*ids),
+                            len(ids) if m is None else m, at, logits.data_ptr())
     assert token(60, 0)==0 and token(0, capacity-1)==0 and prompt([60], 0)==0 and prompt([1]*capacity, 0)==0
     assert [token(t, 0) for t in (-1, 61, 2**40, -2**63)]==[4]*4
     assert [token(1, at) for at in (-1, capacity, 2**40, 2**63-1, -2**63)]==[3]*5
     assert [prompt([1, bad], 0) for bad in (-1, 61)]==[4]*2
-    assert [prompt([1]*2, at) for at in (-1, capacity-1, 2**63-1)]==[3]*3 and prompt([], 0)==3 and prompt([1], 0, -1)==3 and prompt([1]*(capacity+1), 0)==3
-    assert calls.token(None, cache.ref, 1, 0, None) and calls.token(table.ref, None, 1, 0, None) and calls.prompt(table.ref, cache.ref, None, 1, 0, None)
+    assert [prompt([1]*2, at) for at in (-1, capacity-1, 2**63-1)]==[3]*3
+    assert prompt([], 0)==3
+    assert prompt([1], 0, -1)==3
+    assert prompt([1]*(capacity+1), 0)==3
+    assert calls.token(None, cache.ref, 1, 0, None)
+    assert calls.token(table.ref, None, 1, 0, None)
+    assert calls.prompt(table.ref, cache.ref, None, 1, 0, None)
     assert calls.token(table.ref, cache.ref, 1, 0, None)==0                   # no logits asked for
 
 def test_the_layouts_of_both_sides():
@@ -155,5 +173,6 @@ def test_float_layers_are_read_where_they_lie(dtype, kind):
     ids = torch.randint(0, 61, (20,), generator=torch.Generator().manual_seed(3)).tolist()
     cache.length = 0
     assert torch.equal(again.prompt(ids), [step(t) for t in ids][-1])
-    held = {m.weight.data_ptr() for m in model.modules() if torch.is_tensor(getattr(m, 'weight', None)) and not isinstance(m.weight, LinearPlan)}
+    weights = [getattr(m, 'weight', None) for m in model.modules()]
+    held = {w.data_ptr() for w in weights if torch.is_tensor(w) and not isinstance(w, LinearPlan)}
     assert all(p.weight.data_ptr() in held for p in table.linears.values() if isinstance(p, Dense))

@@ -12,10 +12,15 @@ from switchable_llm.core.profiles import Profile
 from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile
 
-COMMON = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-CLASSES = dict(gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4)),
-               llama_tied=lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=True)), llama=lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=False)),
-               qwen2=lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON)))
+COMMON = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=64)
+GPT2 = dict(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4)
+CLASSES = dict(
+    gpt2=lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    llama_tied=lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=True)),
+    llama=lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=False)),
+    qwen2=lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON)))
+PATHS = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
 PROFILES = ['bw4','bw8','mixed8648', Profile('w5', Bits(5)), Profile('w6a12', Bits(6, 12))]
 
 def switchable(kind='gpt2', dtype=torch.float32, ends=True, adapters=True, profiles=PROFILES, **kw):
@@ -64,7 +69,9 @@ def test_every_profile_as_in_training(kind, act, tmp_path):
             kw = dict(**inputs(), max_new_tokens=6, do_sample=False, pad_token_id=0)
             assert torch.equal(model.generate(**kw), packed.generate(**kw))
 
-@pytest.mark.parametrize('kw', [dict(weight='per_group', group_size=32), dict(weight='per_tensor'), dict(act_symmetric=True), dict(act_symmetric=True, act='per_token')], ids=str)
+@pytest.mark.parametrize('kw', [
+    dict(weight='per_group', group_size=32), dict(weight='per_tensor'), dict(act_symmetric=True),
+    dict(act_symmetric=True, act='per_token')], ids=str)
 def test_every_setting_of_the_quantizer(kw, tmp_path):
     model = switchable(**kw)
     freeze(model, tmp_path/'m.safetensors')
@@ -90,14 +97,17 @@ def test_ends_at_a_width_of_their_own(kind, ends, tmp_path):
     both = switchable(kind, adapters=False, profiles=['bw8'])
     with torch.no_grad(), use_profile(packed, 'bw8'):
         ids = torch.arange(5)
-        if 'embedding' in ends: torch.testing.assert_close(packed.get_input_embeddings()(ids), both.get_input_embeddings().weight_at(ends['embedding'])[ids], rtol=1e-6, atol=1e-7)
+        if 'embedding' in ends:
+            right = both.get_input_embeddings().weight_at(ends['embedding'])[ids]
+            torch.testing.assert_close(packed.get_input_embeddings()(ids), right, rtol=1e-6, atol=1e-7)
         if 'lm_head' in ends:
             x,w = torch.randn(3, 48),both.get_output_embeddings().weight_at(ends['lm_head'])
             torch.testing.assert_close(packed.get_output_embeddings()(x), x@w.T, rtol=1e-4, atol=1e-5)
 
 def test_tied_codes_are_stored_once(tmp_path):
     size = freeze(switchable('llama_tied'), tmp_path/'m.safetensors')
-    with safe_open(tmp_path/'m.safetensors', 'pt') as f: assert [k for k in f.keys() if 'lm_head' in k and k.endswith('high')]==[]
+    with safe_open(tmp_path/'m.safetensors', 'pt') as f:
+        assert [k for k in f.keys() if 'lm_head' in k and k.endswith('high')]==[]
     assert sum(size.values())==(tmp_path/'m.safetensors').stat().st_size
 
 def test_layers_that_are_float_everywhere_stay_float(tmp_path):
@@ -106,7 +116,8 @@ def test_layers_that_are_float_everywhere_stay_float(tmp_path):
     freeze(model, tmp_path/'m.safetensors')
     packed = load_packed(tmp_path/'m.safetensors')
     assert len(packed.switch.layers)==4
-    with use_profile(model, 'half'), torch.no_grad(): torch.testing.assert_close(packed(**inputs()).logits, model(**inputs()).logits, rtol=2e-2, atol=2e-2)
+    with use_profile(model, 'half'), torch.no_grad():
+        torch.testing.assert_close(packed(**inputs()).logits, model(**inputs()).logits, rtol=2e-2, atol=2e-2)
 
 def test_float_in_one_profile_and_packed_in_another(tmp_path):
     half = Profile.from_dict(dict(name='half', default='w4a8', rules=[dict(layers=1, bits='float')]))
@@ -127,7 +138,8 @@ def test_never_calibrated_is_an_error(tmp_path):
     freeze(model, tmp_path/'m.safetensors')
     packed = load_packed(tmp_path/'m.safetensors')
     packed.switch.add(Profile('a5', Bits(8, 5)))
-    with pytest.raises(RuntimeError, match='never calibrated for 5-bit'), use_profile(packed, 'a5'): packed(**inputs())
+    with pytest.raises(RuntimeError, match='never calibrated for 5-bit'), use_profile(packed, 'a5'):
+        packed(**inputs())
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
 def test_killed_while_writing(tmp_path):
@@ -141,9 +153,10 @@ model = switchable(adapters=False); freeze(model, '{tmp_path}/m.safetensors')
 exports.save_file = dies
 freeze(switchable(), '{tmp_path}/m.safetensors')
 """
-    p = subprocess.run([sys.executable, '-c', code], env=os.environ|dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])), capture_output=True)
+    p = subprocess.run([sys.executable, '-c', code], env=os.environ|dict(PYTHONPATH=PATHS), capture_output=True)
     assert p.returncode==-signal.SIGKILL
-    assert packed_size(tmp_path/'m.safetensors')['adapters']==0 and load_packed(tmp_path/'m.safetensors')     # the older one, whole
+    assert packed_size(tmp_path/'m.safetensors')['adapters']==0   # the older one
+    load_packed(tmp_path/'m.safetensors')                         # whole
 
 @pytest.mark.parametrize('keep', [0, 5, 200, .5, .999])
 def test_a_cut_file_is_named(keep, tmp_path):
@@ -153,7 +166,8 @@ def test_a_cut_file_is_named(keep, tmp_path):
 
 def test_other_files_are_named(tmp_path):
     model = CLASSES['gpt2'](); model.save_pretrained(tmp_path/'plain')
-    with pytest.raises(ValueError, match='not one that `freeze` wrote'): load_packed(tmp_path/'plain'/'model.safetensors')
+    with pytest.raises(ValueError, match='not one that `freeze` wrote'):
+        load_packed(tmp_path/'plain'/'model.safetensors')
     with pytest.raises(FileNotFoundError, match='missing'): load_packed(tmp_path/'nothing')
 
 def test_switch_is_fast_and_copies_nothing(tmp_path):
@@ -180,7 +194,8 @@ print(json.dumps(out))
 def test_the_same_numbers_without_the_compiled_kernels(tmp_path):
     freeze(switchable('llama', act='per_token'), tmp_path/'m.safetensors')
     def run(**env):
-        p = subprocess.run([sys.executable, '-c', PROBE, str(tmp_path/'m.safetensors')], capture_output=True, text=True, env=os.environ|env|dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])))
+        p = subprocess.run([sys.executable, '-c', PROBE, str(tmp_path/'m.safetensors')], capture_output=True,
+                           text=True, env=os.environ|env|dict(PYTHONPATH=PATHS))
         assert p.returncode==0, p.stderr[-2000:]
         return {k:torch.tensor(v) for k,v in json.loads(p.stdout.splitlines()[-1]).items()}
     a,b = run(),run(SWITCHABLE_LLM_NATIVE='0')

@@ -6,10 +6,9 @@ import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from switchable_llm.study.records import PRESETS
+from switchable_llm.study.records import PRESETS, load_records
 from switchable_llm.data.encoding import encode
 from switchable_llm.data.models import load_model
-from switchable_llm.study.records import load_records
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.lora_routing import adapter_params, add_adapters_

@@ -1,8 +1,9 @@
-"Serving one packed model to many: caches, tables and threads; what memory it takes; and what is said when it does not run natively."
-import copy, gc, os, pickle, random, subprocess, sys, warnings
+"Serving one packed model to many: caches, tables, threads and memory, and why a call does not run natively."
+import copy, gc, itertools, os, pickle, random, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
 from switchable_llm.serving import generating, lean
 from switchable_llm.serving.parts import Dense
 from switchable_llm.serving.generating import LeanCache, lean_class
@@ -15,7 +16,8 @@ from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile, Rule
 from switchable_llm.core.switching import make_switchable_, use_profile
 
-native = pytest.mark.skipif('decode' not in native_features(), reason='the compiled kernels are not built, or do not run on this processor')
+native = pytest.mark.skipif('decode' not in native_features(),
+                            reason='the compiled kernels are not built, or do not run on this processor')
 REQUESTS = int(os.environ.get('SWITCHABLE_LLM_REQUESTS', 1500))   # more by hand
 PROFILES = [Profile(f'w{b}', Bits(b)) for b in (8, 6, 4)]       # float activations: no code flips
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)
@@ -23,10 +25,15 @@ IDS = torch.randint(1, 97, (1, 9), generator=torch.Generator().manual_seed(5))
 KW = dict(do_sample=False, pad_token_id=0, eos_token_id=None, max_new_tokens=4)
 
 def llama(context=400, **kw):
-    sizes = dict(hidden_size=48, intermediate_size=84, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(hidden_size=48, intermediate_size=84, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2)
     return LlamaForCausalLM(LlamaConfig(max_position_embeddings=context, **SIZES | sizes | kw))
-def gpt2(context=400): return GPT2LMHeadModel(GPT2Config(n_positions=context, n_embd=48, n_layer=2, n_head=4, initializer_range=.3, **SIZES))
-def opt(): return OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, **SIZES))
+def gpt2(context=400):
+    config = GPT2Config(n_positions=context, n_embd=48, n_layer=2, n_head=4, initializer_range=.3, **SIZES)
+    return GPT2LMHeadModel(config)
+def opt():
+    return OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                                    max_position_embeddings=64, word_embed_proj_dim=32, **SIZES))
 
 def frozen(path, make=llama, dtype=torch.float32, ends=False, adapters=True, profiles=PROFILES, **kw):
     "A packed model from random weights."
@@ -63,14 +70,21 @@ def reasons_of(model, ids=IDS, **kw):
 
 @native
 @pytest.mark.parametrize('kw,why', [
-    (dict(num_beams=2), 'generation mode beam_search'), (dict(num_return_sequences=2, do_sample=True), 'num_return_sequences'),
-    (dict(use_cache=False), 'use_cache=False'), (dict(cache_implementation='static'), "cache_implementation='static'"),
+    (dict(num_beams=2), 'generation mode beam_search'),
+    (dict(num_return_sequences=2, do_sample=True), 'num_return_sequences'),
+    (dict(use_cache=False), 'use_cache=False'),
+    (dict(cache_implementation='static'), "cache_implementation='static'"),
     (dict(output_hidden_states=True, return_dict_in_generate=True), 'argument output_hidden_states'),
-    (dict(max_new_tokens=500, stopping_criteria=[lambda ids, scores, **kw: torch.tensor([ids.shape[1]>12])]), 'more tokens than the context'),
+    (dict(max_new_tokens=500, stopping_criteria=[lambda ids, scores, **kw: torch.tensor([ids.shape[1]>12])]),
+     'more tokens than the context'),
     (dict(attention_mask=torch.tensor([[0]*3+[1]*6])), 'padding')], ids=str)
 def test_why_not_is_said_once(packed, kw, why):
     said,status = reasons_of(packed, **kw)
-    assert len(said)==1 and why in said[0] and why in status.reasons[0] and status.native==0 and status.modules>=IDS.shape[1]
+    assert len(said)==1
+    assert why in said[0]
+    assert why in status.reasons[0]
+    assert status.native==0
+    assert status.modules>=IDS.shape[1]
     assert status.obstacle is None and why in str(status)
     assert reasons_of(packed, **kw)[0]==[]                      # the second time it is known
     assert reasons_of(packed)[1].modules==0                     # and the next call runs natively again
@@ -79,7 +93,8 @@ def test_why_not_is_said_once(packed, kw, why):
 def test_each_reason_and_each_model_is_told(packed, tmp_path):
     two = IDS.repeat(2, 1)
     assert 'more than one row' in reasons_of(packed, two)[0][0]
-    assert 'a cache was given, a DynamicCache' in reasons_of(packed, **{generating._GIVES: DynamicCache(config=packed.config)})[0][0]
+    given = {generating._GIVES: DynamicCache(config=packed.config)}
+    assert 'a cache was given, a DynamicCache' in reasons_of(packed, **given)[0][0]
     assert reasons_of(packed, two.repeat(2, 1))[0]==[]
     assert 'more than one row' in reasons_of(frozen(tmp_path/'n.safetensors'), two)[0][0]
 
@@ -96,15 +111,24 @@ def test_obstacles_are_known_beforehand(tmp_path, packed):
     path = tmp_path/'g.safetensors'
     torch.manual_seed(0)
     grouped = llama().eval()
-    make_switchable_(grouped, PROFILES, QuantConfig(codes='nested', act='per_token', weight='per_group', group_size=16))
+    cfg = QuantConfig(codes='nested', act='per_token', weight='per_group', group_size=16)
+    make_switchable_(grouped, PROFILES, cfg)
     freeze(grouped, path)
     if 'decode' in native_features(): assert 'one scale for each output' in load_packed(path).native_status.obstacle
 
+WITHOUT = """
+import sys, warnings, torch
+from switchable_llm.serving.packed import load_packed
+warnings.simplefilter('always')
+m,i = load_packed(sys.argv[1]),torch.ones(1, 3, dtype=torch.long)
+for _ in range(3): m.generate(i, attention_mask=i, max_new_tokens=2, pad_token_id=0)
+print(m.native_status)
+"""
+
 @native
 def test_without_kernels_it_is_said(packed, tmp_path, child_env):
-    code = ("import sys, warnings, torch; warnings.simplefilter('always'); from switchable_llm.serving.packed import load_packed; m = load_packed(sys.argv[1]);"
-            "i = torch.ones(1, 3, dtype=torch.long); [m.generate(i, attention_mask=i, max_new_tokens=2, pad_token_id=0) for _ in range(3)]; print(m.native_status)")
-    out = subprocess.run([sys.executable, '-c', code, tmp_path/'m.safetensors'], env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'}, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, '-c', WITHOUT, tmp_path/'m.safetensors'],
+                         env=child_env|{'SWITCHABLE_LLM_NATIVE':'0'}, capture_output=True, text=True)
     assert out.returncode==0, out.stderr
     assert 'modules: no kernels' in out.stdout and 'SWITCHABLE_LLM_NATIVE=0' in out.stdout
     assert out.stderr.count('runs through the modules of the model')==1
@@ -114,14 +138,16 @@ class WithoutCacheName(LlamaForCausalLM):   # a transformers that calls it other
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kw)
 
 class OtherHook(LlamaForCausalLM):          # one that passes its hook other things
-    def _prepare_cache_for_generation(self, everything, *args): raise AssertionError('must not be reached with names that are gone')
+    def _prepare_cache_for_generation(self, everything, *args):
+        raise AssertionError('must not be reached with names that are gone')
     def generate(self, input_ids, **kw): self._prepare_cache_for_generation(1, 2, 3, 4, 5)
 
 class NoHook(LlamaForCausalLM):             # and one that never asks
     def generate(self, input_ids, attention_mask=None, **kw): return self(input_ids=input_ids, use_cache=False).logits
 
 @native
-@pytest.mark.parametrize('cls,why', [(WithoutCacheName, 'argument of the cache'), (NoHook, '_prepare_cache_for_generation')])
+@pytest.mark.parametrize('cls,why', [
+    (WithoutCacheName, 'argument of the cache'), (NoHook, '_prepare_cache_for_generation')])
 def test_names_of_the_framework_that_are_gone(packed, cls, why):
     packed.__class__ = lean_class(cls)
     said,status = reasons_of(packed)
@@ -130,9 +156,12 @@ def test_names_of_the_framework_that_are_gone(packed, cls, why):
 def test_a_hook_with_other_arguments(packed):
     hook = lean_class(OtherHook)._prepare_cache_for_generation
     assert generating._asked(OtherHook, (1, 2, 3), {})[1]=='generation_config'
-    assert generating._asked(LlamaForCausalLM, (), dict(generation_config=0, model_kwargs=0, generation_mode=0, batch_size=0, max_cache_length=0))[1] is None
+    whole = dict(generation_config=0, model_kwargs=0, generation_mode=0, batch_size=0, max_cache_length=0)
+    assert generating._asked(LlamaForCausalLM, (), whole)[1] is None
     packed.__class__ = lean_class(OtherHook)
-    with pytest.raises(AssertionError, match='not be reached'): packed.generate(IDS)   # it comes through to the framework's own
+    # it comes through to the framework's own
+    with pytest.raises(AssertionError, match='not be reached'):
+        packed.generate(IDS)
 
 # --- caches ---
 
@@ -237,7 +266,8 @@ def test_modes_of_autograd(packed):
     with torch.no_grad(): packed(IDS, **{generating._GIVES: cache})
     assert torch.equal(write(packed), a)
     x = packed.get_input_embeddings()(IDS).detach().requires_grad_()
-    with pytest.raises(NotImplementedError, match='no gradient'): packed(inputs_embeds=x, **{generating._GIVES: LeanCache(packed)})
+    with pytest.raises(NotImplementedError, match='no gradient'):
+        packed(inputs_embeds=x, **{generating._GIVES: LeanCache(packed)})
 
 def test_pickles_and_copies_of_a_model_serve(tmp_path):
     model = frozen(tmp_path/'m.safetensors', adapters=False)
@@ -268,7 +298,7 @@ def mixed(seed):
 
 @pytest.mark.parametrize('make', [llama, gpt2])
 def test_eight_threads(tmp_path, make):
-    "Greedy texts of 8 threads at 3 profiles and at profiles made anew for each request; through generate() and the lean loop."
+    "Greedy texts of 8 threads, at 3 profiles and at profiles made for each request, by generate() and the lean loop."
     model = frozen(tmp_path/'m.safetensors', make)
     prompts = [IDS, IDS.flip(1), IDS[:, :1], IDS.repeat(1, 3)]
     def ask(key):
@@ -276,9 +306,9 @@ def test_eight_threads(tmp_path, make):
         with use_profile(model, mixed(at) if isinstance(at, int) else at):
             if lean_loop: return list(lean_tokens(LiveStep(model), prompts[i][0], n))
             return write(model, prompts[i], max_new_tokens=n)[0, prompts[i].shape[1]:].tolist()
-    keys = [(at, i, n, l) for at in ('w8', 'w6', 'w4', 0, 1, 2) for i in range(4) for n in (1, 3, 9) for l in (False, True)]
+    keys = list(itertools.product(('w8', 'w6', 'w4', 0, 1, 2), range(4), (1, 3, 9), (False, True)))
     right = {k:ask(k) for k in keys}
-    assert len({tuple(v) for v in right.values()})>len(keys)//6, 'the answers must differ for this test to mean anything'
+    assert len({*map(tuple, right.values())})>len(keys)//6, 'the answers must differ for this test to mean anything'
     def caller(seed):
         rng = random.Random(seed)
         return sum(ask(k)!=right[k] for k in rng.choices(keys, k=REQUESTS//8))
@@ -299,7 +329,8 @@ def test_tables_are_bounded(tmp_path):
     packed = frozen(tmp_path/'m.safetensors', adapters=False)
     tables = live_of(packed).tables
     for i in range(60):
-        with use_profile(packed, Profile('p', Bits(2+i%7), (Rule(Bits(2+i//7%7), layers=(0,)),))): LiveStep(packed).now()
+        with use_profile(packed, Profile('p', Bits(2+i%7), (Rule(Bits(2+i//7%7), layers=(0,)),))):
+            LiveStep(packed).now()
     assert len(tables.kept)==tables.most
 
 # --- memory ---
@@ -311,7 +342,8 @@ def tensors_of(tables):
         if t.positions is not None: yield t.positions
         for p in t.linears.values():
             if isinstance(p, Dense): yield from (x for x in p if x is not None)
-            else: yield from (x for x in (*p.planes[:3], p.scale, p.sums, p.bias, *(p.lora or ())[:2]) if x is not None)
+            else: yield from (x for x in (*p.planes[:3], p.scale, p.sums, p.bias) if x is not None)
+            if not isinstance(p, Dense) and p.lora is not None: yield from p.lora[:2]
 
 @pytest.mark.parametrize('make', [llama, gpt2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
@@ -321,26 +353,38 @@ def test_profiles_share_all_that_is_large(tmp_path, make, dtype):
     for p in model.switch.profiles:
         with use_profile(model, p): tables.append(LiveStep(model).now().table)
     held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
-    own = {t.untyped_storage().data_ptr():t for t in tensors_of(tables) if t.untyped_storage().data_ptr() not in held}
+    own = {t.untyped_storage().data_ptr():t for t in tensors_of(tables)}
+    own = {at:t for at,t in own.items() if at not in held}
     ends = {t.linears[id(m)].weight.data_ptr() for t in tables for m in (t.parts.embedding, t.parts.head)}
     assert ends=={m.weight.data_ptr() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     rows = sum(l.n for l in model.switch.layers)
     adapters = sum(a.b.numel() for l in model.switch.layers for a in l.adapters.values())
     small = sum(p.numel() for n,p in model.named_parameters() if p.dim()==1 and 'adapters' not in n)
-    assert sum(t.numel() for t in own.values()) <= len(tables)*2*rows + adapters*(1 if dtype==torch.float32 else 3) + small + rows
+    copies = 1 if dtype==torch.float32 else 3
+    assert sum(t.numel() for t in own.values()) <= len(tables)*2*rows + copies*adapters + small + rows
+
+MEMORY = """
+import sys, torch
+from switchable_llm.serving.packed import load_packed
+from switchable_llm.serving.lean import LiveStep, lean_tokens
+def own(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024
+m = load_packed(sys.argv[1])
+before = own()
+for p in m.switch.profiles:
+    m.switch.profile = p
+    list(lean_tokens(LiveStep(m), [1, 2, 3], 4))
+    m.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, pad_token_id=0)
+print(own()-before)
+"""
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
 @pytest.mark.parametrize('kernels', ['0', '1'])
 def test_memory_of_a_second_and_third_profile(tmp_path, child_env, kernels):
     "Ends of 2 x 16 MB in bfloat16: a copy in float32 for each profile would be 64 MB each."
-    frozen(tmp_path/'m.safetensors', dtype=torch.bfloat16, vocab_size=64000, hidden_size=128, tie_word_embeddings=False)
-    code = ("import sys, torch; from switchable_llm.serving.packed import load_packed; from switchable_llm.serving.lean import LiveStep, lean_tokens\n"
-            "def own(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))/1024\n"
-            "m = load_packed(sys.argv[1]); before = own()\n"
-            "for p in m.switch.profiles:\n"
-            "    m.switch.profile = p; list(lean_tokens(LiveStep(m), [1, 2, 3], 4)); m.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, pad_token_id=0)\n"
-            "print(own()-before)")
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'m.safetensors'], env=child_env|{'SWITCHABLE_LLM_NATIVE':kernels}, capture_output=True, text=True)
+    frozen(tmp_path/'m.safetensors', dtype=torch.bfloat16, vocab_size=64000, hidden_size=128,
+           tie_word_embeddings=False)
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', MEMORY, tmp_path/'m.safetensors'],
+                         env=child_env|{'SWITCHABLE_LLM_NATIVE':kernels}, capture_output=True, text=True)
     assert out.returncode==0, out.stderr
     assert float(out.stdout)<64
 
@@ -350,7 +394,9 @@ def test_layers_that_a_damaged_file_would_bring(tmp_path):
     packed = frozen(tmp_path/'m.safetensors', profiles=['bw8'])
     def ask(): return write(packed)
     layer = packed.model.layers[1].mlp.down_proj
-    for name,bad in dict(high=layer.high[:1], middle=torch.empty(0, dtype=torch.uint8), bias=torch.ones(3), sums8=torch.ones(5, dtype=torch.int32)).items():
+    wrong = dict(high=layer.high[:1], middle=torch.empty(0, dtype=torch.uint8), bias=torch.ones(3),
+                 sums8=torch.ones(5, dtype=torch.int32))
+    for name,bad in wrong.items():
         keep = getattr(layer, name, None)
         live_of(packed).tables.forget(); layer._plans = {}
         setattr(layer, name, bad)
@@ -365,7 +411,9 @@ def test_ten_times_the_rows_of_one_layer(packed):
     n = layer.n
     for name in ('high', 'middle', 'low', 'step', 'sums8', 'sums6', 'sums4'):
         t = getattr(layer, name, None)
-        if t is not None: setattr(layer, name, torch.cat([t]*10)[:-(-n*10//16)] if name in ('high', 'middle', 'low') else torch.cat([t]*10))
+        if t is None: continue
+        more = torch.cat([t]*10)
+        setattr(layer, name, more[:-(-n*10//16)] if name in ('high', 'middle', 'low') else more)
     layer.n, layer._plans = n*10, {}
     for a in layer.adapters.values(): a.b.data = torch.cat([a.b.data]*10)
     with pytest.raises(ValueError, match=r'block 1, up: 840 outputs, and its neighbours need 84'): write(packed)

@@ -7,9 +7,8 @@ from tokenizers import pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM, AutoModelForQuestionAnswering, GPT2Config, GPT2ForQuestionAnswering, GPTNeoConfig,
     GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config)
-from switchable_llm.study.records import PRESETS
+from switchable_llm.study.records import PRESETS, load_records
 from switchable_llm.data.models import load_model
-from switchable_llm.study.records import load_records
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import Objective, fixed_profile, train
 from switchable_llm.training.settings import TrainConfig
