@@ -10,14 +10,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel
-<<<<<<< HEAD
-from common import gpt2, table, write
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.data.checkpoints import load_switchable, save_switchable
-=======
 from common import gpt2, options, table, write
-from switchable_llm.lora_routing import add_adapters_; from switchable_llm.data.checkpoints import load_switchable, save_switchable
->>>>>>> 8c0a1dcb9afc1166081d643d5425a9db47bc7c3b
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
