@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Iterable, NamedTuple
 from .study.records import PRESETS
-from .search.intervals import MARGIN, Interval
+from .search.intervals import MARGIN
 from .study.statistics import Finding, Findings, plural, VERDICTS
 from .findings.cycling import CPT_QUESTIONS, cpt_findings
 from .findings.defences import earlier_statements, sanity_checks

@@ -74,9 +74,10 @@ def _given(**settings): return {k:v for k,v in settings.items() if v is not None
 def _plan(preset): return CPT_PLANS.get(preset.name, CPTPlan())
 
 def _cycle(preset, args):
-    cycle = replace(_plan(preset).cycle, **_given(cycles=args.cycles, b_min=args.b_min, b_max=args.b_max))
-    if cycle.b_min<=cycle.b_max: return cycle
-    raise ValueError(f"--b-min {cycle.b_min}: needs to be at most --b-max, which is {cycle.b_max}")
+    plan,given = _plan(preset).cycle,_given(cycles=args.cycles, b_min=args.b_min, b_max=args.b_max)
+    low,high = given.get('b_min', plan.b_min),given.get('b_max', plan.b_max)
+    if low>high: raise ValueError(f"--b-min {low}: needs to be at most --b-max, which is {high}")
+    return replace(plan, **given)
 
 def _cpt(preset, args, say):
     changed = _given(steps=getattr(args, 'steps', None), questions=args.questions, arms=args.arms)
