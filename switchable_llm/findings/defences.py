@@ -9,7 +9,7 @@ __all__ = ['THREATS', 'UNITS', 'STEPS', 'LEFT', 'threat_scores', 'best_fixed', '
 
 # %% ../../nbs/findings/defences.ipynb #19a0d806
 import itertools
-from typing import Iterable, NamedTuple
+from typing import Iterable
 import numpy as np
 from ..study.statistics import (
     ANSWERS, MARGIN, Claim, Findings, as_good, basis, better, crossed_mean, decide, paired)
