@@ -45,16 +45,18 @@ def _run_options(parser):
                         help='folder of records, figures, work in progress and models (default: runs)')
     output.add_argument('--name', help='name of the record (default: policy and activation scheme)')
 
-def _figure_files(args, preset):   # what is drawn -> where
+def _check_run(args, preset):   # what is drawn -> where, if all that is to be written can be
     name = run_name(preset, args.policy, args.objective) if args.name is None else check_name(args.name)
+    check_record(args.out, preset.name, 'joint', name, seed=preset.seed)
+    if not args.no_ablation: check_record(args.out, preset.name, 'ablation', 'untrained', seed=preset.seed)
     drawn = ['profiles', 'cost', 'curve'] + ['ablation']*(not args.no_ablation)
-    return {k:Path(args.out)/preset.name/'figures'/f'{name}-s{preset.seed}-{k}.svg' for k in drawn}
+    files = {k:Path(args.out)/preset.name/'figures'/f'{name}-s{preset.seed}-{k}.svg' for k in drawn}
+    for f in files.values(): check_target(f, 'a figure of switchable_llm', is_figure)
+    return files
 
 def _run(args):
     preset,say = chosen_preset(args),teller(args)
-    files = _figure_files(args, preset)
-    for f in files.values(): check_target(f, 'a figure of switchable_llm', is_figure)
-    if not args.no_ablation: check_record(args.out, preset.name, 'ablation', 'untrained', seed=preset.seed)
+    files = _check_run(args, preset)
     record = run_joint(preset, args.out, args.policy, args.objective, args.name, not args.quiet, say)
     for title,e in zip(('before training','after training'), evaluations(record)): print(f'{title}\n{e}\n')
     figures = dict(profiles=plot_profiles(record, profile_labels([record])),
