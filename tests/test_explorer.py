@@ -15,7 +15,8 @@ def browser_path():
 def missing():
     "What keeps a browser from being driven here, or nothing."
     lacking = [m for m in ('voila','ipykernel','playwright') if not importlib.util.find_spec(m)]
-    return f"{', '.join(lacking)} is not installed: pip install -e '.[dev]'" if lacking else '' if browser_path() else 'no browser is installed: apt-get install chromium'
+    if lacking: return f"{', '.join(lacking)} is not installed: pip install -e '.[dev]'"
+    return '' if browser_path() else 'no browser is installed: apt-get install chromium'
 
 CODE = 'import sys\nfrom switchable_llm.apps.cli import main\nsys.exit(main(sys.argv[1:]))'
 
@@ -28,9 +29,10 @@ class Server:
     "`switchable-llm explore` on a port of its own, ended with what it started."
     def __init__(self, folder, env, *argv):
         self.port,self.log = free_port(),folder/'server.log'
+        line = [sys.executable, '-c', CODE, 'explore', *map(str, argv), '--port', str(self.port), '--no-browser']
         with open(self.log, 'w') as f:
-            self.process = subprocess.Popen([sys.executable, '-c', CODE, 'explore', *map(str, argv), '--port', str(self.port), '--no-browser'],
-                                            cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c)
+            streams = dict(stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(line, cwd=folder, env=env, start_new_session=True, preexec_fn=heed_ctrl_c, **streams)
     def __enter__(self):
         deadline = time.time()+300
         while time.time()<deadline and self.process.poll() is None:
@@ -70,13 +72,16 @@ def test_a_missing_checkpoint_ends_before_a_server_starts(capsys):
     assert err.startswith('error: nowhere: missing') and err.count('\n')==1
     assert main(['explore', '--preset', 'huge'])==2
 
-@pytest.mark.parametrize('option,wrong', [('--port','0'), ('--port','99999'), ('--port','http'), ('--max-sessions','0'), ('--max-sessions','-1'), ('--idle','0'), ('--idle','nan'), ('--theme','blue')])
+@pytest.mark.parametrize('option,wrong', [
+    ('--port','0'), ('--port','99999'), ('--port','http'), ('--max-sessions','0'), ('--max-sessions','-1'),
+    ('--idle','0'), ('--idle','nan'), ('--theme','blue')])
 def test_wrong_options_are_refused_by_their_names(option, wrong, capsys):
     assert main(['explore', option, wrong])==2
     err = capsys.readouterr().err
     assert option in err and repr(wrong) in err
 
-needs_voila = pytest.mark.skipif(not all(map(importlib.util.find_spec, ('voila','ipykernel'))), reason='voila or ipykernel is not installed')
+VOILA = all(map(importlib.util.find_spec, ('voila','ipykernel')))
+needs_voila = pytest.mark.skipif(not VOILA, reason='voila or ipykernel is not installed')
 
 @needs_voila
 def test_a_port_that_is_taken(capsys, monkeypatch):
@@ -93,7 +98,8 @@ def test_the_page_works_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('mine.safetensors').touch(); Path('tiny').mkdir()
     code = page_code('mine.safetensors', 'some/model', ['tiny', './tiny'])
-    assert f"explorer({str(tmp_path/'mine.safetensors')!r}, 'some/model', ['tiny', {str(tmp_path/'tiny')!r}])" in code
+    full,folder = (str(tmp_path/n) for n in ('mine.safetensors','tiny'))
+    assert f"explorer({full!r}, 'some/model', ['tiny', {folder!r}])" in code
     assert "explorer('tiny', None, [])" in page_code()
     compile(page_code("it's"), 'page', 'exec')
 
@@ -103,7 +109,8 @@ def test_the_page_is_a_notebook_of_this_python(tmp_path):
     page = json.loads(write_page(tmp_path, 'x = 1').read_text())
     assert ''.join(page['cells'][0]['source'])=='x = 1'
     kernel, = (tmp_path/'kernels').glob('*/kernel.json')
-    assert json.loads(kernel.read_text())['argv'][0]==sys.executable and page['metadata']['kernelspec']['name']==kernel.parent.name
+    assert json.loads(kernel.read_text())['argv'][0]==sys.executable
+    assert page['metadata']['kernelspec']['name']==kernel.parent.name
 
 needs_browser = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -120,7 +127,11 @@ class Page:
     def __init__(self, browser, address):
         self.page,self.asked = browser.new_page(viewport=dict(width=1280, height=1400)),[]
         here = (address.partition('?')[0], 'data:', 'blob:')
-        self.page.route('**/*', lambda route: route.continue_() if route.request.url.startswith(here) else (self.asked.append(route.request.url), route.abort()))
+        def route(r):
+            if r.request.url.startswith(here): return r.continue_()
+            self.asked.append(r.request.url)
+            r.abort()
+        self.page.route('**/*', route)
         self.page.set_default_timeout(300_000)
         self.page.goto(address)
         self.page.wait_for_selector('.sl-table')
@@ -134,7 +145,8 @@ class Page:
     def message(self): return self.page.locator('.sl-done, .sl-error').first.inner_text()
     def table(self):
         "Profile -> the other cells of its row, by their heads."
-        rows = self.page.locator('.sl-table').first.evaluate('t => [...t.rows].map(r => [...r.cells].map(c => c.innerText.replace(/\\s+/g, " ").trim()))')
+        cells = 't => [...t.rows].map(r => [...r.cells].map(c => c.innerText.replace(/\\s+/g, " ").trim()))'
+        rows = self.page.locator('.sl-table').first.evaluate(cells)
         return {r[0]:dict(zip(rows[0][1:], r[1:])) for r in rows[1:]}
     def toggle(self, name): self.page.get_by_role('button', name=name, exact=True).click()
     def field(self, label): return self.page.get_by_label(label, exact=True)
@@ -168,7 +180,9 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         assert p.table()['custom']['activation bits']=='7'
         # mistakes are messages, and what was shown stays
         before = p.table()
-        for label,wrong,word in (('Question', '', 'question is empty'), ('Context', '   ', 'context is empty'), ('Set all cells to', 'w99', 'w=99'), ('Layer ranges', '0-9', 'blocks 0 to 3')):
+        for label,wrong,word in (
+                ('Question', '', 'question is empty'), ('Context', '   ', 'context is empty'),
+                ('Set all cells to', 'w99', 'w=99'), ('Layer ranges', '0-9', 'blocks 0 to 3')):
             old = p.field(label).input_value()
             p.write(label, wrong)
             p.wait(lambda: word in p.message(), word)
@@ -180,18 +194,21 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         p.wait(lambda: 'left out' in p.message() and 'unknown' in p.message(), 'the notes')
         assert list(p.table())==list(before)
         # what was offered is all that there is
-        assert p.page.locator('.sl-app select').first.evaluate('s => [...s.options].map(o => o.text)')==list(PRESETS)
+        offered = p.page.locator('.sl-app select').first.evaluate('s => [...s.options].map(o => o.text)')
+        assert offered==list(PRESETS)
         # adapters, trained while the page is open
         p.field('Example').select_option(index=2)
         p.write('Steps', '5')
         p.page.get_by_role('button', name='Train adapters', exact=True).click()
         p.page.get_by_text('adapters trained for 5 steps').wait_for()
         p.wait(lambda: 'took' in p.message(), 'the trained model')
-        # every control has a name, every picture a text; nothing of Python's shows; nothing was asked of a network but Voilà's own icons
-        assert p.page.evaluate('[...document.querySelectorAll(".sl-app input, .sl-app select, .sl-app textarea")].filter(e => !(e.labels?.length && e.labels[0].innerText.trim())).length')==0
-        assert p.page.evaluate('[...document.querySelectorAll(".sl-app img")].filter(e => !e.alt || !e.naturalWidth).length')==0
-        body = p.page.locator('body').inner_text()
-        assert 'Traceback' not in body and 'Error' not in body.replace('Error of the layers', '') and 'Loading weights' not in body
+        # every control has a name, every picture a text; nothing of Python's shows; no network but for Voilà's own icons
+        def count(what, lacks): return p.page.evaluate(f'[...document.querySelectorAll("{what}")].filter(e => {lacks}).length')
+        controls = '.sl-app input, .sl-app select, .sl-app textarea'
+        assert count(controls, '!(e.labels?.length && e.labels[0].innerText.trim())')==0
+        assert count('.sl-app img', '!e.alt || !e.naturalWidth')==0
+        body = p.page.locator('body').inner_text().replace('Error of the layers', '')
+        assert not any(w in body for w in ('Traceback', 'Error', 'Loading weights'))
         assert all('fontawesome' in u for u in p.asked), p.asked
         p.page.close()
         assert 'Traceback' not in server.text(), server.text()
