@@ -125,7 +125,7 @@ def test_a_cache_that_lies(kind):
 def test_places_and_tokens():
     calls,model = native_calls(),packed(small('llama').eval(), 8, None)
     parts = parts_of(model)
-    table,cache,out = Table(parts, plan_of),Cache(parts),torch.empty(61).data_ptr
+    table,cache = Table(parts, plan_of),Cache(parts)
     logits = torch.empty(61)
     cache.reserve(20)
     capacity = cache.capacity

@@ -1,5 +1,5 @@
 "Serving one packed model to many: caches, tables, threads and memory, and why a call does not run natively."
-import copy, gc, itertools, os, pickle, random, subprocess, sys, warnings
+import copy, gc, itertools, os, pickle, random, subprocess, sys, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from transformers import (
@@ -154,7 +154,6 @@ def test_names_of_the_framework_that_are_gone(packed, cls, why):
     assert len(said)==1 and why in said[0] and 'transformers' in said[0] and status.native==0
 
 def test_a_hook_with_other_arguments(packed):
-    hook = lean_class(OtherHook)._prepare_cache_for_generation
     assert generating._asked(OtherHook, (1, 2, 3), {})[1]=='generation_config'
     whole = dict(generation_config=0, model_kwargs=0, generation_mode=0, batch_size=0, max_cache_length=0)
     assert generating._asked(LlamaForCausalLM, (), whole)[1] is None
@@ -224,12 +223,12 @@ def test_large_caches_are_let_go(packed, monkeypatch):
     assert len(live.free)==live.MOST
 
 def test_a_model_that_is_gone_leaves_nothing(packed):
-    import weakref
-    write(packed)
-    gone = weakref.ref(packed.switch.layers[0])
-    count = len(lean._lives)
-    del packed.switch, packed; gc.collect()
-    assert len(lean._lives)<=count
+    model = load_packed(packed.packed_file)
+    write(model)
+    assert model in lean._lives
+    gone,live = weakref.ref(model),weakref.ref(lean._lives[model])
+    del model; gc.collect()
+    assert gone() is None and live() is None
 
 @torch.no_grad()
 def test_crop_and_copies(packed):

@@ -166,7 +166,7 @@ def test_checkpoints_with_pickles_are_refused(name, toy_folder, tmp_path):
 def test_what_is_not_ours_is_named_and_stays(foreign, fresh, run, toy_folder, whole):
     if fresh: shutil.rmtree(run/'step-000004')
     path = run/foreign; path.parent.mkdir(exist_ok=True); path.write_text('mine')
-    before,model = content(run),worker.toy(toy_folder)
+    before = content(run)
     with pytest.raises(OSError, match=foreign.split('/')[0]) as e: go_on(toy_folder, run)
     assert content(run)==before and 'stays as it is' in str(e.value)
     path.rename(run.parent/'elsewhere')
