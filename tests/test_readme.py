@@ -10,7 +10,8 @@ def blocks(language): return re.findall(rf'^```{language}\n(.*?)^```', README, f
 def test_first_screen():
     "One sentence, a picture, six lines, a table of the real model."
     start = README[:README.index('\n## ')]
-    assert re.search(r'!\[[^\]]{20,}\]\((index_files/[\w-]+\.svg)\)', start) and (ROOT/re.search(r'\((index_files/[\w-]+\.svg)\)', start)[1]).is_file()
+    picture = re.search(r'!\[[^\]]{20,}\]\((index_files/[\w-]+\.svg)\)', start)
+    assert picture and (ROOT/picture[1]).is_file()
     assert len(blocks('python')[1].strip().splitlines())==6 and '| profile |' in start and 'SmolLM2' in start
 
 def test_python_runs(tmp_path, child_env):
@@ -19,7 +20,8 @@ assert [s.profile.name for s in scores]==['float','bw4','bw6','bw8'] and model.s
 assert served.switch.profile.name=='bw6' and answer(served, tokenizer, [question])[0]==question['answers']['text'][0]
 print('done')'''
     code = '\n'.join(blocks('python'))+check
-    p = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
+    how = dict(cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
+    p = subprocess.run([sys.executable, '-c', code], **how)
     assert p.returncode==0 and p.stdout.strip().endswith('done'), p.stderr[-2000:]
 
 def test_commands_are_known():
