@@ -1,8 +1,8 @@
-"""Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages (`--plain`: always those).
+"""Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages.
 
-`--check` instead reports what is wrong with the pages (dead links, raw references, figures without a caption, names without
-documentation, an old README) and writes nothing outside `_proc`; `--readme` writes README.md and its figures from
-nbs/index.ipynb. All first run nbdev's own processing."""
+`--plain` always makes plain pages. `--check` reports what is wrong with the pages instead (dead links, raw references,
+figures without a caption, names without documentation, an old README) and writes nothing outside `_proc`. `--readme`
+writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own processing."""
 import shutil, subprocess, sys
 from docsite import checks, readme, site
 from docsite.pages import make_page
@@ -41,5 +41,6 @@ def build(plain=False):
 
 if __name__=='__main__':
     commands = {'': build, '--plain': lambda: build(plain=True), '--check': check, '--readme': write_readme}
-    if (arg := ' '.join(sys.argv[1:])) not in commands: sys.exit(f"{arg}: needs one of {', '.join(filter(None, commands))}, or nothing")
+    arg = ' '.join(sys.argv[1:])
+    if arg not in commands: sys.exit(f"{arg}: needs one of {', '.join(filter(None, commands))}, or nothing")
     commands[arg]()

@@ -1,9 +1,11 @@
-"""Everything that CI checks: `check.py [style] [export] [notebooks] [tests] [docs]`, by default all; or files of these, by path.
+"""Everything that CI checks: `check.py [style] [export] [notebooks] [tests] [docs]`, by default all; or files, by path.
 
-Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where systems
-can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts notebooks and
-tests together, the style, the export and the pages as one more each; the exit status is 0 only if something ran and nothing failed."""
-import faulthandler, hashlib, importlib, json, multiprocessing, os, re, resource, shutil, signal, subprocess, sys, tempfile, time, traceback
+Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where a
+system can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts
+notebooks and tests together; the style, the export and the pages count as one more each. The exit status is 0 only if
+something ran and nothing failed."""
+import faulthandler, hashlib, importlib, json, multiprocessing, os, re, resource, shutil, signal, subprocess, sys
+import tempfile, time, traceback
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -13,9 +15,9 @@ from project import CFG, NBS, ROOT, cores, name_of, notebooks, offline_env, read
 DEADLINE = time.time() + 78*60   # for everything; what still runs then has hung
 TASK_LIMIT = 30*60               # seconds for one task: many times what it needs, for a machine may be busy
 METHOD = 'fork' if sys.platform=='linux' else 'spawn'
-WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft', 'nbdev.test', 'pytest',
-        'switchable_llm.apps.cli')
-LONGEST = ('test_cli.py', 'test_explorer.py', 'apps/cli.ipynb')
+WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft',
+        'nbdev.test', 'pytest', 'switchable_llm.apps.commands', 'switchable_llm.apps.studying')
+LONGEST = ('test_cli.py', 'test_explorer.py', 'apps/studying.ipynb')
 
 class Task(NamedTuple):
     "Work that runs in a process of its own."
@@ -48,7 +50,8 @@ def in_child(task, folder):
     faulthandler.dump_traceback_later(TASK_LIMIT, exit=True, file=log)
     try: result = task.work(folder, *task.args)
     except BaseException: result = verdict(traceback.format_exc())
-    used = sum(r.ru_utime+r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    used = sum(r.ru_utime+r.ru_stime for r in usage)
     (folder/'result').write_text(json.dumps(result._replace(cpu=used)), encoding='utf-8')
     sys.stdout.flush(); sys.stderr.flush()
 
@@ -74,7 +77,8 @@ class Running:
     def result(self):
         f = self.folder/'result'
         if f.exists(): return Result(*json.loads(f.read_text(encoding='utf-8')))
-        return verdict(f'ended with status {self.process.exitcode} after {time.time()-self.start:.0f} s and no verdict')
+        took = f'{time.time()-self.start:.0f} s'
+        return verdict(f'ended with status {self.process.exitcode} after {took} and no verdict')
     def log(self):
         f = self.folder/'log'
         return f.read_text(encoding='utf-8', errors='replace').strip() if f.exists() else ''
@@ -84,7 +88,9 @@ def show(running, r):
     parts = [f'{n} {k}' for k,n in r._asdict().items() if k in ('passed','failed','skipped') and n]
     print(f'{"FAILED" if r.failed else "ok":6} {running.task.name}: {", ".join(parts) or "nothing"}; '
           f'{time.time()-running.start:.0f} s, {r.cpu:.0f} s of processor time', flush=True)
-    if r.failed: print('    '+'\n'.join([r.message.strip(), running.log()]).strip().replace('\n','\n    '), flush=True)
+    if not r.failed: return
+    said = '\n'.join([r.message.strip(), running.log()]).strip()
+    print('    '+said.replace('\n', '\n    '), flush=True)
 
 def run_all(tasks, home):
     "Run tasks, as many at once as there are cores; their results."
@@ -120,7 +126,8 @@ def check_style(folder):
 
 def copy_tree(dest):
     "Copy what git tracks or would track, so that checks change nothing here."
-    out = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True)
+    tracked = ['git', 'ls-files', '-co', '--exclude-standard', '-z']
+    out = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True)
     if out.returncode:   # no git here
         ignore = shutil.ignore_patterns('.venv', '.git', '_docs', '_proc', '__pycache__', '*.egg-info', 'runs')
         return shutil.copytree(ROOT, dest, ignore=ignore, dirs_exist_ok=True)
@@ -156,14 +163,17 @@ def saved_outputs(path):
 def check_notebook(folder, path):
     "Run a notebook as nbdev does, in the folder of the notebooks."
     from nbdev.test import test_nb
-    if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]): return Result(skipped=1, reasons=('skip_exec in the notebook',))
+    if any('skip_exec: true' in c['source'] for c in read_cells(path)[:2]):
+        return Result(skipped=1, reasons=('skip_exec in the notebook',))
     os.chdir(path.parent)
     ok,_ = test_nb(path, skip_flags=CFG['tst_flags'].split(), basepath=ROOT)
     return verdict(saved_outputs(path) if ok else 'a cell failed')
 
 # --- the tests pass -------------------------------------------------------------------------------------------------
 
-def browser(): return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+def browser():
+    "A browser on the path, or nothing."
+    return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 def needless(reason):
     "Whether a test was skipped for want of what is there, or should be: only a browser may be missing here."
@@ -178,9 +188,10 @@ def check_tests(folder, path):
     cases = [c for s in suites for c in s.iter('testcase')]
     reasons = [x.get('message') or '' for c in cases for x in c.iter('skipped')]
     n = {k: sum(int(s.get(k, 0)) for s in suites) for k in ('tests','failures','errors')}
-    bad = n['failures']+n['errors'] or int(rc!=0 and not (rc==5 and reasons))   # 5: nothing ran, which is fine if all was skipped
+    all_skipped = rc==5 and reasons   # 5: nothing ran
+    bad = n['failures']+n['errors'] or int(rc!=0 and not all_skipped)
     wrong = [r for r in reasons if needless(r)]
-    message = f'pytest ended with {rc!r}' + ''.join(f'\nskipped, although nothing should be missing: {r}' for r in wrong)
+    message = '\n'.join([f'pytest ended with {rc!r}', *(f'skipped, although nothing should be missing: {r}' for r in wrong)])
     slow = sorted(((float(c.get('time')), f"{path.name}: {c.get('name')}") for c in cases), reverse=True)
     passed,skips = n['tests']-n['failures']-n['errors']-len(reasons),len(reasons)-len(wrong)
     return Result(passed, bad+len(wrong), skips, message, slow[:10], reasons)
@@ -190,7 +201,8 @@ def check_tests(folder, path):
 def check_docs(folder):
     "nbdev's processing, links and a plain rendering of every page."
     copy = copy_tree(folder.resolve()/'copy')
-    rc = run([sys.executable, copy/'scripts/build_docs.py', '--check'], cwd=copy, env=os.environ|dict(PYTHONPATH=str(copy)))
+    env = os.environ|dict(PYTHONPATH=str(copy))
+    rc = run([sys.executable, copy/'scripts/build_docs.py', '--check'], cwd=copy, env=env)
     return verdict(rc and 'the pages have problems')
 
 # --- all ------------------------------------------------------------------------------------------------------------
@@ -200,8 +212,10 @@ def tasks_of(section):
     if section=='style': return [Task('style', check_style)]
     if section=='export': return [Task('export', check_export)]
     if section=='docs': return [Task(f'pages of {len(notebooks())} notebooks', check_docs)]
-    files = dict(notebooks=notebooks(), tests=sorted((ROOT/'tests').glob('test_*.py'))).get(section, [Path(section).resolve()])
-    if not all(p.is_file() for p in files): sys.exit(f'{section}: needs some of style, export, notebooks, tests, docs, files, or nothing')
+    sections = dict(notebooks=notebooks(), tests=sorted((ROOT/'tests').glob('test_*.py')))
+    files = sections.get(section, [Path(section).resolve()])
+    if not all(p.is_file() for p in files):
+        sys.exit(f'{section}: needs some of style, export, notebooks, tests, docs, files, or nothing')
     name = lambda p: name_of(p) if p.is_relative_to(NBS) else p.name
     return [Task(name(p), check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
 
@@ -215,7 +229,8 @@ def warm_up():
         except Exception as e: print(f'{m}: {e!r}', flush=True)
 
 def main(sections):
-    start,tasks = time.time(),[t for s in sections or ('style','export','docs','notebooks','tests') for t in tasks_of(s)]
+    start,sections = time.time(),sections or ('style','export','docs','notebooks','tests')
+    tasks = [t for s in sections for t in tasks_of(s)]
     os.environ.update(offline_env(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
     sys.path.insert(0, str(ROOT))
     warm_up()

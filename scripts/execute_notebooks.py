@@ -1,9 +1,9 @@
-"""Execute notebooks and save their outputs in place: `execute_notebooks.py [NAME ...]`, by default all, in order; a name is `core/switching`.
+"""Execute notebooks and save their outputs in place: `execute_notebooks.py [NAME ...]`, by default all, in order.
 
-Cells that tests skip (`#| slow`, `#| gpu`, `#| eval: false`) are not run and keep the outputs they have. What a cell
-writes to stderr (progress bars, warnings with paths of this machine) is shown here and not saved, nor are widgets, which
-are empty boxes on a page. Figures are saved as SVG, with the same bytes each time; a large one as PNG. A notebook that
-fails is left as it was."""
+A name is `core/switching`. Cells that tests skip (`#| slow`, `#| gpu`, `#| eval: false`) are not run and keep the
+outputs they have. What a cell writes to stderr (progress bars, warnings with paths of this machine) is shown here and
+not saved, nor are widgets, which are empty boxes on a page. Figures are saved as SVG, with the same bytes each time; a
+large one as PNG. A notebook that fails is left as it was."""
 import os, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat
@@ -13,15 +13,17 @@ from project import ROOT, name_of, notebooks, offline_env, skipped
 
 CELL_TIMEOUT = 900      # seconds
 LARGEST_SVG = 300_000   # bytes
-FONTS = ['DejaVu Sans', 'Verdana', 'Arial', 'Helvetica', 'sans-serif']   # a figure is laid out in the first; a reader's machine has one of them
+# A figure is laid out in the first of these fonts; a reader's machine has one of them.
+FONTS = ['DejaVu Sans', 'Verdana', 'Arial', 'Helvetica', 'sans-serif']
 
-# How kernels draw: both formats, of which one is kept; text as text; identifiers and metadata without randomness or date;
-# on no background and in a grey that can be read on a light page and on a dark one.
+# How kernels draw: both formats, of which one is kept; text as text; identifiers and metadata without randomness or
+# date; on no background and in a grey that can be read on a light page and on a dark one.
 IPYTHON_CONFIG = """
 c.InlineBackend.figure_formats = {'svg', 'retina'}
 c.InlineBackend.print_figure_kwargs = dict(bbox_inches='tight', metadata=dict(Date=None, Creator=None))
 """
-INK = ('text.color','axes.labelcolor','axes.titlecolor','axes.edgecolor','xtick.color','ytick.color','legend.edgecolor')
+INK = ('text.color', 'axes.labelcolor', 'axes.titlecolor', 'axes.edgecolor', 'xtick.color', 'ytick.color',
+       'legend.edgecolor')
 MATPLOTLIB_CONFIG = '\n'.join(f'{k}: 7f7f7f' for k in INK) + f"""
 figure.facecolor: none
 axes.facecolor: none
@@ -81,7 +83,8 @@ def main(names):
     home = tempfile.TemporaryDirectory()
     os.environ.update(kernel_env(home.name))
     there = {name_of(p).removesuffix('.ipynb'): p for p in notebooks()}
-    if unknown := [n for n in names if n not in there]: sys.exit(f"{', '.join(unknown)}: choose from {', '.join(there)}")
+    unknown = [n for n in names if n not in there]
+    if unknown: sys.exit(f"{', '.join(unknown)}: choose from {', '.join(there)}")
     paths = [there[n] for n in names] or [*there.values()]
     failed = []
     for p in paths:

@@ -1,8 +1,9 @@
-"""Install the package into this environment: `install.py run|dev|bench` with the exact versions of a lock, `install.py newest|lowest`
-with those at the ends of the range that pyproject.toml allows.
+"""Install the package into this environment.
 
-With a lock, each package must have the hash that stands there; then comes PyTorch as requirements/torch.txt says, of the build
-for this machine; then the package itself, built with what is installed by now. Nothing is resolved, so that nothing can move."""
+`install.py run|dev|bench` takes the exact versions of a lock, `install.py newest|lowest` those at the ends of the range
+that pyproject.toml allows. With a lock, each package must have the hash that stands there. Then comes PyTorch as
+requirements/torch.txt says, of the build for this machine; then the package itself, built with what is installed by
+now. Nothing is resolved, so nothing can move."""
 import json, subprocess, sys
 from pathlib import Path
 from lock import LOCKS, LOWEST, TORCH, UV, requirements
@@ -10,7 +11,8 @@ from project import ROOT
 
 DRIVERS = (Path('/proc/driver/nvidia/version'), Path('/dev/nvidiactl'), Path('/dev/dxg'))   # the last one under WSL
 
-def pip(*args, **kw): return subprocess.run([sys.executable, '-m', 'pip', *args], cwd=ROOT, check=True, text=True, **kw)
+def pip(*args, **kw):
+    return subprocess.run([sys.executable, '-m', 'pip', *args], cwd=ROOT, check=True, text=True, **kw)
 
 def install(*args): pip('install', '--quiet', *args)
 
@@ -30,8 +32,8 @@ def install_torch(
     "PyTorch for this machine. pip knows one address only; uv knows where PyTorch keeps its builds."
     if not needs_cpu_build(which): return install(*which)
     install('--no-deps', '--only-binary', ':all:', '--require-hashes', '--requirement', str(UV))
-    cmd = [sys.executable, '-m', 'uv', 'pip', 'install', '--quiet', '--python', sys.executable, '--torch-backend', 'cpu']
-    subprocess.run([*cmd, *which], cwd=ROOT, check=True)
+    cmd = [sys.executable, '-m', 'uv', 'pip', 'install', '--quiet', '--python', sys.executable]
+    subprocess.run([*cmd, '--torch-backend', 'cpu', *which], cwd=ROOT, check=True)
 
 def from_lock(lock):
     install('--no-deps', '--only-binary', ':all:', '--require-hashes', '--requirement', str(lock))

@@ -1,9 +1,10 @@
-"""Renew the committed locks: `make lock`. Nothing else changes a version that `make run`, `make test` or `make bench` installs.
+"""Renew the committed locks: `make lock`. Nothing else changes a version that `make run`, `test` or `bench` installs.
 
 `requirements/dev.lock` pins what the tests need, for every Python and system that the package supports, with hashes.
-`run.lock` (for users) and `bench.lock` hold the same versions: what runs is what was tested. PyTorch is in none of them
-(see requirements/torch.txt), nor are the CUDA packages that some of its builds need: pip takes those with PyTorch itself.
-`lowest.txt` holds the lower ends of the ranges in pyproject.toml, `uv.txt` the installer that knows PyTorch's builds."""
+`run.lock` (for users) and `bench.lock` hold the same versions: what runs is what was tested. PyTorch is in none of
+them (see requirements/torch.txt), nor are the CUDA packages that some of its builds need: pip takes those with PyTorch
+itself. `lowest.txt` holds the lower ends of the ranges in pyproject.toml, `uv.txt` the installer that knows PyTorch's
+builds."""
 import re, subprocess, sys, tempfile, tomllib
 from pathlib import Path
 from project import ROOT
@@ -29,7 +30,8 @@ def resolve(
     within:list[Path], # Files of versions to keep
 )->str: # Every package with its version, its marker and its hashes
     "Ask uv for one set of versions that holds on every supported Python and system."
-    options = ['--universal', '--python-version', '3.11', '--generate-hashes', '--no-annotate', '--no-header', '--quiet']
+    options = ['--universal', '--python-version', '3.11', '--generate-hashes', '--no-annotate', '--no-header',
+               '--quiet']
     if extra: options += ['--extra', extra]
     for f in within: options += ['--constraint', str(f)]
     cmd = [sys.executable, '-m', 'uv', 'pip', 'compile', 'pyproject.toml', *options]

@@ -10,8 +10,8 @@ _cfg.read(ROOT/'settings.ini')
 CFG = _cfg.defaults()
 SITE = CFG['doc_host'] + CFG['doc_baseurl']
 
-# The groups of notebooks, in reading order: sidebar, README's map, and the test of who may import whom are made from this.
-# A part is a folder of `nbs/` and of the package; the chapters lie at the top of both.
+# The groups of notebooks, in reading order: sidebar, README's map, and the test of who may import whom are made from
+# this. A part is a folder of `nbs/` and of the package; the chapters lie at the top of both.
 class Part(NamedTuple):
     folder:str
     title:str
@@ -37,8 +37,10 @@ def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switch
 def notebooks():
     "The notebooks, in reading order; those that begin with `_` or `.` are private. All must stand in `PARTS`."
     found = [NBS/'index.ipynb', *(NBS/p.folder/f'{r}.ipynb' for p in PARTS for r in p.rooms)]
-    odd = {*found} ^ {p for p in NBS.rglob('[!_.]*.ipynb') if not any(d[0] in '._' for d in p.relative_to(NBS).parts[:-1])}
-    if odd: raise SystemExit(f"scripts/project.py lists other notebooks than there are: {', '.join(sorted(map(name_of, odd)))}")
+    def private(p): return any(d[0] in '._' for d in p.relative_to(NBS).parts[:-1])
+    there = {p for p in NBS.rglob('[!_.]*.ipynb') if not private(p)}
+    if odd := sorted(map(name_of, {*found} ^ there)):
+        raise SystemExit(f"scripts/project.py lists other notebooks than there are: {', '.join(odd)}")
     return found
 
 def module_of(path):
@@ -54,11 +56,13 @@ def read_cells(path):
 def skipped(source):
     "Whether tests and execution pass over a code cell: a flag in `tst_flags`, `eval: false`, or the export call."
     flags = dict(re.findall(r'^#\s*\|\s*(\w+):?[ \t]*(.*)$', source, flags=re.M))
-    return bool(flags.keys() & set(CFG['tst_flags'].split())) or flags.get('eval','').strip().lower()=='false' or 'nbdev_export(' in source
+    if flags.keys() & set(CFG['tst_flags'].split()): return True
+    return flags.get('eval', '').strip().lower()=='false' or 'nbdev_export(' in source
 
 def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def offline_env(**extra):
     "Environment in which no hub is asked and every core is used once."
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': str(cores()), 'TOKENIZERS_PARALLELISM': 'false',
-            'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', **extra}
+    offline = dict.fromkeys(('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE'), '1')
+    threads = dict(OMP_NUM_THREADS=str(cores()), TOKENIZERS_PARALLELISM='false')
+    return {**os.environ, 'PYTHONPATH': str(ROOT), **threads, **offline, **extra}

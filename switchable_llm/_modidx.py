@@ -2739,8 +2739,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                         'switchable_llm/study/experiments.py')},
             'switchable_llm.study.figures': { 'switchable_llm.study.figures.ProfileStyle': ( 'study/figures.html#profilestyle',
                                                                                              'switchable_llm/study/figures.py'),
-                                              'switchable_llm.study.figures._mark': ( 'study/figures.html#_mark',
-                                                                                      'switchable_llm/study/figures.py'),
                                               'switchable_llm.study.figures.figure_style': ( 'study/figures.html#figure_style',
                                                                                              'switchable_llm/study/figures.py'),
                                               'switchable_llm.study.figures.is_figure': ( 'study/figures.html#is_figure',

@@ -16,7 +16,9 @@ def loud(folder): print('what it said', flush=True); return Result(failed=1, mes
 def broken(folder): raise KeyError('missing piece')
 def dying(folder): print('last words', flush=True); os.abort()
 def hanging(folder): subprocess.Popen(['sleep', '300']); time.sleep(300)
-def leaving(folder): (folder/'left').write_text(str(subprocess.Popen(['sleep', '300']).pid)); return Result(passed=1, message=(folder/'left').read_text())
+def leaving(folder):
+    (folder/'left').write_text(str(subprocess.Popen(['sleep', '300']).pid))
+    return Result(passed=1, message=(folder/'left').read_text())
 
 @needs_fork
 def test_each_kind_of_end(tmp_path, capsys, monkeypatch):
@@ -24,7 +26,8 @@ def test_each_kind_of_end(tmp_path, capsys, monkeypatch):
     results = ran(tmp_path, *(Task(f.__name__, f) for f in (fine, loud, broken, dying)))
     out = capsys.readouterr().out
     assert sum(r.passed for r in results)==2 and sum(r.failed for r in results)==3
-    for words in ('ok     fine: 2 passed', 'FAILED loud: 1 failed', 'what it said', "KeyError: 'missing piece'", 'ended with status -6', 'last words', 'in dying'): assert words in out
+    for words in ('ok     fine: 2 passed', 'FAILED loud: 1 failed', 'what it said', "KeyError: 'missing piece'",
+                  'ended with status -6', 'last words', 'in dying'): assert words in out
 
 @needs_fork
 def test_what_hangs_is_ended(tmp_path, monkeypatch):

@@ -44,8 +44,9 @@ def tokenizer_with(**changes):
 
 BROKEN = dict(   # what a tokenizer says -> how the package of tokenizers takes it
     panics_when_read=dict(normalizer=dict(type='Precompiled', precompiled_charsmap='')),
-    panics_when_used=dict(post_processor=dict(type='TemplateProcessing', special_tokens={}, single=[dict(SpecialToken=dict(id='[X]', type_id=0))],
-                                              pair=[dict(Sequence=dict(id='A', type_id=0))])),
+    panics_when_used=dict(post_processor=dict(
+        type='TemplateProcessing', special_tokens={}, single=[dict(SpecialToken=dict(id='[X]', type_id=0))],
+        pair=[dict(Sequence=dict(id='A', type_id=0))])),
     no_length=dict(pre_tokenizer=dict(type='FixedLength', length=0)))
 
 @pytest.mark.parametrize('how', BROKEN)

@@ -32,14 +32,16 @@ def test_what_users_get_is_what_was_tested():
 
 @pytest.mark.parametrize('name', [*LOCKS,'torch'])
 def test_locked_versions_are_in_the_range(name):
-    locked = {'torch': Requirement(lock.TORCH.read_text().splitlines()[-1]).specifier} if name=='torch' else {n:v for (n,_),v in pins(name).items()}
+    locked = {n:v for (n,_),v in pins(name).items()} if name!='torch' else {}
+    if name=='torch': locked['torch'] = Requirement(lock.TORCH.read_text().splitlines()[-1]).specifier
     for r in map(Requirement, lock.requirements('study', 'gguf', 'torchao')):
         if name=='torch' and r.name=='torch': assert r.specifier.contains(next(iter(locked['torch'])).version)
         elif r.name in locked: assert r.specifier.contains(locked[r.name]), r
 
 def test_the_lowest_versions_are_those_of_the_range():
     assert lock.LOWEST.read_text(encoding='utf-8')==lock.HEADER+'\n'.join(lock.lowest())+'\n'
-    for low,r in zip(map(Requirement, lock.lowest()), map(Requirement, lock.requirements('study', 'gguf', 'torchao')), strict=True):
+    asked = map(Requirement, lock.requirements('study', 'gguf', 'torchao'))
+    for low,r in zip(map(Requirement, lock.lowest()), asked, strict=True):
         assert r.specifier.contains(next(iter(low.specifier)).version) and low.name==r.name
 
 def test_every_import_is_a_dependency():
@@ -49,7 +51,9 @@ def test_every_import_is_a_dependency():
     serves = 'core','serving','training','quantizers.py','lora_routing.py','joint_training.py','__init__.py'
     for path in (ROOT/'switchable_llm').rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names = []
+            if isinstance(node, ast.Import): names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
             for top in {n.partition('.')[0] for n in names}-{'switchable_llm'}-set(sys.stdlib_module_names):
                 at = path.relative_to(ROOT/'switchable_llm').parts[0]
                 have = page if path.name in ('page.py','explorer.py') else base if at in serves else study
@@ -90,15 +94,18 @@ def test_a_wheel_is_built_also_without_a_compiler(tmp_path):
     src.mkdir()
     for f in ('pyproject.toml','setup.py','README.md','LICENSE'): shutil.copy(ROOT/f, src)
     shutil.copytree(ROOT/'switchable_llm', src/'switchable_llm', ignore=shutil.ignore_patterns('*.so', '__pycache__'))
-    cmd = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp_path, src]
+    quiet = ['--quiet', '--no-deps', '--no-build-isolation']
+    cmd = [sys.executable, '-m', 'pip', 'wheel', *quiet, '--wheel-dir', tmp_path, src]
     p = subprocess.run(cmd, capture_output=True, text=True)
     assert p.returncode==0, p.stderr
     wheel, = tmp_path.glob('switchable_llm-*.whl')
     with zipfile.ZipFile(wheel) as z:
         assert z.testzip() is None
         names = set(z.namelist())
-        assert 'switchable-llm = switchable_llm.apps.cli:main' in z.read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
-    package = {p.relative_to(ROOT).as_posix() for p in (ROOT/'switchable_llm').rglob('*') if p.is_file() and p.suffix!='.so' and '__pycache__' not in p.parts}
+        points = z.read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
+        assert 'switchable-llm = switchable_llm.apps.cli:main' in points
+    files = [p for p in (ROOT/'switchable_llm').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    package = {p.relative_to(ROOT).as_posix() for p in files if p.suffix!='.so'}
     assert package<=names and any(n.startswith('switchable_llm/tiny/') for n in names)
 
 # --- workflows ------------------------------------------------------------------------------------------------------
@@ -115,9 +122,11 @@ def test_actions_are_pinned_and_may_do_little(path):
     for job in flow['jobs'].values():
         steps = ' '.join(s.get('uses', '') for s in job['steps'])
         assert ('permissions' in job)==('deploy-pages' in steps)
-        if 'permissions' in job: assert job['permissions']=={'pages': 'write', 'id-token': 'write'} and 'checkout' not in steps
+        if 'permissions' not in job: continue
+        assert job['permissions']=={'pages': 'write', 'id-token': 'write'} and 'checkout' not in steps
 
 def test_both_ends_of_the_range_are_run_each_week():
     text = (ROOT/'.github/workflows/range.yml').read_text(encoding='utf-8')
-    assert {x['versions'] for x in yaml.safe_load(text)['jobs']['range']['strategy']['matrix']['include']}=={'newest','lowest'}
+    matrix = yaml.safe_load(text)['jobs']['range']['strategy']['matrix']
+    assert {x['versions'] for x in matrix['include']}=={'newest','lowest'}
     assert 'schedule' in text and 'workflow_dispatch' in text

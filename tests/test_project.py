@@ -12,11 +12,12 @@ import project
 LIB = ROOT/'switchable_llm'
 GENERATED = {'__init__', '_modidx'}
 def file_of(module): return LIB/f"{module.replace('.', '/')}.py"
-MODULES = sorted('.'.join(p.relative_to(LIB).with_suffix('').parts) for p in LIB.rglob('*.py') if p.stem not in GENERATED)
+FILES = [p for p in LIB.rglob('*.py') if p.stem not in GENERATED]
+MODULES = sorted('.'.join(p.relative_to(LIB).with_suffix('').parts) for p in FILES)
 
 # What stands before what. A module may import its own group, as long as nothing goes in a circle, and what is before it.
-ORDER = [{'quantizers'}, {'core'}, {'lora_routing'}, {'data'}, {'joint_training','training'}, {'profiles_eval','search'}, {'cpt','adversarial'},
-         {'serving'}, {'study'}, {'findings'}, {'report'}, {'apps'}]
+ORDER = [{'quantizers'}, {'core'}, {'lora_routing'}, {'data'}, {'joint_training','training'}, {'profiles_eval','search'},
+         {'cpt','adversarial'}, {'serving'}, {'study'}, {'findings'}, {'report'}, {'apps'}]
 SERVING = {'quantizers','core','lora_routing','data','serving'}   # all that a server imports
 
 def group(module): return next(i for i,g in enumerate(ORDER) if module.split('.')[0] in g)
@@ -29,7 +30,9 @@ def imports(path):
         if isinstance(node, ast.Import):
             for a in node.names: yield node.lineno, a.name, []
         if isinstance(node, ast.ImportFrom):
-            base = '.'.join(filter(None, [*package(path)[:len(package(path))+1-node.level]*bool(node.level), node.module]))
+            here = package(path)
+            above = here[:len(here)+1-node.level]*bool(node.level)
+            base = '.'.join(filter(None, [*above, node.module]))
             names = [a.name for a in node.names]
             inner = [n for n in names if f'{base}.{n}'.removeprefix('switchable_llm.') in MODULES]
             if inner:
@@ -48,9 +51,39 @@ def test_notebooks_and_modules_belong_together():
 
 def test_a_part_is_small(): assert {p.title: len(p.rooms) for p in project.PARTS if len(p.rooms)>9}=={}
 
+@pytest.mark.parametrize('module', MODULES)
+def test_a_room_is_one_sitting(module):
+    "At most 400 exported lines; empty ones, and those that say which cell a line is from, are not read."
+    lines = [l for l in file_of(module).read_text(encoding='utf-8').splitlines() if l.strip() and not l.startswith('# %%')]
+    assert len(lines)<=400
+
+@pytest.mark.parametrize('module', MODULES)
+def test_no_private_name_leaves_its_room(module):
+    private = [f'{name}.{n}' for _,name,names in imports(file_of(module)) for n in names if n.startswith('_')]
+    assert not [p for p in private if p.startswith('switchable_llm.')]
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+def code_lines():
+    "`(file, line)` of code: notebooks' cells, scripts, tests, benchmarks and C++."
+    for nb in project.notebooks():
+        for c in project.read_cells(nb):
+            if c['cell_type']=='code': yield from ((nb, l) for l in c['source'].splitlines())
+    for pattern in ('scripts/**/*.py', 'benchmarks/*.py', 'tests/*.py', 'csrc/*.[ch]*', 'setup.py'):
+        for p in ROOT.glob(pattern): yield from ((p, l) for l in p.read_text(encoding='utf-8').splitlines())
+
+def may_be_long(line): return '://' in line or line.lstrip().startswith('|')   # an address, an entry of a table
+
+def test_lines_are_short():
+    "At most 3 % of lines are longer than 120 characters, and none is longer than 140 but an address or a table's entry."
+    lines = list(code_lines())
+    assert not [f'{p.name}: {l[:60]}…' for p,l in lines if len(l)>140 and not may_be_long(l)]
+    assert sum(len(l)>120 for _,l in lines)<=.03*len(lines)
+
 def upward(module, used):
     "What `module` imports and may not."
-    return {u for u in used if group(u)>group(module) or module.split('.')[0]=='serving' and u.split('.')[0] not in SERVING}
+    def allowed(u): return module.split('.')[0]!='serving' or u.split('.')[0] in SERVING
+    return {u for u in used if group(u)>group(module) or not allowed(u)}
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_point_down(module): assert not upward(module, uses(file_of(module)))
@@ -61,7 +94,8 @@ def test_imports_go_in_no_circle():
 
 def test_an_upward_import_is_seen(tmp_path):
     f = tmp_path/'m.py'
-    for line in ('from switchable_llm.apps.cli import main', 'import switchable_llm.apps.cli', 'from switchable_llm.apps import cli', 'def f():\n    from switchable_llm.apps.cli import main'):
+    for line in ('from switchable_llm.apps.cli import main', 'import switchable_llm.apps.cli',
+                 'from switchable_llm.apps import cli', 'def f():\n    from switchable_llm.apps.cli import main'):
         f.write_text(line)
         assert uses(f)=={'apps.cli'} and upward('core.switching', uses(f)), line
     assert upward('serving.lean', {'training.settings'}) and not upward('serving.lean', {'serving.kernels','core.files'})
@@ -112,15 +146,18 @@ def test_exported_names_are_documented(module):
 
 def tracked():
     "Files that git has, or would have; without git, every file outside hidden folders."
-    out = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, text=True)
+    ours = ['git', 'ls-files', '-co', '--exclude-standard', '-z']
+    out = subprocess.run(ours, cwd=ROOT, capture_output=True, text=True)
+    def hidden(p): return any(s.startswith('.') for s in p.relative_to(ROOT).parts[:-1])
     if out.returncode==0: files = [ROOT/f for f in out.stdout.split('\0') if f]
-    else: files = [p for p in ROOT.rglob('*') if not any(s.startswith('.') for s in p.relative_to(ROOT).parts[:-1])]
+    else: files = [p for p in ROOT.rglob('*') if not hidden(p)]
     return [p for p in files if p.is_file()]
 
 def test_no_large_files(): assert not [p.name for p in tracked() if p.stat().st_size>4_000_000]
 
 # A home, a mount, a temporary file, an environment's packages: none of them is there on another machine.
-machine_path = re.compile(r'(?<![\w.:/~-])/(?:work|root|home|Users|mnt|opt|srv)/\w|/tmp/(?:tmp|ipykernel|pytest)\w|/site-packages/\w')
+machine_path = re.compile(r'(?<![\w.:/~-])/(?:work|root|home|Users|mnt|opt|srv)/\w|'
+                          r'/tmp/(?:tmp|ipykernel|pytest)\w|/site-packages/\w')
 
 def machine_paths(text): return machine_path.findall(text) + ([str(ROOT)] if len(ROOT.parts)>2 and str(ROOT) in text else [])
 

@@ -12,11 +12,17 @@ import execute_notebooks
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><text>a</text></svg>'
 PNG = base64.b64encode(b'\x89PNG').decode()
 
-def cell(source, *outputs): return new_code_cell(source, outputs=[o if 'output_type' in o else new_output('display_data', data=o) for o in outputs])
+WIDGET = {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'VBox()'}
+
+def cell(source, *outputs):
+    "A code cell; an output is one, or the data of one that is displayed."
+    made = [o if 'output_type' in o else new_output('display_data', data=o) for o in outputs]
+    return new_code_cell(source, outputs=made)
 
 def figure(label='fig-a', cap='What *is* drawn', alt='Two lines', data=None, more=''):
     options = [f'#| {k}: {json.dumps(v)}' for k,v in [('label', label), ('fig-cap', cap), ('fig-alt', alt)] if v]
-    return cell('\n'.join(options)+f'\n{more}plot()', data or {'image/svg+xml': SVG, 'text/plain': '<Figure size 640x480>'})
+    data = data or {'image/svg+xml': SVG, 'text/plain': '<Figure size 640x480>'}
+    return cell('\n'.join(options)+f'\n{more}plot()', data)
 
 def page(*cells, name='00_page.ipynb'):
     "A page from cells; strings are Markdown."
@@ -27,7 +33,8 @@ def page(*cells, name='00_page.ipynb'):
 def problems(*cells, name='00_page.ipynb'):
     nb = new_notebook(cells=[new_markdown_cell(c) if isinstance(c, str) else c for c in cells])
     p = pages.make_page(name, nb)
-    return [*checks.raw_marks(p), *checks.references(p), *checks.images(p), *checks.links([p]), *checks.labels([p]), *checks.cells(name, nb)]
+    of_page = [*checks.raw_marks(p), *checks.references(p), *checks.images(p)]
+    return [*of_page, *checks.links([p]), *checks.labels([p]), *checks.cells(name, nb)]
 
 # --- a page ---------------------------------------------------------------------------------------------------------
 
@@ -41,18 +48,23 @@ def test_figures_are_numbered_captioned_and_described():
     assert [f['id'] for f in figs]==['fig-a','fig-b']
     assert [f.figcaption.get_text(strip=False).strip() for f in figs]==['Figure 1. What is drawn', 'Figure 2. Other']
     assert [f.img['alt'] for f in figs]==['Two lines','Bars'] and figs[0].em.string=='is'
-    assert [(a['href'], a.string) for a in p.body.p.find_all('a')]==[('#fig-b', 'Figure\xa02'), ('#fig-a', 'Figure\xa01')]
+    links = [(a['href'], a.string) for a in p.body.p.find_all('a')]
+    assert links==[('#fig-b', 'Figure\xa02'), ('#fig-a', 'Figure\xa01')]
     assert p.files=={'page_files/fig-a.svg': SVG.encode(), 'page_files/fig-b.svg': SVG.encode()}
 
 def test_tables_and_equations_are_numbered():
-    table = cell('#| label: tbl-x\n#| tbl-cap: "Scores"\n#| echo: false\ntable()', {'text/markdown': '| a |\n|---|\n| 1 |', 'text/plain': 'x'})
-    p = page('See @tbl-x, @tbl-y and @eq-z.', table, '| b |\n|--|\n| 2 |\n\n: More {#tbl-y}\n', '$$ x = \\max_i y_i $$ {#eq-z}')
+    shown = {'text/markdown': '| a |\n|---|\n| 1 |', 'text/plain': 'x'}
+    table = cell('#| label: tbl-x\n#| tbl-cap: "Scores"\n#| echo: false\ntable()', shown)
+    written,formula = '| b |\n|--|\n| 2 |\n\n: More {#tbl-y}\n','$$ x = \\max_i y_i $$ {#eq-z}'
+    p = page('See @tbl-x, @tbl-y and @eq-z.', table, written, formula)
     assert [a.string for a in p.body.p.find_all('a')]==['Table\xa01', 'Table\xa02', 'Equation\xa01']
     assert [f.figcaption.get_text().strip() for f in p.body.find_all('figure')]==['Table 1. Scores', 'Table 2. More']
-    assert p.body.find(id='eq-z').math is not None and p.body.find(id='eq-z').find(class_='number').string=='(1)'
+    equation = p.body.find(id='eq-z')
+    assert equation.math is not None and equation.find(class_='number').string=='(1)'
     assert 'table()' not in p.body.get_text() and '{#' not in p.body.get_text()
 
-@pytest.mark.parametrize('option,shown', [('echo: false', False), ('echo: true', True), ('code-fold: true', True), ('include: false', False)])
+@pytest.mark.parametrize('option,shown', [
+    ('echo: false', False), ('echo: true', True), ('code-fold: true', True), ('include: false', False)])
 def test_cell_options(option, shown):
     p = page(cell(f'#| {option}\ncompute()', new_output('stream', text='done')))
     assert ('compute()' in p.body.get_text())==shown
@@ -60,16 +72,20 @@ def test_cell_options(option, shown):
     assert (p.body.details is not None)==(option=='code-fold: true') and '#|' not in p.body.get_text()
 
 def test_tabs_and_callouts():
-    p = page('::: {.panel-tabset}\n\n### bw4\n\nfour\n\n### bw8\n\neight\n\n:::\n\n::: {.callout-note}\n## Heed\n\nthis\n:::')
-    assert [(t.h3.get_text(strip=True), t.p.string) for t in p.body.select('.panel-tabset > .tab')]==[('bw4','four'), ('bw8','eight')]
-    assert p.body.aside.find(class_='callout-title').string=='Heed' and ':::' not in p.body.get_text() and not list(p.toc)
+    tabset = '::: {.panel-tabset}\n\n### bw4\n\nfour\n\n### bw8\n\neight\n\n:::'
+    p = page(f'{tabset}\n\n::: {{.callout-note}}\n## Heed\n\nthis\n:::')
+    found = [(t.h3.get_text(strip=True), t.p.string) for t in p.body.select('.panel-tabset > .tab')]
+    assert found==[('bw4','four'), ('bw8','eight')]
+    assert p.body.aside.find(class_='callout-title').string=='Heed'
+    assert ':::' not in p.body.get_text() and not list(p.toc)
 
 def test_links_between_notebooks_and_to_the_site_are_local():
     p = page(f'[a](00_quantizers.ipynb#bits) [b]({pages.SITE}/plots.html) [c](https://example.org/x.ipynb)')
     assert [a['href'] for a in p.body.find_all('a')]==['quantizers.html#bits', 'plots.html', 'https://example.org/x.ipynb']
 
 def test_links_are_seen_from_the_folder_of_the_page():
-    p = page(f'[a](../00_quantizers.ipynb#bits) [b]({pages.SITE}/study/figures.html) [c](gates.ipynb)', name='core/widths.ipynb')
+    links = f'[a](../00_quantizers.ipynb#bits) [b]({pages.SITE}/study/figures.html) [c](gates.ipynb)'
+    p = page(links, name='core/widths.ipynb')
     assert p.name=='core/widths.html'
     assert [a['href'] for a in p.body.find_all('a')]==['../quantizers.html#bits', '../study/figures.html', 'gates.html']
     there = page('## Bits', name='00_quantizers.ipynb')
@@ -96,11 +112,13 @@ def test_a_good_page_has_no_problem():
     assert not problems('See @fig-a and [below](#more), `@fig-x`, `{#id}`.', figure(), '## More\n\n[API](https://example.org)')
 
 @pytest.mark.parametrize('bad,word', [
-    (['@fig-none'], 'no label fig-none'), (['[x](#nowhere)'], '#nowhere'), (['[x](no_such.ipynb)'], 'no page or file'), (['![](missing.png)'], 'fig-alt'),
-    (['![A](missing.png)'], 'no file'), (['text {#sec-x}'], 'printed raw: {#sec-x}'), (['a\n:::'], 'printed raw: :::'), (['# Two titles'], 'second title'),
-    ([figure(alt='')], 'fig-alt'), ([figure(cap='')], 'fig-cap'), ([figure(label='')], 'label'), ([figure(label='plot')], 'label'),
-    ([figure(), figure()], 'identifier fig-a'), ([cell('w', {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'VBox()'})], 'widget'),
-    ([cell('w', {'text/plain': "VBox(children=(Text(value=''),))"})], 'shows nothing'), ([cell('f', {'text/plain': '<Figure size 640x480 with 1 Axes>'})], 'shows nothing'),
+    (['@fig-none'], 'no label fig-none'), (['[x](#nowhere)'], '#nowhere'), (['[x](no_such.ipynb)'], 'no page or file'),
+    (['![](missing.png)'], 'fig-alt'), (['![A](missing.png)'], 'no file'), (['text {#sec-x}'], 'printed raw: {#sec-x}'),
+    (['a\n:::'], 'printed raw: :::'), (['# Two titles'], 'second title'), ([figure(alt='')], 'fig-alt'),
+    ([figure(cap='')], 'fig-cap'), ([figure(label='')], 'label'), ([figure(label='plot')], 'label'),
+    ([figure(), figure()], 'identifier fig-a'), ([cell('w', WIDGET)], 'widget'),
+    ([cell('w', {'text/plain': "VBox(children=(Text(value=''),))"})], 'shows nothing'),
+    ([cell('f', {'text/plain': '<Figure size 640x480 with 1 Axes>'})], 'shows nothing'),
     ([cell('f', new_output('stream', text='Traceback (most recent call last):\n…'))], 'shows nothing'),
     ([cell('f', new_output('error', ename='E', evalue='v', traceback=['Traceback (most recent call last)']))], 'is an error')])
 def test_the_check_sees(bad, word): assert any(word in p for p in problems(*bad)), problems(*bad)
@@ -113,8 +131,10 @@ def test_labels_are_unique_over_the_site():
     assert any('share the label fig-a' in p for p in checks.labels([a, b]))
 
 def test_dead_anchors_between_pages_are_seen():
-    a,b = page('[x](01_b.ipynb#there) [y](01_b.ipynb#gone)', name='00_a.ipynb'),page('## There', name='01_b.ipynb')
-    assert [p for p in checks.links([a, b])]==['a.html: b.html#gone: b.html has no #gone; give it a heading, or show_doc it there']
+    a = page('[x](01_b.ipynb#there) [y](01_b.ipynb#gone)', name='00_a.ipynb')
+    b = page('## There', name='01_b.ipynb')
+    said = 'a.html: b.html#gone: b.html has no #gone; give it a heading, or show_doc it there'
+    assert [*checks.links([a, b])]==[said]
 
 # --- API documentation ----------------------------------------------------------------------------------------------
 
@@ -134,10 +154,13 @@ def test_every_exported_name_has_an_entry_with_its_parameters(module):
 
 def test_the_check_sees_a_name_or_a_parameter_without_documentation():
     o = apidoc.exported('quantizers')
-    def written(names): return pages.make_page('00_quantizers.ipynb', new_notebook(cells=[new_markdown_cell(apidoc.document(n, o[n])) for n in names]+[new_markdown_cell(apidoc.constants('quantizers'))]))
+    def written(names):
+        texts = [*(apidoc.document(n, o[n]) for n in names), apidoc.constants('quantizers')]
+        return pages.make_page('00_quantizers.ipynb', new_notebook(cells=[*map(new_markdown_cell, texts)]))
     names = [n for n in o if n not in apidoc.assignments('quantizers')]
     assert not list(checks.api([written(names)]))
-    assert any('quantize is not documented' in p for p in checks.api([written([n for n in names if n!='quantize'])]))
+    without = written([n for n in names if n!='quantize'])
+    assert any('quantize is not documented' in p for p in checks.api([without]))
     p = written(names)
     next(td for td in p.body.find_all('td') if td.get_text()=='qp').string = ''
     assert any('no word on qp' in x for x in checks.api([p]))
@@ -150,40 +173,53 @@ def test_entries_of_the_three_kinds_of_values():
     assert [td.get_text() for td in long.find_all('td')][:4]==['how', 'int | None', '1', 'a | b']
 
 def test_a_link_inside_a_link_is_undone():
-    assert process._link_in_link.sub(r'[\1](\2)', '[[`Task`](https://e.org/#task)](a.html#task)')=='[`Task`](a.html#task)'
+    twice = '[[`Task`](https://e.org/#task)](a.html#task)'
+    assert process._link_in_link.sub(r'[\1](\2)', twice)=='[`Task`](a.html#task)'
 
 # --- README ---------------------------------------------------------------------------------------------------------
 
 def test_readme_is_plain_markdown_with_its_pictures():
-    nb = new_notebook(cells=[new_raw_cell('---\ntitle: T\ndescription: D\n---'), new_markdown_cell('<!-- W -->'), new_markdown_cell('See @fig-a. [ch](00_quantizers.ipynb)'),
-                             figure(more='#| echo: false\n'), new_markdown_cell('::: {.callout-note}\n## Head {.x}\n:::'), cell('1+1', {'text/plain': '2'})])
+    nb = new_notebook(cells=[
+        new_raw_cell('---\ntitle: T\ndescription: D\n---'), new_markdown_cell('<!-- W -->'),
+        new_markdown_cell('See @fig-a. [ch](00_quantizers.ipynb)'), figure(more='#| echo: false\n'),
+        new_markdown_cell('::: {.callout-note}\n## Head {.x}\n:::'), cell('1+1', {'text/plain': '2'})])
     files = readme.make(nb)
     text = files['README.md'].decode()
-    assert text.startswith('# T\n\nD\n\nSee Figure 1. [ch](nbs/00_quantizers.ipynb)\n\n![Two lines](index_files/fig-a.svg)\n\n*What ')
-    assert '## Head\n' in text and ':::' not in text and 'plot()' not in text and '```\n2\n```' in text and files['index_files/fig-a.svg']==SVG.encode()
+    start = '# T\n\nD\n\nSee Figure 1. [ch](nbs/00_quantizers.ipynb)\n\n![Two lines](index_files/fig-a.svg)\n\n*What '
+    assert text.startswith(start) and '## Head\n' in text and '```\n2\n```' in text
+    assert ':::' not in text and 'plot()' not in text and files['index_files/fig-a.svg']==SVG.encode()
 
 # --- figures in notebooks -------------------------------------------------------------------------------------------
 
 def test_of_two_formats_the_small_svg_or_the_png_stays():
     big = SVG+'<!-- '+'x'*execute_notebooks.LARGEST_SVG+' -->'
-    nb = new_notebook(cells=[cell('f', {'image/svg+xml': s, 'image/png': PNG, 'text/plain': 'F'}) for s in (SVG, big)])
+    both = [{'image/svg+xml': s, 'image/png': PNG, 'text/plain': 'F'} for s in (SVG, big)]
+    nb = new_notebook(cells=[cell('f', data) for data in both])
     execute_notebooks.one_format(nb)
     assert [sorted(c.outputs[0].data) for c in nb.cells]==[['image/svg+xml','text/plain'], ['image/png','text/plain']]
 
 def test_widgets_and_stderr_are_not_saved(capsys):
-    nb = new_notebook(cells=[cell('f', {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'VBox()'}, new_output('stream', name='stderr', text='bar'), {'text/plain': '2'})], metadata={'widgets': {}})
+    outputs = WIDGET,new_output('stream', name='stderr', text='bar'),{'text/plain': '2'}
+    nb = new_notebook(cells=[cell('f', *outputs)], metadata={'widgets': {}})
     execute_notebooks.drop_unsaved(nb)
-    assert [o.data for o in nb.cells[0].outputs]==[{'text/plain': '2'}] and 'widgets' not in nb.metadata and 'bar' in capsys.readouterr().err
+    assert [o.data for o in nb.cells[0].outputs]==[{'text/plain': '2'}] and 'widgets' not in nb.metadata
+    assert 'bar' in capsys.readouterr().err
 
 def test_a_figure_is_svg_with_text_and_the_same_bytes_twice(tmp_path, monkeypatch):
-    code = "import matplotlib.pyplot as plt\nwith plt.rc_context({'font.size': 9}):\n    fig,ax = plt.subplots(); ax.plot([1, 2], label='words'); ax.legend(); ax.set_xlim(0, 1)"
+    code = """
+import matplotlib.pyplot as plt
+with plt.rc_context({'font.size': 9}):
+    fig,ax = plt.subplots()
+    ax.plot([1, 2], label='words'); ax.legend(); ax.set_xlim(0, 1)"""
+    kernel,folder = {'name': 'python3', 'display_name': 'p', 'language': 'python'},{'metadata': {'path': str(tmp_path)}}
     for k,v in execute_notebooks.kernel_env(tmp_path/'home').items(): monkeypatch.setenv(k, v)
     monkeypatch.delenv('MPLBACKEND', raising=False)
     def drawn():
-        nb = new_notebook(cells=[cell(code)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'p', 'language': 'python'}})
-        execute_notebooks.Client(nb, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
+        nb = new_notebook(cells=[cell(code)], metadata={'kernelspec': kernel})
+        execute_notebooks.Client(nb, timeout=120, kernel_name='python3', resources=folder).execute()
         execute_notebooks.one_format(nb)
-        return next(o.data['image/svg+xml'] for o in nb.cells[0].outputs if 'image/svg+xml' in o.get('data', {}))
+        pictures = [o.data for o in nb.cells[0].outputs if 'image/svg+xml' in o.get('data', {})]
+        return pictures[0]['image/svg+xml']
     svg = drawn()
     assert 'words</text>' in svg and 'sans-serif' in svg and '<dc:date>' not in svg and drawn()==svg
 

@@ -45,15 +45,18 @@ def signature(name, f):
         args.append(mark+p.name+('' if p.default is p.empty else f'={short(p.default)}'))
     line = f"{name}({', '.join(args)})"
     if len(line)<=WIDTH: return line
-    return f'{name}(\n' + textwrap.fill(', '.join(args), WIDTH, initial_indent='    ', subsequent_indent='    ', break_long_words=False) + '\n)'
+    indent = dict(initial_indent='    ', subsequent_indent='    ')
+    return f'{name}(\n' + textwrap.fill(', '.join(args), WIDTH, break_long_words=False, **indent) + '\n)'
 
 def fields(cls):
     "Fields written in a class's body: `(name, type, default, comment)`."
     source = textwrap.dedent(inspect.getsource(cls))
-    comments = {t.start[0]: t.string.lstrip('# ').strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type==tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type==tokenize.COMMENT}
     for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith('_') and 'ClassVar' not in ast.unparse(node.annotation):
-            yield node.target.id, ast.unparse(node.annotation), ast.unparse(node.value) if node.value else '', comments.get(node.end_lineno, '')
+        if not isinstance(node, ast.AnnAssign) or node.target.id.startswith('_'): continue
+        kind,value = ast.unparse(node.annotation),ast.unparse(node.value) if node.value else ''
+        if 'ClassVar' not in kind: yield node.target.id, kind, value, comments.get(node.end_lineno, '')
 
 def params(f):
     "Parameters of a function and what it returns: `(name, type, default, comment)`."
@@ -61,38 +64,44 @@ def params(f):
     notes = docments(f, returns=True, args_kwargs=True)
     sig = inspect.signature(f)
     for p in sig.parameters.values():
-        if p.name not in ('self','cls'): yield p.name, type_name(p.annotation), '' if p.default is p.empty else short(p.default), notes.get(p.name) or ''
-    returned = type_name(sig.return_annotation)
-    if notes.get('return') or returned not in ('', 'None'): yield '**Returns**', returned, '', notes.get('return') or ''
+        default = '' if p.default is p.empty else short(p.default)
+        if p.name not in ('self','cls'): yield p.name, type_name(p.annotation), default, notes.get(p.name) or ''
+    returned,note = type_name(sig.return_annotation),notes.get('return') or ''
+    if note or returned not in ('', 'None'): yield '**Returns**', returned, '', note
 
 def table(rows):
     "A Markdown table of parameters or fields, without columns that are empty."
     code = lambda s: f'`{s}`' if s and not s.startswith('**') else s
     rows = [(code(n), code(t), code(d), c.replace('|', '\\|') if '`' not in c else c) for n,t,d,c in rows]
     columns = [i for i in range(4) if i==0 or any(r[i] for r in rows)]
-    lines = [['', 'Type', 'Default', 'Meaning'], [':'+'-'*n for n in (15, 15, 10, 40)], *rows]   # dashes: relative widths for Pandoc
+    widths = [':'+'-'*n for n in (15, 15, 10, 40)]   # relative, for Pandoc
+    lines = [['', 'Type', 'Default', 'Meaning'], widths, *rows]
     return '\n'.join('| '+' | '.join(r[i] for i in columns)+' |' for r in lines) if rows else ''
 
 def methods(cls):
     "Public methods and properties written in a class, if they have a docstring."
     for name,f in vars(cls).items():
         f = getattr(f, '__func__', getattr(f, 'fget', None) or f)
-        if inspect.isfunction(f) and not name.startswith('_') and f.__doc__: yield name,f,isinstance(vars(cls)[name], property)
+        if not inspect.isfunction(f) or name.startswith('_') or not f.__doc__: continue
+        yield name,f,isinstance(vars(cls)[name], property)
 
 def source_link(module, line):
     "A link to a line of a module, where the project says in settings.ini where it lives."
     if not CFG['git_url']: return ''
-    return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{CFG['lib_path']}/{module.replace('.', '/')}.py#L{line}){{.source-link}}"
+    path = f"{CFG['lib_path']}/{module.replace('.', '/')}.py"
+    return f"[source]({CFG['git_url']}/blob/{CFG['branch']}/{path}#L{line}){{.source-link}}"
 
 def rows_of(o):
     "Rows of the table of a function or class: fields if it has any, else what it is called with."
     if not inspect.isclass(o): return list(params(o))
     if rows := list(fields(o)): return rows
-    return [r for r in params(o.__init__) if not r[0].startswith('**')] if inspect.isfunction(vars(o).get('__init__')) else []
+    if not inspect.isfunction(vars(o).get('__init__')): return []
+    return [r for r in params(o.__init__) if not r[0].startswith('**')]
 
 def documented(o):
     "Names that the table of an object has to hold; other values have no table."
-    return [n for n,*_ in rows_of(o) if not n.startswith('**')] if inspect.isclass(o) or inspect.isroutine(inspect.unwrap(o)) else []
+    if not inspect.isclass(o) and not inspect.isroutine(inspect.unwrap(o)): return []
+    return [n for n,*_ in rows_of(o) if not n.startswith('**')]
 
 # --- an entry -------------------------------------------------------------------------------------------------------
 
@@ -100,15 +109,16 @@ def entry(name, o, prop=False):
     "Signature, docstring and table of a function, a method, a property or a class."
     try: sig = name if prop else signature(name, o)
     except ValueError: sig = name   # a class whose arguments nobody can list
-    doc = inspect.getdoc(o) or ''
-    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', re.sub(r'^(.+)', r'*\1*', doc, count=1), table(rows_of(o))]))
+    doc = re.sub(r'^(.+)', r'*\1*', inspect.getdoc(o) or '', count=1)
+    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', doc, table(rows_of(o))]))
 
 def document(name, o, level=3):
     "The whole entry of an exported name: heading, link to the source, and its public methods below it."
     f = inspect.unwrap(o)
     link = source_link(o.__module__.removeprefix(CFG['lib_name']+'.'), inspect.getsourcelines(f)[1])
     parts = ['\n\n'.join(filter(None, [f"{'#'*level} {name} {{.api}}", link, entry(name, o)]))]
-    if inspect.isclass(o): parts += [f"{'#'*(level+1)} {name}.{m} {{.api}}\n\n{entry(f'{name}.{m}', f, prop)}" for m,f,prop in methods(o)]
+    for m,f,prop in methods(o) if inspect.isclass(o) else ():
+        parts.append(f"{'#'*(level+1)} {name}.{m} {{.api}}\n\n{entry(f'{name}.{m}', f, prop)}")
     return '\n\n'.join(parts)+'\n'
 
 class ApiDoc(BasicMarkdownRenderer):

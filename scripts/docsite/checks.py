@@ -12,11 +12,16 @@ import yaml
 # --- on the page ----------------------------------------------------------------------------------------------------
 
 _raw = re.compile(r':::.*|\{[#.][\w-]+[^}]*\}|\$\$|#\|\s*[\w-]+:.*|\]\([^)\s]+\)|attachment:\S+', flags=re.M)
-_box = re.compile(r'^(?:Traceback \(most recent call last\)|<Figure size .*|(?:[HV]Box|GridBox|Accordion|Tab|Output|HTML|Label|Text|Textarea|Button|Dropdown|Checkbox|Toggle\w+|(?:Bounded)?(?:Int|Float)\w*(?:Text|Slider|Progress)|Select\w*)\((?:children|value|description|layout|outputs)=.*|<IPython\.\S+ object>|Output\(\)$)', flags=re.M)
+_widget = (r'(?:[HV]Box|GridBox|Accordion|Tab|Output|HTML|Label|Text|Textarea|Button|Dropdown|Checkbox|Toggle\w+|'
+           r'(?:Bounded)?(?:Int|Float)\w*(?:Text|Slider|Progress)|Select\w*)')
+_box = re.compile(r'^(?:Traceback \(most recent call last\)|<Figure size .*|'
+                  rf'{_widget}\((?:children|value|description|layout|outputs)=.*|<IPython\.\S+ object>|Output\(\)$)', flags=re.M)
 
 def prose(page):
     "Text of a page outside code and formulas."
-    return ''.join(s for s in page.body.find_all(string=True) if not s.find_parent(['pre','code','math','script','style'])) + re.sub('<[^>]+>', '', page.description)
+    other = ['pre', 'code', 'math', 'script', 'style']
+    body = ''.join(s for s in page.body.find_all(string=True) if not s.find_parent(other))
+    return body+re.sub('<[^>]+>', '', page.description)
 
 def raw_marks(page):
     "Markdown that was not understood, and outputs that are no more than a name in angle brackets."
@@ -28,13 +33,16 @@ def raw_marks(page):
 
 def references(page):
     "References that lead nowhere on their page, which is where Quarto looks for them."
-    for c in page.body.select('span.citation'): yield f"{page.name}: no label {', '.join(c['data-cites'].split())}"
+    for c in page.body.select('span.citation'):
+        yield f"{page.name}: no label {', '.join(c['data-cites'].split())}"
 
 def images(page):
     "Images without a description or a file."
     for i in page.body.find_all('img'):
         if not i.get('alt', '').strip(): yield f"{page.name}: no fig-alt: {i['src']}"
-        if not re.match('data:|https?:', i['src']) and unquote(i['src']) not in page.files and not (PROC/page.name).parent.joinpath(unquote(i['src'])).is_file(): yield f"{page.name}: no file {i['src']}"
+        src = unquote(i['src'])
+        if re.match('data:|https?:', src) or src in page.files: continue
+        if not (PROC/page.name).parent.joinpath(src).is_file(): yield f"{page.name}: no file {i['src']}"
 
 # --- between pages --------------------------------------------------------------------------------------------------
 
@@ -49,8 +57,10 @@ def links(pages):
             page = posixpath.normpath(posixpath.join(posixpath.dirname(p.name), page)) if page else p.name
             if re.match(r'[a-z][a-z0-9+.-]*:|//', href, flags=re.I): continue
             if page in there:
-                if anchor not in there[page]: yield f'{p.name}: {href}: {page} has no #{anchor}; give it a heading, or show_doc it there'
-            elif page.startswith(('/','..')) or not (PROC/page).is_file(): yield f'{p.name}: no page or file for {href}'
+                if anchor in there[page]: continue
+                yield f'{p.name}: {href}: {page} has no #{anchor}; give it a heading, or show_doc it there'
+            elif page.startswith(('/','..')) or not (PROC/page).is_file():
+                yield f'{p.name}: no page or file for {href}'
 
 def labels(pages):
     "Labels that two pages share, and identifiers that one page has twice."
@@ -73,8 +83,11 @@ def cells(name, nb):
         first = next(iter(source.splitlines()), '')
         if any(m & set(IMAGES) for m in mimes):
             for k in ('label','fig-cap','fig-alt'):
-                if not str(opts.get(k, '')).strip() or k=='label' and not opts[k].startswith('fig-'): yield f'{name}: a figure needs #| {k}:{" fig-…" if k=="label" else ""}: {first}'
-        if any('widget-view' in t for m in mimes for t in m): yield f'{name}: a widget has no static counterpart; drop its output: {first}'
+                said,label = str(opts.get(k, '')).strip(),k=='label'
+                if said and (not label or said.startswith('fig-')): continue
+                yield f'{name}: a figure needs #| {k}:{" fig-…"*label}: {first}'
+        if any('widget-view' in t for m in mimes for t in m):
+            yield f'{name}: a widget has no static counterpart; drop its output: {first}'
 
 # --- API documentation ----------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ _label = re.compile(rf'({"|".join(KINDS)})-[\w-]+$')
 def options(source):
     "Quarto's cell options, as a dictionary, and the source without them."
     lines = re.findall(r'^#\|.*\n?', source, flags=re.M)
-    try: found = yaml.safe_load(''.join(l[2:].strip()+'\n' for l in lines if re.match(r'#\|\s*[\w-]+:(\s|$)', l))) or {}
+    said = [l[2:].strip()+'\n' for l in lines if re.match(r'#\|\s*[\w-]+:(\s|$)', l)]
+    try: found = yaml.safe_load(''.join(said)) or {}
     except yaml.YAMLError as e: raise ValueError(f'cell options are no YAML: {"".join(lines)}') from e
     return found, re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
 
@@ -41,7 +42,9 @@ def file_bytes(data, mime):
 
 def output(o, stem, alt, files):
     "Markdown of one output; an image goes to `files`."
-    if o.output_type=='stream': return div(fence(joined(o.text).rstrip(), '{.text}'), 'cell-output') if joined(o.text).strip() else ''
+    if o.output_type=='stream':
+        text = joined(o.text).rstrip()
+        return div(fence(text, '{.text}'), 'cell-output') if text.strip() else ''
     if o.output_type=='error': return div(fence('\n'.join(o.traceback), '{.text}'), 'cell-error')
     data = o.data
     if mime := next((m for m in IMAGES if m in data), None):
@@ -63,7 +66,8 @@ def code_cell(cell, i, page, files):
         folds = opts.get('code-fold') in (True, 'true', 'show')
         opened = ' open' if opts.get('code-fold')=='show' else ''
         summary = html.escape(opts.get('code-summary', 'Code'))
-        parts.append(raw(f'<details class="code-fold"{opened}><summary>{summary}</summary>')+f'\n\n{code}\n\n'+raw('</details>') if folds else code)
+        head = raw(f'<details class="code-fold"{opened}><summary>{summary}</summary>')
+        parts.append(f"{head}\n\n{code}\n\n{raw('</details>')}" if folds else code)
     stem = f"{Path(page).stem}_files/{opts.get('label', f'cell-{i}')}"
     shown = cell.get('outputs', []) if opts.get('output', True) is not False else []
     outs = [output(o, stem if k==0 else f'{stem}-{k+1}', opts.get('fig-alt', ''), files) for k,o in enumerate(shown)]
@@ -72,7 +76,8 @@ def code_cell(cell, i, page, files):
         for kind in ('fig','tbl'):
             label = opts.get('label', '')
             if cap := opts.get(f'{kind}-cap'):
-                outs = div(f'{outs}\n\n{div(str(cap), "caption")}', f'cell-{kind}', label if label.startswith(kind) else None)
+                own = label if label.startswith(kind) else None
+                outs = div(f'{outs}\n\n{div(str(cap), "caption")}', f'cell-{kind}', own)
         parts.append(outs)
     return '\n\n'.join(parts)
 
@@ -100,7 +105,8 @@ def markdown(name, nb, files):
 
 def pandoc(text):
     "HTML as a tree; Pandoc's warnings (a formula it cannot read, …) are errors."
-    out = pypandoc.convert_text(text, 'html5', 'markdown', extra_args=['--mathml', '--wrap=none', '--fail-if-warnings'])
+    options = ['--mathml', '--wrap=none', '--fail-if-warnings']
+    out = pypandoc.convert_text(text, 'html5', 'markdown', extra_args=options)
     soup = BeautifulSoup(out, 'html.parser')
     for box in soup.find_all('section'):   # a div that begins with a heading, whose identifier Pandoc moved here
         box.name = 'div'
@@ -160,7 +166,8 @@ def callouts(soup):
         kind = box['class'][0].removeprefix('callout-')
         box.name,box['class'],head = 'aside',['callout', kind],box.find(re.compile('^h[1-6]$'))
         title = soup.new_tag('p', attrs={'class': 'callout-title'})
-        title.string = box.attrs.pop('title', None) or (head.extract().get_text() if head and head==box.find(True) else kind.capitalize())
+        own = head.extract().get_text() if head and head==box.find(True) and not box.get('title') else kind.capitalize()
+        title.string = box.attrs.pop('title', None) or own
         box.insert(0, title)
 
 def tabs(soup):
@@ -179,15 +186,20 @@ def local_links(soup, name):
     "Links to this site's pages and to notebooks lead to files, seen from the page's folder."
     for a in soup.find_all('a', href=True):
         href = a['href']
-        if href.startswith(SITE+'/'): href = posixpath.relpath(href[len(SITE)+1:] or 'index.html', posixpath.dirname(name) or '.')
+        if href.startswith(SITE+'/'):
+            href = posixpath.relpath(href[len(SITE)+1:] or 'index.html', posixpath.dirname(name) or '.')
         page,hash,anchor = href.partition('#')
         if page.endswith('.ipynb') and ':' not in page: href = html_name(page)+hash+anchor
         a['href'] = href
 
 def space_functions(soup):
     "Thin space around min, log, … which MathML sets tight."
+    scripts = 'munder','msub','msup','msubsup','munderover'
+    def belongs(f):   # with what stands below or above it, and the invisible sign of a function
+        p = f.parent
+        return p.name in scripts or p.name=='mrow' and p.get_text()==f.get_text()+'\u2061'
     for f in soup.find_all('mi', string=re.compile('^[a-z]{2,}$')):
-        while f.parent.name in ('munder','msub','msup','msubsup','munderover') or f.parent.name=='mrow' and f.parent.get_text()==f.get_text()+'\u2061': f = f.parent
+        while belongs(f): f = f.parent
         before,after = f.find_previous_sibling(True),f.find_next_sibling(True)
         if before is not None and before.name!='mo': f.insert_before(soup.new_tag('mspace', width='0.17em'))
         if after is not None and after.name!='mo': f.insert_after(soup.new_tag('mspace', width='0.17em'))
@@ -200,7 +212,8 @@ def tidy(soup):
     for a in soup.select('a[aria-hidden][href^="#cb"]'): a.decompose()
     for e in soup.select('[id^=cb]'): del e['id']
     for h in soup.find_all(re.compile('^h[2-4]$'), id=True):
-        h.append(soup.new_tag('a', attrs={'class': 'anchor', 'href': f"#{h['id']}", 'aria-label': 'Link to this section'}))
+        link = {'class': 'anchor', 'href': f"#{h['id']}", 'aria-label': 'Link to this section'}
+        h.append(soup.new_tag('a', attrs=link))
 
 # --- a page ---------------------------------------------------------------------------------------------------------
 
@@ -218,7 +231,9 @@ class Page:
         "Headings: `(classes, id, HTML)`."
         for h in self.body.find_all(['h2','h3'], id=True):
             if h.find_parent(class_='panel-tabset'): continue
-            yield f"level-{h.name[1]}{' api' if 'api' in h.get('class', []) else ''}", h['id'], ''.join(str(c) for c in h.contents if getattr(c, 'get', lambda k: None)('class')!=['anchor'])
+            classes = f"level-{h.name[1]}{' api' if 'api' in h.get('class', []) else ''}"
+            text = [str(c) for c in h.contents if getattr(c, 'get', lambda k: None)('class')!=['anchor']]
+            yield classes, h['id'], ''.join(text)
 
 def inline(text): return str(pandoc(text).p.decode_contents()) if text else ''
 
@@ -230,4 +245,5 @@ def make_page(name, nb):
     place_captions(soup); mark_equations(soup)
     resolve(soup, number(soup))
     for step in (callouts, tabs, partial(local_links, name=name), space_functions, tidy): step(soup)
-    return Page(html_name(name), name, str(meta.get('title', name)), inline(str(meta.get('description', '') or '')), soup, files)
+    title,description = str(meta.get('title', name)),inline(str(meta.get('description', '') or ''))
+    return Page(html_name(name), name, title, description, soup, files)

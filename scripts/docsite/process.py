@@ -26,7 +26,8 @@ def contents():
 
 def write_sidebar():
     "The sidebar for Quarto."
-    sections = [dict(section=part, contents=[dict(text=text, href=name) for name,text in chapters]) for part,chapters in contents()]
+    def links(chapters): return [dict(text=text, href=name) for name,text in chapters]
+    sections = [dict(section=part, contents=links(chapters)) for part,chapters in contents()]
     sidebar = dict(website=dict(sidebar=dict(contents=[dict(text='Start here', href='index.ipynb'), *sections])))
     (NBS/'sidebar.yml').write_text(yaml.safe_dump(sidebar, sort_keys=False, allow_unicode=True), encoding='utf-8')
 
@@ -43,12 +44,14 @@ def mixed_cells():
     for p in notebooks():
         for c in read_cells(p):
             flags = re.findall(r'^#\s*\|\s*(.*)', c['source'], flags=re.M)
-            if c['cell_type']!='code' or any(f.startswith('export') or re.match(r'eval:\s*false', f) for f in flags): continue
+            apart = any(f.startswith('export') or re.match(r'eval:\s*false', f) for f in flags)
+            if c['cell_type']!='code' or apart: continue
             try: tree = ast.parse(c['source'])
             except SyntaxError: continue   # a magic
             is_import = lambda o: isinstance(o, (ast.Import, ast.ImportFrom))
             if any(map(is_import, ast.walk(tree))) and not all(map(is_import, tree.body)):
-                yield f"{name_of(p)}: a cell that imports must do nothing else: {c['source'].strip().splitlines()[0]} …"
+                first = c['source'].strip().splitlines()[0]
+                yield f'{name_of(p)}: a cell that imports must do nothing else: {first} …'
 
 def read_pages():
     "Processed notebooks, by name: `{'core/switching.ipynb': nb}`."
@@ -69,7 +72,8 @@ def finish():
     linked inside a link."""
     for name,nb in read_pages().items():
         module = module_of(NBS/name)
-        if module and (text := apidoc.constants(module)): nb.cells.append(nbformat.v4.new_markdown_cell(text, id='constants'))
+        if module and (text := apidoc.constants(module)):
+            nb.cells.append(nbformat.v4.new_markdown_cell(text, id='constants'))
         for c in nb.cells:
             if c.cell_type!='markdown': continue
             c.source = _link_in_link.sub(r'[\1](\2)', c.source)

@@ -28,7 +28,8 @@ def labelled(cells):
     "Numbers of figures and tables: `{'fig-x': 'Figure 1'}`."
     found = [options(c.source)[0].get('label', '') for c in cells if c.cell_type=='code']
     kinds = dict(fig='Figure', tbl='Table')
-    return {l: f'{kind} {n+1}' for k,kind in kinds.items() for n,l in enumerate(l for l in found if l.startswith(k+'-'))}
+    own = {kind: [l for l in found if l.startswith(k+'-')] for k,kind in kinds.items()}
+    return {l: f'{kind} {n}' for kind,ls in own.items() for n,l in enumerate(ls, 1)}
 
 def make(nb):
     "`{path: bytes}` of the README and its figures."

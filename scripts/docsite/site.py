@@ -18,8 +18,10 @@ def frame(page, parts):
     at = next((i for i,(f,_) in enumerate(order) if f==page.name), None)
     before = order[at-1] if at else None
     after = order[at+1] if at is not None and at+1<len(order) else None
-    site = dict(title=CFG['title'], repo=CFG['git_url'], branch=CFG['branch'], copyright=f"© {CFG['copyright']}", parts=parts)
-    template = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True).get_template('page.html')
+    site = dict(title=CFG['title'], repo=CFG['git_url'], branch=CFG['branch'], copyright=f"© {CFG['copyright']}",
+                parts=parts)
+    environment = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
+    template = environment.get_template('page.html')
     return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after,
                            to=lambda path: posixpath.relpath(path, posixpath.dirname(page.name) or '.'))
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..search.intervals import MARGIN, SIDES, Interval, crossed_mean, side
 from ..profiles_eval import Evaluation
-from ..study.figures import _figure, _ink, _mark, _need, _rows, profile_style
+from ..study.figures import INK, mark_interval, name_rows, need_keys, panels, profile_style
 from ..study.statistics import basis, plural
 from ..study.experiments import GATE_BUDGET
 
@@ -273,7 +273,7 @@ def span_reports(
     return {n:span_report(rs, runs['joint'][n]) for n,rs in runs['spans'].items() if n in runs['joint']}
 
 def _after(record):
-    _need(record, 'span_report', 'after')
+    need_keys(record, 'span_report', 'after')
     return {s.profile.name:s for s in Evaluation.from_dict(record['after'])}
 
 def plot_tasks(
@@ -281,15 +281,15 @@ def plot_tasks(
 )->Figure: # Exact match and F1
     "Generative and extractive scores of each profile, with their 95 % intervals."
     names = list(report.difference)
-    with _figure(1, 2, 8, 1.1+.42*len(names), sharey=True) as (fig,axs):
+    with panels(1, 2, 8, 1.1+.42*len(names), sharey=True) as (fig,axs):
         for ax,key in zip(axs, ('em','f1')):
             for (y,n),(task,dy) in itertools.product(enumerate(names), zip(TASKS, (-.16, .16))):
                 found = [v*100 for v in report.scores[task][n][key]]
-                _mark(ax, None, y+dy, found, profile_style(n), task=='generative', gid=f'{key}-{task}-{n}')
-        _rows(axs[0], names)
+                mark_interval(ax, y+dy, found, profile_style(n), task=='generative', gid=f'{key}-{task}-{n}')
+        name_rows(axs[0], names)
         axs[0].set(xlabel='exact match (%)'); axs[1].set(xlabel='F1 (%)')
         axs[1].grid(axis='y', visible=False)
-        words = ('none','generative: writes the answer'),(_ink,'extractive: points at it')
-        keys = [Line2D([], [], marker='o', ls='', c=_ink, mfc=f, label=l) for f,l in words]
+        words = ('none','generative: writes the answer'),(INK,'extractive: points at it')
+        keys = [Line2D([], [], marker='o', ls='', c=INK, mfc=f, label=l) for f,l in words]
         fig.legend(handles=keys, loc='outside lower center', ncols=2)
     return fig

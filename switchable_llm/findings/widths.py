@@ -60,7 +60,7 @@ class ProfileStudy(NamedTuple):
 
 def profile_study(
     preset:str,         # Name of a preset
-    root='../../results',  # Folder of records
+    root:str='results', # Folder of records
 )->ProfileStudy: # Of the codes that were run with most schemes
     "Read the records of joint training and of the ablation."
     own,runs = PRESETS[preset],_joint_runs(preset, root)

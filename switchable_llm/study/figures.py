@@ -151,7 +151,3 @@ def legend_key(
 )->Line2D: # For `fig.legend(handles=...)`
     "An entry of a legend."
     return Line2D([], [], marker=marker, ls=line, c=color, mfc='none' if hollow else color, label=label)
-
-# Older names of these, for the rooms that have not learnt the new ones
-_figure,_ink,_need,_rows = panels,INK,need_keys,name_rows
-def _mark(ax, at, *where, **how): mark_interval(ax, *where, **how)
