@@ -31,7 +31,7 @@ def __getattr__(name):
     if name not in WHERE: raise AttributeError(f'module {__name__!r} has no attribute {name!r}: it has {", ".join(WHERE)}')
     try: module = _import_module(f'{__name__}.{WHERE[name]}')
     except ModuleNotFoundError as e:
-        if e.name.partition('.')[0] not in _STUDY: raise
+        if (e.name or '').partition('.')[0] not in _STUDY: raise
         raise ImportError(f"{name} needs the package {e.name.partition('.')[0]}: pip install 'switchable-llm[study]'") from e
     found = getattr(module, _THERE.get(name, name))
     globals()[name] = found

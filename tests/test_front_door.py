@@ -67,6 +67,7 @@ def test_the_import_costs_little(child_env):
 
 def test_what_the_extra_brings_is_told_by_its_name(child_env):
     code = ("import sys, torch\nfrom transformers import PreTrainedModel\nfor m in ('scipy','torchmetrics'): sys.modules[m] = None\n"
-            "import switchable_llm as sl\nm,t = sl.load('tiny'); sl.make_switchable(m)\n"
-            "try: sl.evaluate\nexcept ImportError as e: print(e)")
+            "import pydoc, switchable_llm as sl\nm,t = sl.load('tiny'); sl.make_switchable(m)\n"
+            "print(sl.answer(m, t, sl.squad('tiny', 'validation', 1)))\nassert pydoc.render_doc(sl)\n"
+            "try: sl.evaluate(m, t, sl.squad('tiny', 'validation', 2), 'bw8')\nexcept ImportError as e: print(e)")
     assert "pip install 'switchable-llm[study]'" in run(code, child_env)

@@ -126,7 +126,7 @@ def _options_of(name, parser):   # called when a command was asked for
 def make_parser()->Parser: # The parser of `main`
     "All commands; each makes its options when it is the one that was asked for."
     said = 'One causal language model at many precisions: profiles of bit-widths, and LoRA adapters routed by them.'
-    parser = Parser('switchable-llm', description=said,
+    parser = Parser('switchable-llm', description=said, allow_abbrev=False,
                     epilog='switchable-llm COMMAND --help shows the options of a command, with examples')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     for name,c in COMMANDS.items(): add_command(commands, name, c.help, c.examples, partial(_options_of, name))

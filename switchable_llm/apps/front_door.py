@@ -11,6 +11,7 @@ from typing import Iterable
 from transformers import PreTrainedModel
 from ..quantizers import QuantConfig
 from ..core.calibration import calibrate_
+from ..core.files import whole_folder
 from ..core.switching import make_switchable_, switch_of
 from ..lora_routing import add_adapters_
 from ..data.checkpoints import load_switchable, read_switchable
@@ -25,17 +26,20 @@ from ..serving.packed import is_packed, load_packed, load_packed_tokenizer
 def load(
     source:str|Path,          # 'tiny', a folder, a .gguf file, a name on the hub, a switchable checkpoint, or a packed file
     base:str|Path|None=None,  # Of a switchable checkpoint: where its base model is, if not where the checkpoint says
-    dtype:str='float32',      # Type of a base model's weights: 'float32', 'bfloat16' or 'float16'
+    dtype:str|None=None,      # Type of a base model's weights: 'float32' (the default), 'bfloat16' or 'float16'
     revision:str|None=None,   # Of a model on the hub
 )->tuple: # The model, and its tokenizer
     "Load a model and its tokenizer: a base model, a switchable checkpoint or a packed file."
-    path = Path(source)
-    if path.is_file() and is_packed(path):
+    path = whole_folder(source)
+    ours = path.is_file() and is_packed(path) or (path/'switchable.json').is_file()
+    for k,v in dict(dtype=dtype, revision=revision).items():
+        if ours and v: raise ValueError(f"{k}={v!r}: {source} says itself what it was made from: leave {k} out")
+    if path.is_file() and ours:
         if base: raise ValueError(f"base={str(base)!r}: {source} is a packed file, which holds its model: leave base out")
         return load_packed(path), load_packed_tokenizer(path)
-    if not (path/'switchable.json').is_file():
+    if not ours:
         if base: raise ValueError(f"base={str(base)!r}: {source} is no switchable checkpoint: leave base out")
-        return load_model(str(source), dtype, revision)
+        return load_model(str(source), dtype or 'float32', revision)
     made_from = read_switchable(path)['base']
     name,type_ = str(base or made_from['name']),made_from['dtype'].removeprefix('torch.')
     model,tokenizer = load_model(name, type_, made_from['revision'])
@@ -62,7 +66,7 @@ def _calibrate(model, data, pad_id, batch_size, seed):   # from the first batche
 
 def _uncalibrated(switch):   # whether a static range is missing
     if switch.cfg.act=='per_token': return False
-    pairs = ((l, s.bits.a) for n in switch.profiles for l,s in zip(switch.layers, switch.bound[n]))
+    pairs = ((l, s.bits.a) for n in switch.profiles for l,s in zip(switch.layers, switch.bound[n]) if l.multiplies)
     return any(a is not None and str(a) not in l.observers for l,a in pairs)
 
 def train(

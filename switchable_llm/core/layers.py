@@ -59,9 +59,10 @@ def content_of(
     return _sum_of_places(w)
 
 def _sum_of_places(w):   # integers, each times an odd number of its column and a number of its row; they may wrap
-    columns = torch.arange(1, 2*w.shape[1], 2, device=w.device).to(w.dtype)
+    columns = torch.arange(1, 2*w.shape[1], 2, device=w.device)
     rows = torch.arange(1, len(w)+1, device=w.device)*0x9E3779B97F4A7C1
-    return int(((w*columns).sum(1, dtype=torch.int64)*rows).sum())
+    sums = torch.cat([(block.long()*columns).sum(1) for block in w.split(256)])   # in blocks: 64 bits take room
+    return int((sums*rows).sum())
 
 class QuantLayer(nn.Module):
     "A layer with switchable bits around an original layer."

@@ -77,9 +77,8 @@ def _load_table(datasets, source, path, split):
     saved = any((path/f).exists() for f in marks)
     table = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split=split)
     if isinstance(table, datasets.DatasetDict): return table[split]
-    other = 'validation' if split=='train' else 'train'
-    if str(table.split).partition('[')[0]==other:   # 'train[:5]' is a part of it
-        raise ValueError(f"it is the split {table.split}: ask for split={other!r}")
+    if table.split is not None and str(table.split).partition('[')[0]!=split:   # 'train[:5]' is a part of it
+        raise ValueError(f"it is the split {table.split}, and split={split!r} is asked for")
     return table
 
 def _datasets(source):   # the package is large: it is imported when a table is read

@@ -192,6 +192,7 @@ class Live:
         "A cache back, for the next one; not if somebody may still look at it."
         held = sum(c.keys.nbytes+c.values.nbytes for c in (*self.free, cache))
         if cache.shown or held>self.LARGEST or cache.context!=cache.parts.context: return
+        if self.made is None or cache.parts is not self.made.parts: return   # the model has moved since
         cache.begin()
         self.free.append(cache)
 

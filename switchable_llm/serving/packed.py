@@ -232,15 +232,20 @@ def few_modules(
     most:int, # Modules and parameters, counted together
 ):
     "A `ValueError` as soon as this thread makes a model of more: a file cannot ask for what it does not hold."
-    made,me = [0],threading.get_ident()
-    def count(module, name, part):
-        if threading.get_ident()!=me: return
-        made[0] += 1
-        if made[0]>most: raise ValueError(f"config: asks for more than {most:,} parts: too many for this file")
-    hooks = register_module_module_registration_hook(count),register_module_parameter_registration_hook(count)
+    _MAKES.left,before = most,getattr(_MAKES, 'left', None)
     try: yield
-    finally:
-        for h in hooks: h.remove()
+    finally: _MAKES.left = before
+
+_MAKES = threading.local()   # `left`: parts that this thread may still make, or `None`
+
+def _count(module, name, part):   # of every module that is made, in any thread
+    left = getattr(_MAKES, 'left', None)
+    if left is None: return
+    if left==0: raise ValueError("config: asks for more parts than there can be for this file")
+    _MAKES.left = left-1
+
+register_module_module_registration_hook(_count)      # for good: others may make modules while this changes
+register_module_parameter_registration_hook(_count)
 
 def _check_heads(config):
     heads,kv = (getattr(config, k, None) for k in ('num_attention_heads','num_key_value_heads'))
