@@ -422,6 +422,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                            'switchable_llm.core.files._place': ('core/files.html#_place', 'switchable_llm/core/files.py'),
                                            'switchable_llm.core.files._remove': ('core/files.html#_remove', 'switchable_llm/core/files.py'),
                                            'switchable_llm.core.files._runs': ('core/files.html#_runs', 'switchable_llm/core/files.py'),
+                                           'switchable_llm.core.files._stands_in': ( 'core/files.html#_stands_in',
+                                                                                     'switchable_llm/core/files.py'),
                                            'switchable_llm.core.files._swap': ('core/files.html#_swap', 'switchable_llm/core/files.py'),
                                            'switchable_llm.core.files._temporary': ( 'core/files.html#_temporary',
                                                                                      'switchable_llm/core/files.py'),

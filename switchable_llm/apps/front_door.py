@@ -89,4 +89,5 @@ def train(
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if _uncalibrated(switch): _calibrate(model, data, pad_id, batch_size, seed)
     policy = policy or random_profile([n for n in switch.profiles if n!='float'], seed)
-    return train_loop(model, data, policy, cfg, pad_id, checkpoint=checkpoint, progress=progress)
+    every = max(1, min(100, steps//5))   # steps between checkpoints
+    return train_loop(model, data, policy, cfg, pad_id, checkpoint=checkpoint, every=every, progress=progress)

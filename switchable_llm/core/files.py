@@ -113,10 +113,17 @@ def check_target(
     if not os.access(parent, os.W_OK|os.X_OK):
         raise PermissionError(f"{path}: no permission to write in {parent}: choose another place")
     if path.exists(): _check_older(path, what, ours, folder)
+    if folder and _stands_in(path):
+        raise OSError(f"{path}: is where you are, and would be replaced under you: choose another name, like "
+                      f"{path/'new'}")
     free = shutil.disk_usage(parent).free
     if free<space:
         raise OSError(f"{path}: {free:,} bytes are free, {space:,} are needed: free some, or choose another place")
     return path
+
+def _stands_in(path):   # whether this process works in that folder, or below it
+    try: return Path.cwd().is_relative_to(path)
+    except FileNotFoundError: return False
 
 def _check_older(path, what, ours, folder):
     for _ in range(10):   # where another writer replaces it meanwhile, look again

@@ -198,9 +198,10 @@ def fit(
     if learns_ranges(preset): objective = replace(objective, terms=(*objective.terms, *range_terms(model)))
     around = prepare(model) or nullcontext()
     drawn = make(model, [n for n in switch_of(model).profiles if n!='float'], preset.seed)
+    every = max(1, min(100, preset.steps//5))   # a short run too can be stopped, and goes on
     with around:
         return drawn, train(model, data, drawn, train_config(preset), tokenizer.pad_token_id, task, objective,
-                            checkpoint=checkpoint, progress=progress)
+                            checkpoint=checkpoint, every=every, progress=progress)
 
 def learns_ranges(
     preset:Preset, # What to run
