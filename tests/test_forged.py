@@ -83,10 +83,10 @@ def model(healthy, tmp_path):
 def test_a_layer_that_is_held_keeps_its_buffer(model):
     out = model.generate(ids(), return_dict_in_generate=True, **G)
     layer = next(getattr(out, n) for n in ('cache','past_key_values') if getattr(out, n, None) is not None).layers[0]
-    before = layer.store.keys.clone()
+    before = layer._view('keys').clone()   # `keys` would mark the buffer as one that somebody looks at
     del out
     model.generate(ids(9)+3, **G)
-    assert torch.equal(layer.store.keys, before)
+    assert torch.equal(layer._view('keys'), before)
 
 def test_a_buffer_of_the_callers_own_stays_his(model):
     model.generate(ids(), **G)
@@ -113,7 +113,7 @@ def test_a_model_that_moves_computes_its_angles_anew(healthy, tmp_path):
     assert all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
 
 def test_numbers_beyond_the_native_ones_run_by_modules(healthy, tmp_path):
-    def change(d, tensors): d['config']['max_position_embeddings'] = 2**20
+    def change(d, tensors): d['config']['max_position_embeddings'] = 2**40
     path = forged(tmp_path/'long.safetensors', healthy['llama'], change)
     assert load_packed(path).generate(ids(), **G).shape==(1, 9)
 

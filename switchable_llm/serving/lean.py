@@ -154,7 +154,7 @@ class Tables:
 
     def _make(self, settings):
         try: return Table(self.parts, lambda m: m.plan(*settings[m.index]) if hasattr(m, 'plan') else None)
-        except ValueError as e: return str(e)   # `NotLean`, or numbers that the native side refuses
+        except NotLean as e: return str(e)
 
     def forget(self,
         parts:Parts, # The model again

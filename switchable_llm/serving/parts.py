@@ -119,7 +119,9 @@ def parts_of(
     kind = model.config.model_type
     if kind not in PARTS:
         raise NotLean(f"model type {kind!r} is not in PARTS ({', '.join(PARTS)}): use model.generate()")
-    return PARTS[kind](model)
+    parts = PARTS[kind](model)
+    if parts.context>=2**31: raise NotLean(f"a context of {parts.context} tokens: native steps count to 2**31")
+    return parts
 
 # %% ../../nbs/serving/parts.ipynb #f41ddc7c
 def _pointers(names): return [(k, ctypes.c_void_p) for k in names.split()]
