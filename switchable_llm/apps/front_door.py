@@ -20,7 +20,7 @@ from ..data.models import load_model
 from ..joint_training import Policy, batch_rows, random_profile, train as train_loop
 from ..training.settings import TrainConfig
 from ..data.tasks import answering
-from ..serving.packed import is_packed, load_packed, load_packed_tokenizer
+from ..serving.packed import load_packed, load_packed_tokenizer
 
 # %% ../../nbs/apps/front_door.ipynb #c637c361
 def load(
@@ -31,10 +31,11 @@ def load(
 )->tuple: # The model, and its tokenizer
     "Load a model and its tokenizer: a base model, a switchable checkpoint or a packed file."
     path = whole_folder(source)
-    ours = path.is_file() and is_packed(path) or (path/'switchable.json').is_file()
+    packed = path.is_file() and path.suffix!='.gguf'
+    ours = packed or (path/'switchable.json').is_file()
     for k,v in dict(dtype=dtype, revision=revision).items():
         if ours and v: raise ValueError(f"{k}={v!r}: {source} says itself what it was made from: leave {k} out")
-    if path.is_file() and ours:
+    if packed:
         if base: raise ValueError(f"base={str(base)!r}: {source} is a packed file, which holds its model: leave base out")
         return load_packed(path), load_packed_tokenizer(path)
     if not ours:

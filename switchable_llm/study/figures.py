@@ -72,7 +72,7 @@ _MADE_BY = 'switchable_llm'   # stands in the metadata of a figure of ours
 def is_figure(
     path:Path, # A file
 )->bool: # Whether `save_figure` may replace it
-    "Whether a file is a figure that `save_figure` wrote, which its metadata say; before 0.2 it wrote no creator."
+    "Whether a file is a figure that `save_figure` wrote, which its metadata say; older ones have no creator."
     try: text = Path(path).read_bytes()
     except OSError: return False
     older = b'<svg' in text and b'<dc:creator>' not in text and b'matplotlib' in text
