@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.data.checkpoints import load_switchable, save_switchable
+from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from common import gpt2, options, table, write
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed

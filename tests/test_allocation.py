@@ -9,7 +9,7 @@ from switchable_llm.study.searches import random_choice, run_allocation
 from switchable_llm.study.records import PRESETS
 from switchable_llm.data.encoding import Encoded
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.data.checkpoints import save_switchable
+from switchable_llm.models.checkpoints import save_switchable
 from switchable_llm.search.costs import profile_cost, total
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.sensitivity import (

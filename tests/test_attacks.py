@@ -12,13 +12,13 @@ from switchable_llm.cpt import CycleConfig
 from switchable_llm.study.cycles import CPTPlan, run_cpt
 from switchable_llm.study.records import PRESETS, load_records
 from switchable_llm.data.encoding import collate, encode
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import adapter_keys, adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import load_switchable, save_switchable
+from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, GemmaToke
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, OPTConfig, OPTForCausalLM
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from switchable_llm.data.encoding import collate, encode, prompt_texts, start_ids
-from switchable_llm.data.models import span_model
+from switchable_llm.models.loading import span_model
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train

@@ -4,9 +4,9 @@ from dataclasses import asdict
 import pytest, torch
 from safetensors.torch import load_file, save as save_tensors
 from torch import nn
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import _sealed, load_switchable, read_switchable, save_switchable
+from switchable_llm.models.checkpoints import _sealed, load_switchable, read_switchable, save_switchable
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.layers import ADDED, GATE_TYPES
 from switchable_llm.core.profiles import PROFILES, save_profiles

@@ -6,13 +6,13 @@ from transformers import (
     AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
     MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from switchable_llm.data.models import gguf_overrides, load_model
+from switchable_llm.models.loading import gguf_overrides, load_model
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.serving.formats import (
     GGUF_DTYPES, LinearWithLoRA, export_gguf, export_torchao, logit_gap, use_weights_only)
 from switchable_llm.serving.exports import export_float, merge, merged_weight
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import base_hash
+from switchable_llm.models.checkpoints import base_hash
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import PROFILES, Profile, Rule, load_profiles
 from switchable_llm.core.layers import QuantLayer, Setting

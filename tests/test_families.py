@@ -8,7 +8,7 @@ from switchable_llm.data.encoding import Encoded
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import load_switchable, save_switchable
+from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, QuantConfig

@@ -5,7 +5,7 @@ import gates_worker as worker
 from train_worker import HAS_GLOO, LAUNCH, QUIET, settings
 from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering, OPTConfig, OPTForCausalLM
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.core.gates import (
     BitBudget, add_gates_, calibrate_gates_, expected_bits, gate_params, gate_profile, mean_bits, realised_bits,
@@ -13,7 +13,7 @@ from switchable_llm.core.gates import (
 from switchable_llm.joint_training import Objective, random_profile, train
 from switchable_llm.data.tasks import answering, token_weights
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import base_hash, load_switchable, save_switchable
+from switchable_llm.models.checkpoints import base_hash, load_switchable, save_switchable
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.profiles_eval import evaluate

@@ -4,9 +4,9 @@ import pytest, torch
 from tokenizers import pre_tokenizers
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig
 from transformers import LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
-from switchable_llm.data.checkpoints import save_switchable
+from switchable_llm.models.checkpoints import save_switchable
 from switchable_llm.serving.exports import freeze
 from switchable_llm.core.switching import make_switchable_
 from test_real_models import write_gguf

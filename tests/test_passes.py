@@ -7,7 +7,7 @@ from switchable_llm.core.layers import content_of
 from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.data.encoding import encode
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import random_profile, train
 from switchable_llm.lora_routing import add_adapters_

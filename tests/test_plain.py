@@ -9,7 +9,7 @@ from switchable_llm.serving.exports import export_float, merge
 from switchable_llm.serving.formats import export_torchao
 from switchable_llm.core.gates import add_gates_
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import load_switchable, save_switchable
+from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.quantizers import Bits
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.layers import QuantLayer

@@ -1,7 +1,7 @@
 "Random profiles survive every way of writing them; random nonsense is a `ValueError` and nothing else."
 import json, random
 import pytest, torch
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import PROFILES, SITES, Profile, Rule, load_profiles, save_profiles
 from switchable_llm.core.switching import make_switchable_, use_profile

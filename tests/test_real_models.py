@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from switchable_llm.study.records import PRESETS, load_records
 from switchable_llm.data.encoding import encode
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import load_switchable
+from switchable_llm.models.checkpoints import load_switchable
 from switchable_llm.profiles_eval import answer, perplexity
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.study.runs import evaluations, run_joint

@@ -3,10 +3,10 @@ import multiprocessing as mp, os, random, resource, signal, time
 import pytest, torch
 from safetensors.torch import load_file
 import train_worker as worker
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.core.files import LOCK
 from switchable_llm.lora_routing import adapter_params
-from switchable_llm.data.checkpoints import load_switchable, save_switchable
+from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.training.resuming import checkpoints, read_checkpoint
 
 STEPS = 40

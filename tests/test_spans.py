@@ -8,12 +8,12 @@ from transformers import (
     AutoModelForCausalLM, AutoModelForQuestionAnswering, GPT2Config, GPT2ForQuestionAnswering, GPTNeoConfig,
     GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config)
 from switchable_llm.study.records import PRESETS, load_records
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_squad, tiny_tokenizer
 from switchable_llm.joint_training import Objective, fixed_profile, train
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.lora_routing import adapter_params, add_adapters_
-from switchable_llm.data.checkpoints import load_switchable, save_switchable
+from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.training.objectives import Distillation, Stability
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed

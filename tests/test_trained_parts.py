@@ -8,7 +8,7 @@ from switchable_llm.serving.exports import merge, freeze
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, random_layers, random_profile, train
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.data.checkpoints import base_hash, load_switchable, save_switchable
+from switchable_llm.models.checkpoints import base_hash, load_switchable, save_switchable
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight
 from switchable_llm.core.profiles import Profile

@@ -2,13 +2,13 @@
 import errno, json, multiprocessing as mp, os, resource, shutil, signal
 import pytest, torch
 from safetensors import SafetensorError
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.serving.exports import export_float, merge, freeze
 from switchable_llm.serving.formats import export_gguf, export_torchao, save_torchao
 from switchable_llm.core.files import named_errors
 from switchable_llm.lora_routing import adapter_params, add_adapters_, export_peft
-from switchable_llm.data.checkpoints import check_save_target, save_switchable
+from switchable_llm.models.checkpoints import check_save_target, save_switchable
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.core.profiles import Profile, load_profiles, save_profiles
@@ -77,7 +77,7 @@ def no_work(monkeypatch):
     "Anything that costs time is an error."
     def spent(*a, **k): raise AssertionError('work was spent')
     for name in ('serving.exports.merge', 'serving.formats.merge', 'serving.formats.export_torchao',
-                 'data.checkpoints.base_hash', 'lora_routing.save_tensors', 'serving.exports._pack_layer',
+                 'models.checkpoints.base_hash', 'lora_routing.save_tensors', 'serving.exports._pack_layer',
                  'study.records.environment', 'core.profiles.yaml.safe_dump'):
         monkeypatch.setattr(f'switchable_llm.{name}', spent)
 

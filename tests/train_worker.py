@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_seed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from switchable_llm.data.encoding import encode
-from switchable_llm.data.models import load_model
+from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.joint_training import Policy, all_profiles, random_layers, random_profile, train
 from switchable_llm.training.settings import TrainConfig

@@ -17,9 +17,9 @@ from ..core.integer import KERNELS, try_kernel, native_report
 from ..core.profiles import PROFILES, Profile, load_profiles, read_profiles
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
-from ..data.checkpoints import check_save_target, load_switchable, read_switchable, save_switchable
+from ..models.checkpoints import check_save_target, load_switchable, read_switchable, save_switchable
 from ..study.records import PRESETS, Preset, save_record, check_name
-from ..data.models import load_model
+from ..models.loading import load_model
 from ..data.squad import load_squad
 from ..profiles_eval import answer, evaluate
 from ..search.costs import profile_cost

@@ -14,9 +14,9 @@ from ..core.calibration import calibrate_
 from ..core.files import whole_folder
 from ..core.switching import make_switchable_, switch_of
 from ..lora_routing import add_adapters_
-from ..data.checkpoints import load_switchable, read_switchable
+from ..models.checkpoints import load_switchable, read_switchable
 from ..data.encoding import encode
-from ..data.models import load_model
+from ..models.loading import load_model
 from ..joint_training import Policy, batch_rows, random_profile, train as train_loop
 from ..training.settings import TrainConfig
 from ..data.tasks import answering

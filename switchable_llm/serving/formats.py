@@ -21,7 +21,7 @@ from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile
 from ..core.layers import QuantLayer, Setting
 from ..lora_routing import LoRA
-from ..data.models import optional
+from ..models.loading import optional
 from .exports import (
     copy_with, end_weights, export_target, layers_at, merge, model_bytes, untie_)
 

@@ -24,7 +24,7 @@ from ..core.layers import LAYERS, Setting, Bank
 from ..core.profiles import Profile, Site
 from ..core.switching import Switch
 from ..lora_routing import LoRA, router
-from ..data.models import float32_head_
+from ..models.loading import float32_head_
 from .kernels import ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes
 from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,

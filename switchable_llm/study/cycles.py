@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
-from ..data.checkpoints import base_hash
+from ..models.checkpoints import base_hash
 from .records import Preset, known_record, save_record
 from .figures import figure_style
 from ..profiles_eval import evaluate, perplexity

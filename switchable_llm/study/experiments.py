@@ -17,7 +17,7 @@ from ..core.profiles import Profile
 from ..core.switching import base_params, switch_of, use_profile
 from ..core.calibration import calibrate_, learn_ranges_
 from ..core.gates import BitBudget, add_gates_, calibrate_gates_, gate_profile, use_gates
-from ..data.checkpoints import base_hash, save_switchable
+from ..models.checkpoints import base_hash, save_switchable
 from .records import Preset, known_record, save_record
 from ..joint_training import Objective, Policy, random_layers
 from ..training.objectives import RangePenalty

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable
 from ..core.calibration import calibrate_
-from ..data.checkpoints import base_hash, read_switchable, save_switchable
+from ..models.checkpoints import base_hash, read_switchable, save_switchable
 from .records import Preset, known_record, save_record
 from ..data.encoding import collate, encode
 from ..data.tasks import answering

@@ -23,10 +23,10 @@ from ..core.profiles import PROFILES, SITES, Profile, Rule, read_profiles
 from ..core.calibration import calibrate_, learn_ranges_
 from ..core.switching import make_switchable_, switch_of, use_profile
 from ..lora_routing import add_adapters_
-from ..data.checkpoints import base_hash, save_switchable
+from ..models.checkpoints import base_hash, save_switchable
 from .records import Preset, save_record, check_name, record_target
 from ..data.encoding import encode
-from ..data.models import load_model
+from ..models.loading import load_model
 from ..data.squad import load_squad
 from switchable_llm.joint_training import (
     Objective, Policy, all_profiles, batch_rows, fixed_profile, high_to_low, random_layers, random_profile,

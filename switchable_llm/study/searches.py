@@ -15,10 +15,10 @@ from typing import Callable, Iterable
 from torch import nn
 from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
-from ..data.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
+from ..models.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
 from ..data.encoding import Encoded, encode
 from .records import Preset, save_record
-from ..data.models import load_model
+from ..models.loading import load_model
 from ..data.squad_scores import em_f1
 from ..joint_training import batch_rows
 from ..profiles_eval import answer
