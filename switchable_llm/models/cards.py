@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from torch import nn
 from ..core.files import write_whole
-from ..core.profiles import Profile
 from ..core.switching import added_params, switch_of
 
 # %% ../../nbs/models/cards.ipynb #f0905d83

@@ -237,7 +237,7 @@ def restore_(
     model:nn.Module,              # A base model; changed in place
     d:dict,                       # As `describe` gave it
     state:dict[str,Tensor],       # As `added_tensors` gave them
-    trained:dict[str,Tensor]={},  # Weights of the base that are not those of `model`
+    trained:dict[str,Tensor]|None=None, # Weights of the base that are not those of `model`
 )->nn.Module: # `model`, switchable, at profile `float`
     "Make of a base model what was described; a `ValueError` where that does not fit."
     for g in d.get('gates', ()):
@@ -256,7 +256,7 @@ def restore_(
     if lost := [n for n in learnt if n not in params]:
         raise ValueError(f"it has no parameter {lost[0]}, which was trained")
     if d['adapters'] or learnt: model.requires_grad_(False)
-    for n,t in trained.items():
+    for n,t in (trained or {}).items():
         with torch.no_grad(): params[n].copy_(t)
     for n in learnt: params[n].requires_grad_(True)
     _fill(model, d, state)
