@@ -303,7 +303,7 @@ def page_code(
     "What the explorer's page runs."
     def here(p): return str(Path(p).resolve()) if p and p not in PRESETS and Path(p).exists() else p
     return '\n'.join((
-        'from transformers.utils import logging', 'from switchable_llm.apps.explorer import explorer',
+        'from transformers.utils import logging', 'from switchable_llm.explorer.explorer import explorer',
         'logging.set_verbosity_error(); logging.disable_progress_bar()',
         f'explorer({here(source)!r}, {here(model)!r}, {list(map(here, more))!r})'))
 
@@ -330,7 +330,7 @@ def _explore(args):
     for c in args.checkpoint: check_readable(c)
     for m in ('voila','ipykernel','ipywidgets','matplotlib'):   # the page's own process would tell nobody
         if not util.find_spec(m): raise ModuleNotFoundError(f'No module named {m!r}', name=m)
-    page,first = import_module('switchable_llm.apps.page'),args.checkpoint or [args.preset]
+    page,first = import_module('switchable_llm.explorer.page'),args.checkpoint or [args.preset]
     def tell(address):
         print(address, flush=True)
         teller(args)(f'shows the explorer, in at most {args.max_sessions} pages at a time; Ctrl-C ends it')
