@@ -2367,6 +2367,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                                   'switchable_llm/serving/generating.py'),
                                                    'switchable_llm.serving.generating.PackedModel.save_pretrained': ( 'serving/generating.html#packedmodel.save_pretrained',
                                                                                                                       'switchable_llm/serving/generating.py'),
+                                                   'switchable_llm.serving.generating.PackedModel.tie_weights': ( 'serving/generating.html#packedmodel.tie_weights',
+                                                                                                                  'switchable_llm/serving/generating.py'),
                                                    'switchable_llm.serving.generating._Owner': ( 'serving/generating.html#_owner',
                                                                                                  'switchable_llm/serving/generating.py'),
                                                    'switchable_llm.serving.generating._Record': ( 'serving/generating.html#_record',

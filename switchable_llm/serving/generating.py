@@ -264,6 +264,10 @@ class PackedModel(PreTrainedModel):
         "Refused in the same way, before anything is made on the hub."
         self.save_pretrained()
 
+    def tie_weights(self, *args, **kw):
+        "As transformers does; once the layers are in place, what is tied shares its tensors or its codes already."
+        if not hasattr(self, 'switch'): return super().tie_weights(*args, **kw)
+
     def __reduce_ex__(self, protocol):   # the class is made anew where it is read
         return _unfilled,(type(self).__name__,),self.__dict__
 
