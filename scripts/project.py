@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('core', 'Core', 'layers that switch', 'files integer profiles layers switching calibration gates'),
+    ('core', 'Core', 'layers that switch', 'files progress integer profiles layers switching calibration gates'),
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans'),
     ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
@@ -29,7 +29,8 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli options commands studying page exploration explorer'))]
+    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands asking harness studying'),
+    ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
 
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn, Tensor
-from tqdm.auto import tqdm
 from .quantizers import Bits
+from .core.progress import tqdm
 from .core.profiles import Profile, Rule
 from .core.switching import switch_of, use_profile
 from .training.resuming import RunState, data_facts, kept, model_facts
@@ -225,13 +225,15 @@ def train(
     set_seed(cfg.seed, device_specific=True)
     with kept(acc, checkpoint, settings, state) as save, _training(model, params, policy):
         hidden = not (progress and acc.is_main_process)
-        for step in tqdm(range(state.step, cfg.steps), 'train', cfg.steps, initial=state.step, disable=hidden):
+        bar = tqdm(range(state.step, cfg.steps), 'train', cfg.steps, initial=state.step, disable=hidden)
+        for step in bar:
             start = time.perf_counter()
             point = step_of(step)
             optimizer.zero_grad(set_to_none=True)
             state.add(point, time.perf_counter()-start)
             if (step+1)%every==0 or step+1==cfg.steps: save()
             if callback: callback(step, state.curve)
+            if state.curve: bar.set_postfix(loss=f'{state.curve[-1][1]:.3g}', refresh=False)
     tokens = sum(c[3] for c in state.curve)
     return dict(curve=state.curve, skipped=state.skipped, tokens=tokens, seconds=state.seconds,
                 processes=acc.num_processes, device=str(acc.device))

@@ -18,9 +18,9 @@ from threading import Lock
 from typing import Iterable, Iterator
 from weakref import WeakKeyDictionary
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from .data.encoding import Encoded, collate, encode
+from .core.progress import tqdm
 from .core.profiles import Profile, check_unique
 from .core.switching import switch_of, use_profile
 from .search.intervals import Interval, digits, interval, per_token

@@ -11,6 +11,8 @@ from switchable_llm.apps import commands as module
 from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_package, one_line
 from switchable_llm.apps.options import GROUPS
 from switchable_llm.study.records import Preset
+from switchable_llm import __version__
+from switchable_llm.core import progress
 from switchable_llm.core.files import claim
 from switchable_llm.study.runs import NUMBERS, WORDS
 
@@ -95,7 +97,8 @@ def commands(parser, path=()):
 COMMANDS = dict(commands(make_parser()))
 
 def test_the_commands(cli):
-    verbs = 'run train experiment evaluate answer profiles presets freeze export check kernels explore'.split()
+    verbs = ('run train experiment evaluate answer generate lm-eval profiles presets freeze export check kernels '
+             'explore').split()
     assert set(ALL)==set(verbs) and set(COMMANDS)=={*verbs, *(f'profiles {c}' for c in ('list','show','check'))}
     status,out,err = cli('--help')
     assert (status, err)==(0, '') and all(c in out for c in COMMANDS if ' ' not in c)
@@ -114,8 +117,9 @@ def options(command): return {a.option_strings[0] for a in COMMANDS[command]._ac
 
 def test_train_has_few_options_and_the_study_has_all():
     "What a person sets; the rest stands in a preset, and can be changed where the study is run."
-    asked = ('out model data profiles preset steps batch-size lr r max-length train-n act dtype seed policy quiet debug')
-    assert options('train')=={'-h', *('--'+o for o in asked.split())} and len(options('train'))<=18
+    asked = ('out model data profiles preset steps batch-size lr r max-length train-n act dtype seed policy device '
+             'quiet debug')
+    assert options('train')=={'-h', *('--'+o for o in asked.split())} and len(options('train'))<=19
     every = {'--'+f.name.replace('_','-') for f in fields(Preset) if f.name!='name'}
     for c in ('run','experiment'): assert every<=options(c)
     assert '--objective' in options('run')
@@ -132,11 +136,11 @@ def test_usage(cli):
     assert cli()[0]==cli('fly')[0]==cli('experiment', 'luck')[0]==cli('train')[0]==2
 
 def test_an_interrupt_before_the_work(cli, monkeypatch):
-    def interrupt(*a): raise KeyboardInterrupt
+    def interrupt(*a, **kw): raise KeyboardInterrupt
     monkeypatch.setattr(module, 'study_model', interrupt)
     status,out,err = cli('train', '--out', 'x')
     assert (status, out)==(130, '') and err=='interrupted; the same command goes on from the last checkpoint\n'
-    monkeypatch.setattr(module, 'load_checkpoint', interrupt)
+    monkeypatch.setattr('switchable_llm.apps.asking.open_model', interrupt)
     assert cli('answer', '.', *ASK)==(130, '', 'interrupted\n')
 
 # --- wrong numbers and words ----------------------------------------------------------------------------------------
@@ -408,14 +412,79 @@ def test_check(cli, refused, tmp_path, mine):
     told = ('bad.safetensors','damaged'),('nowhere',),('is a folder','freeze')
     for l,words in zip(lines, told): assert all(w in l for w in words), l
 
+# --- for programs ---------------------------------------------------------------------------------------------------
+
+def test_json_on_stdout_and_nothing_else(cli, mine, tmp_path):
+    def read(*argv, status=0):
+        got,out,err = cli(*argv, '--json')
+        assert got==status, err
+        return json.loads(out), err
+    assert [p['name'] for p in read('profiles')[0]]==[p['name'] for p in read('profiles', 'list')[0]]
+    shown, = read('profiles', 'show', 'mixed8648')[0]
+    assert set(shown['layers'].values())=={'w6a8', 'w4a8'} and shown['cost']['w_bits']<6
+    assert set(read('presets')[0])=={'tiny','smollm2','gpt2'}
+    found,err = read('evaluate', mine/'mine', '--n', 3, '--profiles', 'bw4')
+    score, = found['evaluation']['scores']
+    assert score['profile']['name']=='bw4' and len(score['f1'])==3 and Path(found['record']).exists()
+    assert f"a record of this goes to {found['record']}" in err
+    answers = {f:read('answer', mine/f, *ASK, '--profiles', 'bw4', 'mixed8648')[0]['answers'] for f in ('mine','mine.safetensors')}
+    assert all(list(a)==['bw4','mixed8648'] for a in answers.values())
+    whole,lost = read('check', mine/'mine.safetensors', 'nowhere', status=1)[0]
+    assert whole['whole'] and sum(whole['bytes'].values())==(mine/'mine.safetensors').stat().st_size and 'nowhere' in lost['error']
+    (tmp_path/'two.yaml').write_text('[{name: a, default: w8a8}, {name: b, default: w4a8, rules: [{layers: 99, bits: w8}]}]')
+    sound,wrong = read('profiles', 'check', 'two.yaml', '--fit', status=1)[0]
+    assert sound['profile']=='a' and sound['fits'] and 'layer 99' in wrong['error']
+    kernels = read('kernels', mine/'mine.safetensors')[0]
+    assert {p['device'] for p in kernels['products']}>={'cpu'} and list(kernels['files'][0]['profiles'])==['bw4','mixed8648']
+
+def test_the_version(cli):
+    import torch, transformers
+    status,out,err = cli('--version')
+    assert (status, err, out.count('\n'))==(0, '', 1)
+    for p,v in (('switchable-llm',__version__), ('torch',torch.__version__.partition('+')[0]), ('transformers',transformers.__version__)):
+        assert f'{p} {v}' in out
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+def test_a_log_has_lines_and_a_terminal_a_bar(tmp_path, monkeypatch, toy_folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress.Lines, 'seconds', 0)
+    def told(stream, out, *more):
+        monkeypatch.setattr(sys, 'stderr', stream)
+        assert main(['train', '--model', str(toy_folder), *SHORT, '--out', out, *more])==0
+        return stream.getvalue()
+    log = told(io.StringIO(), 'a').splitlines()
+    assert [bool(re.fullmatch(rf'train {i}/4(, loss [\d.]+)?, \d+ s', l)) for i,l in enumerate(log[-4:], 1)]==[True]*4, log
+    assert 'loss' in log[-1] and '\r' not in ''.join(log) and '\r' in told(Terminal(), 'b') and told(io.StringIO(), 'c', '--quiet')==''
+
+def test_profiles_are_told_in_the_words_of_the_command(refused, mine):
+    for verb in (['evaluate'], ['answer', *ASK], ['generate', '--prompt', 'x'], ['freeze', '--out', 'x'],
+                 ['export', '--format', 'float', '--out', 'x']):
+        for name in ['mine']+['mine.safetensors']*(verb[0] in ('evaluate','answer','generate')):
+            refused(verb[0], mine/name, *verb[1:], '--profile', 'bw9', says=["'bw9'", 'which has', 'mixed8648', '.yaml'])
+            refused(verb[0], mine/name, *verb[1:], '--profile', 'no.yaml', says='no.yaml: No such file')
+    refused('train', '--out', 'x', '--profiles', 'bw9', says=["'bw9'", 'built in are', '.yaml'])
+
+def test_a_tokenizer_that_a_gguf_file_cannot_hold(refused):
+    "As that of the embedded model: the way out is an option."
+    pytest.importorskip('gguf')
+    assert main(['train', '--quiet', '--steps', '1', '--train-n', '20', '--profiles', 'bw4', '--out', 'm'])==0
+    refused('export', 'm', '--profile', 'bw4', '--format', 'gguf', '--out', 'm.gguf', says='--no-tokenizer')
+
 # --- one way out ------------------------------------------------------------------------------------------------------
 
 def test_a_mistake_is_one_line(refused, cli, mine, tmp_path):
     for command in (
-            ['evaluate','nowhere'], ['answer','nowhere',*ASK], ['freeze','nowhere','--out','x'],
+            ['evaluate','nowhere'], ['freeze','nowhere','--out','x'],
             ['export','nowhere','--profile','bw4','--format','float','--out','x'],
             ['explore','nowhere'], ['explore', str(mine/'mine'), 'nowhere']):
         refused(*command, says='nowhere: missing')
+    for verb in (['answer',*ASK], ['generate','--prompt','x'], ['lm-eval','--tasks','x']):
+        for path in ('nowhere.safetensors', './nowhere', 'one/two/three'):     # the hub is not asked for a path
+            if verb[0]!='lm-eval': refused(verb[0], path, *verb[1:], says=[path, 'no such file or folder'])
+        refused(verb[0], 'tiny', *verb[1:], '--device', 'cuda:99', says='--device cuda:99: not on this machine, which has cpu')
+    refused('train', '--out', 'x', '--device', 'gpu', says='--device gpu: not on this machine, which has cpu')
     refused('evaluate', mine/'mine', '--data', 'nowhere.json', says='nowhere.json')
     refused('evaluate', mine/'mine', '--profiles', 'bw5', says="'bw5'")
     for q,c in ((' ', 'C'), ('Q', '')): refused('answer', mine/'mine', '--question', q, '--context', c, says='is empty')

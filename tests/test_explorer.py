@@ -105,7 +105,7 @@ def test_the_page_works_elsewhere(tmp_path, monkeypatch):
 
 @needs_voila
 def test_the_page_is_a_notebook_of_this_python(tmp_path):
-    from switchable_llm.apps.page import write_page
+    from switchable_llm.explorer.page import write_page
     page = json.loads(write_page(tmp_path, 'x = 1').read_text())
     assert ''.join(page['cells'][0]['source'])=='x = 1'
     kernel, = (tmp_path/'kernels').glob('*/kernel.json')

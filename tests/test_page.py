@@ -13,7 +13,7 @@ from tornado.websocket import websocket_connect
 
 SERVE = """
 import os, sys, tempfile
-from switchable_llm.apps.page import serve_page, write_page
+from switchable_llm.explorer.page import serve_page, write_page
 with tempfile.TemporaryDirectory() as tmp:
     os.environ['JUPYTER_PATH'] = tmp
     def tell(address): print(address, flush=True)

@@ -272,6 +272,9 @@ def load_profiles(
     "Read profiles from a file; a `ValueError` names the file and the fault."
     path = Path(path)
     _check_ending(path)
+    if not path.is_file():
+        what = 'is a folder' if path.is_dir() else 'No such file'
+        raise FileNotFoundError(f"{path}: {what}: give a file of profiles that ends in .json, .yaml or .yml")
     with path.open('rb') as f: data = f.read(MOST_BYTES+1)
     if len(data)>MOST_BYTES:
         raise ValueError(f"{path}: larger than {MOST_BYTES:,} bytes, which no list of profiles is")

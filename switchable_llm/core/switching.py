@@ -48,6 +48,7 @@ _FRAMES:ContextVar[dict] = ContextVar('switchable_llm_frames', default={})
 
 class Switch:
     "The live profile of a model, shared by all its quantized layers: `switch.profile = 'bw4'`."
+    more = 'add it with switch.add, or give a Profile'   # how a model gets another profile, for errors
     def __init__(self,
         sites:list[Site],   # The quantized layers, in order
         cfg:QuantConfig,    # How they quantize
@@ -171,7 +172,7 @@ class Switch:
         "A profile and its settings; a `ValueError` lists the names."
         if isinstance(p, str) and p not in self.profiles:
             raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(self.profiles)}; "
-                             "add it with switch.add")
+                             f"{self.more}")
         p = self.profiles[p] if isinstance(p, str) else p
         bound = self.bound.get(p.name) if self.profiles.get(p.name)==p else None
         # `bind` is an error that says which adapter the profile lacks.

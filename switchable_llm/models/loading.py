@@ -19,7 +19,7 @@ from .quantizer import METHOD, PACKED_METHOD
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(
-    name:str,   # Name of the package, which is the name of the extra too
+    name:str,   # Name of the package, which is the name of the extra too, with `-` for `_`
     what:str,   # What needs it
 )->Any: # The module
     "Import a package that is not always installed; an `ImportError` names the extra."
@@ -27,7 +27,7 @@ def optional(
     logging.disable(logging.WARNING)      # torchao warns of GPU binaries that are not for this machine
     try: return importlib.import_module(name)
     except ImportError as e:
-        how = f"pip install 'switchable-llm[{name}]'"
+        how = f"pip install 'switchable-llm[{name.replace('_', '-')}]'"
         raise ImportError(f"{what} needs the package {name} ({e}): {how}") from e
     finally: logging.disable(before)
 
@@ -108,9 +108,14 @@ def _where_is(source):   # what transformers is to open, and the .gguf file wher
     if path.suffix!='.gguf':
         if path.exists():
             raise ValueError(f"{name}: no .gguf file; a packed file is opened with `load_packed`")
+        if _is_path(str(source)): raise ValueError(f"{name}: no such file or folder")
         return str(source), None
     if not path.exists(): raise ValueError(f"{name}: no such file")
     return str(path.parent), path
+
+def _is_path(text):   # and no name on the hub, which is `name` or `owner/name`: that would be asked for in vain
+    endings = '.safetensors .bin .pt .pth .json .yaml .yml .txt'.split()
+    return text[0] in './~' or text.count('/')>1 or '\\' in text or Path(text).suffix in endings
 
 def _check_folder(path, name):
     if (path/'config.json').exists(): return

@@ -13,8 +13,8 @@ from typing import Callable, Iterable, NamedTuple
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import kron, eye
 from torch import nn
-from tqdm.auto import tqdm
 from ..quantizers import Bits
+from ..core.progress import tqdm
 from ..core.profiles import Profile
 from ..core.switching import switch_of
 from ..data.encoding import Encoded

@@ -43,7 +43,7 @@ def profiles_of(
     for p in chosen:
         if isinstance(p, str) and p not in switch.profiles:
             raise ValueError(f"profile {p!r}: not on this model, which has {', '.join(switch.profiles)}; "
-                             "add it with switch.add, or give a Profile")
+                             f"{switch.more}")
     return [switch.profiles[p] if isinstance(p, str) else p for p in chosen]
 
 # %% ../../nbs/search/costs.ipynb #12a2f397

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, NamedTuple
 from torch import nn
-from tqdm.auto import tqdm
 from ..quantizers import Bits
+from ..core.progress import tqdm
 from ..core.profiles import Profile, Rule, as_profile
 from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys

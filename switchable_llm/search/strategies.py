@@ -86,7 +86,7 @@ class Drawn:
         if not self.keys: raise ValueError("keys is empty: give one for each row of the batch")
         if bad := [p for p in strategy.profiles if isinstance(p, str) and p not in self.switch.bound]:
             raise ValueError(f"strategy {strategy.name!r}: the model has no profile {bad[0]!r}, it has "
-                             f"{', '.join(self.switch.bound)}; add it with switch.add")
+                             f"{', '.join(self.switch.bound)}; {self.switch.more}")
         self.bound = [self.switch.bound[p] if isinstance(p, str) else self.switch.bind(p) for p in strategy.profiles]
         self.rows = {'run':['']*len(self.keys), 'batch':self.keys[:1]*len(self.keys)}.get(strategy.per, self.keys)
         self.picks = None if strategy.per=='token' else self._draw()    # of a token: of the pass that began last

@@ -318,7 +318,7 @@ def _gguf_tokenizer(gguf, w, tok, config, pre):
     size = config.vocab_size
     if why := _unwritable(d):
         raise ValueError(f"{type(tok).__name__} ({d.get('model', {}).get('type', 'slow')}): {why}; "
-                         "leave tokenizer=None and keep the tokenizer beside the file")
+                         "leave it out (tokenizer=None, or --no-tokenizer) and keep it beside the file")
     pre = pre or (None if d['model'].get('ignore_merges') else _splitter(d['pre_tokenizer']))
     if pre is None:
         raise ValueError("the tokenizer splits text in a way that is not known here: "

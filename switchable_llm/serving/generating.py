@@ -261,6 +261,10 @@ class PackedModel(PreTrainedModel):
         "Copy the file into a folder that transformers opens: see `serving/hub`, which is imported when it is needed."
         import_module('switchable_llm.serving.hub').save_packed_model(self, *args, **kwargs)
 
+    def tie_weights(self, *args, **kw):
+        "As transformers does; once the layers are in place, what is tied shares its tensors or its codes already."
+        if not hasattr(self, 'switch'): return super().tie_weights(*args, **kw)
+
     def __reduce_ex__(self, protocol):   # the class is made anew where it is read
         return _unfilled,(type(self).__name__,),self.__dict__
 

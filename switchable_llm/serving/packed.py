@@ -128,6 +128,8 @@ class PackedEmbedding(PackedLayer):
 # %% ../../nbs/serving/packed.ipynb #7dcd17a7
 class PackedSwitch(Switch):
     "The switch of a packed model."
+    more = ('a packed file serves any Profile of bits that it holds, which switch.add takes; '
+            'for others freeze the switchable model again')
     fixed,stored = {},{}   # name of an end -> its bits; name of a layer -> most bits it has
     floats = ()            # sites that are float layers
     def bind(self, profile):
