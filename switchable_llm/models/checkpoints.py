@@ -18,6 +18,7 @@ import switchable_llm.core.gates   # noqa: F401 (a checkpoint can hold gates: th
 from ..core.files import check_target, whole_folder, writing_folder
 from ..core.switching import (
     check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of)
+from ..core.experts import expert_stacks
 from ..core.layers import ADDED, GATE_TYPES
 from ..core.profiles import Profile, check_unique
 from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tensor_bytes
@@ -203,8 +204,10 @@ def _apply(model, d, state, trained):   # `model` becomes what the description s
     table = {}
     for n,s in d['sites']: table.setdefault(s, []).append(n)
     ends = {k:k in table for k in ('embedding','lm_head')}
+    inside = {l for layers in expert_stacks(model).values() for l in layers}.intersection(n for n,_ in d['sites'])
     make_switchable_(model, [p for p in map(Profile.from_dict, d['profiles']) if p.name!='float'], _config(d),
-                     {s:tuple(ns) for s,ns in table.items() if s not in ends}, **ends)
+                     {s:tuple(ns) for s,ns in table.items() if s not in ends},
+                     experts='quantized' if inside else 'float', **ends)
     switch = switch_of(model)
     if {s.name:s.site for s in switch.sites}!=dict(d['sites']): raise ValueError("it has other layers")
     if d['adapters'] or trained: model.requires_grad_(False)

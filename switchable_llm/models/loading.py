@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+from ..core.families import check_causal
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(
@@ -126,9 +127,11 @@ def _reading(source, name, part):   # what goes wrong inside becomes a ValueErro
 def _has_span_head(source, name, revision):
     with _reading(source, name, 'configuration'):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if any(a.endswith('ForQuestionAnswering') for a in config.architectures or ()): return True
-        if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"its type, {config.model_type}, is not that of a causal language model")
+    try: check_causal(config)
+    except ValueError as e: raise ValueError(f"model {str(source)!r}: {e}") from None
+    if any(a.endswith('ForQuestionAnswering') for a in config.architectures or ()): return True
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model {str(source)!r}: its type, {config.model_type}, is not that of a causal language model")
     return False
 
 def _read_tokenizer(source, name, file, revision):
