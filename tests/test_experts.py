@@ -131,7 +131,8 @@ def test_one_expert_by_its_formula(kind):
                 want[t] += s*one(old._apply_gate(one(x[t:t+1], e, 'gate_up_proj')), e, 'down_proj')[0]
         torch.testing.assert_close(experts(x, index, share), want, rtol=1e-5, atol=1e-5)
         shuffled = torch.randperm(7)
-        assert torch.equal(experts(x[shuffled], index[shuffled], share[shuffled]), experts(x, index, share)[shuffled])
+        again = experts(x[shuffled], index[shuffled], share[shuffled])
+        torch.testing.assert_close(again, experts(x, index, share)[shuffled], rtol=1e-5, atol=1e-5)
         assert experts(x[:0], index[:0], share[:0]).shape==(0, 32)
 
 @pytest.mark.parametrize('kind', SOME)
@@ -244,7 +245,7 @@ def test_ranges_of_experts():
     add_adapters_(model)
     with use_profile(model, 'bw8'): model(IDS, labels=IDS).loss.backward()
     learned = [l.observers['8'].log_ratio.grad for l in stack]
-    assert any(g is not None and g.abs()>0 for g in learned)
+    assert any(g is not None and g.abs().sum()>0 for g in learned)
 
 # --- costs and choices ----------------------------------------------------------------------------------------------
 
