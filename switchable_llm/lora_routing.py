@@ -207,8 +207,9 @@ def export_peft(
     if not loras:
         raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model)) or 'nothing'}")
     if inside := [n for n in loras if isinstance(model.get_submodule(n), QuantExpert)]:
-        raise ValueError(f"adapter {key!r} has parts for single experts, like {inside[0]}, which PEFT's layers have no place "
-                         "for: save_switchable keeps them, export_float merges them; or add_adapters_(sites=['attn_qkv','attn_out'])")
+        raise ValueError(f"adapter {key!r} has parts for single experts, like {inside[0]}, for which PEFT's layers have "
+                         "no place: save_switchable keeps them, and export_float merges them; "
+                         "or give adapters to the other layers only, with add_adapters_(sites=['attn_qkv','attn_out'])")
     with writing_folder(folder, 'an adapter that export_peft wrote', _is_our_peft) as tmp:
         def name(n, ab): return f'base_model.model.{n}.lora_{ab.upper()}.weight'
         pairs = {name(n, ab):getattr(m, ab) for n,m in loras.items() for ab in 'ab'}

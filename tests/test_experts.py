@@ -197,7 +197,8 @@ def test_save_and_load(kind, act, tmp_path):
     for p in model.switch.profiles: assert torch.equal(logits(model, p), logits(back, p)), p
     again = copy.deepcopy(model)
     for p in model.switch.profiles: assert torch.equal(logits(model, p), logits(again, p)), p
-    with pytest.raises(ValueError, match='other weights'): load_switchable(tmp_path/'model', toy(kind, num_hidden_layers=1))
+    with pytest.raises(ValueError, match='other weights'):
+        load_switchable(tmp_path/'model', toy(kind, num_hidden_layers=1))
 
 @pytest.mark.parametrize('kind', SOME)
 def test_generate(kind):
@@ -228,7 +229,8 @@ def test_ranges_of_experts():
     "Padding is left out; an expert that no token reached takes the widest range; learned ranges train."
     ends = []
     for filler in (0, 50):
-        model = toy('mixtral', num_local_experts=16, num_experts=16, num_experts_per_tok=1); make_switchable_(model, ['bw8'])
+        model = toy('mixtral', num_local_experts=16, num_experts=16, num_experts_per_tok=1)
+        make_switchable_(model, ['bw8'])
         reached = set()
         for l in model.switch.layers: l.register_forward_hook(lambda m, args, y: reached.add(m.index))
         one = dict(input_ids=IDS[:1].masked_fill(MASK[:1]==0, filler), attention_mask=MASK[:1])
@@ -259,7 +261,8 @@ def test_costs():
     expert = 4*2*3*32*24*8*8//4            # of four experts, two blocks, three matrices; at w8a8; by one expert
     assert costs[2]['bw8'].bops-costs[1]['bw8'].bops==expert
     assert costs[4]['bw8'].bops-costs[2]['bw8'].bops==2*expert
-    params,linear = sum(p.numel() for p in toy('mixtral').parameters()),sum(l.weight.numel() for l in model.switch.layers)
+    params = sum(p.numel() for p in toy('mixtral').parameters())
+    linear = sum(l.weight.numel() for l in model.switch.layers)
     rows = sum(l.out_features for l in model.switch.layers)
     assert costs[2]['float'].bytes==2*params
     assert costs[2]['bw8'].bytes==2*(params-linear)+linear+4*rows
@@ -306,7 +309,8 @@ def test_what_has_no_place_elsewhere_says_so(tmp_path):
     each = Strategy('each', ('bw4','bw8'), per='example')
     with pytest.raises(ValueError, match='one of several experts'):
         with use_strategy(model, each, 'abc'): pass
-    with use_strategy(model, Strategy('batches', ('bw4','bw8'), per='batch'), 'abc'): assert plain_logits(model).isfinite().all()
+    with use_strategy(model, Strategy('batches', ('bw4','bw8'), per='batch'), 'abc'):
+        assert plain_logits(model).isfinite().all()
     only = toy('mixtral'); make_switchable_(only, ['bw8'], PER_TOKEN)
     add_adapters_(only, sites=['attn_qkv','attn_out']); export_peft(only, '8', tmp_path/'peft')
 
@@ -343,8 +347,8 @@ def test_experts_are_never_left_out_in_silence():
 def test_other_forms_of_experts(kind, first):
     model = toy(kind)
     sites = dict(attn_out=('*.o_proj','*.kv_proj'))
-    with pytest.raises(ValueError, match=rf"{kind}.* in {first} .*this form of experts cannot be quantized here.*experts='float'"):
-        make_switchable_(model, sites=sites)
+    said = rf"{kind}.* in {first} .*this form of experts cannot be quantized here.*experts='float'"
+    with pytest.raises(ValueError, match=said): make_switchable_(model, sites=sites)
     names = make_switchable_(model, ['bw8'], PER_TOKEN, sites=sites, experts='float')
     assert len(names)==2 and not torch.equal(logits(model, 'bw8'), logits(model, 'float'))
 
@@ -353,3 +357,12 @@ def test_the_front_door():
     names = sl.make_switchable(model, ['bw8','w4a8'])
     assert len(names)==24 and len(adapter_params(model))==2*2*24
     assert len(sl.make_switchable(toy('qwen3_moe'), ['bw8'], experts='float'))==8
+
+def test_bfloat16(tmp_path):
+    plain,model = toy('gpt_oss').bfloat16(),toy('gpt_oss').bfloat16()
+    make_switchable_(model, ['bw8'], PER_TOKEN)
+    a,b = logits(model, 'float'),logits(model, 'bw8')
+    assert torch.equal(a, plain_logits(plain)) and b.dtype==torch.bfloat16
+    assert (a.float()-b.float()).norm()<.3*a.float().norm()
+    freeze(model, tmp_path/'packed'); packed = load_packed(tmp_path/'packed')
+    assert (plain_logits(packed).float()-b.float()).norm()<.1*b.float().norm()

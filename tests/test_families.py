@@ -1,4 +1,4 @@
-"Every dense model family of the table: the real transformers class at toy size, the same list for each; other kinds of models."
+"Every dense family of the table, the real transformers class at toy size, the same list for each; and other kinds."
 from collections import Counter
 import pytest, torch
 import switchable_llm as sl
@@ -25,7 +25,8 @@ COMMON = dict(
 DENSE = [k for k,t in FAMILIES.items() if '*.experts.down_proj' not in t['mlp_out']]   # the others: test_experts.py
 LIKE_GPT2 = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4)
 OWN = dict(   # what a family's configuration calls otherwise, or needs beside
-    **dict.fromkeys(('gemma','gemma2','gemma3_text','qwen3','helium','glm','glm4','seed_oss','hunyuan_v1_dense','ministral3'), dict(head_dim=8)),
+    **dict.fromkeys('gemma gemma2 gemma3_text qwen3 helium glm glm4 seed_oss hunyuan_v1_dense ministral3'.split(),
+                    dict(head_dim=8)),
     **dict.fromkeys(('gpt2','gpt_bigcode'), LIKE_GPT2),
     **dict.fromkeys(('gptj','codegen'), LIKE_GPT2|dict(rotary_dim=4)),
     opt=dict(ffn_dim=48, word_embed_proj_dim=32),
@@ -35,7 +36,7 @@ OWN = dict(   # what a family's configuration calls otherwise, or needs beside
 COUNTS = dict(attn_qkv=3, attn_out=1, mlp_in=2, mlp_out=1)     # layers of a block, in most families
 OTHER = dict(
     **dict.fromkeys(('gpt2','gpt_bigcode','gpt_neox','bloom','falcon','phi3'), dict(attn_qkv=1, mlp_in=1)),
-    **dict.fromkeys(('gpt_neo','gptj','opt','phi','starcoder2','glm','glm4','arcee','nemotron','apertus'), dict(mlp_in=1)))
+    **dict.fromkeys('gpt_neo gptj opt phi starcoder2 glm glm4 arcee nemotron apertus'.split(), dict(mlp_in=1)))
 MIXED = Profile('mixed', Bits(8, 8), (
     Rule(Bits(4, 8), site=('mlp_in',)),
     Rule(Bits(6, 6), site=('attn_qkv',), layers=(1,)),
@@ -246,7 +247,8 @@ def test_another_kind_of_model_in_memory():
     with pytest.raises(ValueError, match='^t5 is an encoder-decoder model; '): sl.make_switchable(model)
     bert = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model('bert', **bert))
-    with pytest.raises(ValueError, match='^bert is an encoder'): make_switchable_(model, sites=dict(mlp_in=('*.dense',)))
+    with pytest.raises(ValueError, match='^bert is an encoder'):
+        make_switchable_(model, sites=dict(mlp_in=('*.dense',)))
     assert not hasattr(model, 'switch')
 
 def test_the_command_line_says_it_too(tmp_path, capsys):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 # %% ../../nbs/core/families.ipynb #1e31d696
 _SENSES = 'vision_config','audio_config','vq_config','image_config','speech_config','audio_encoder'
 _WORKS = "switchable_llm works with causal (decoder-only) language models"
+_ONES = "choose one, such as a llama, a qwen3 or a gemma3_text"
 
 def _text_model(config):   # how the text model of a multimodal one is used by itself
     text = config.get_text_config()
@@ -28,11 +29,10 @@ def check_causal(
     "A `ValueError` says what a model is that reads otherwise than from left to right, or not only text."
     kind = getattr(config, 'model_type', type(config).__name__)
     if getattr(config, 'is_encoder_decoder', False):
-        raise ValueError(f"{kind} is an encoder-decoder model; {_WORKS}: choose one, such as a llama, qwen3 or gemma3_text")
+        raise ValueError(f"{kind} is an encoder-decoder model; {_WORKS}: {_ONES}")
     senses = [s for s in getattr(config, 'sub_configs', ()) if s in _SENSES]
     if senses or type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{kind} is a multimodal model ({', '.join(senses) or 'images and text'}); {_WORKS}: "
                          f"{_text_model(config)}")
     if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, 'is_decoder', False):
-        raise ValueError(f"{kind} is an encoder, which fills in masked words; {_WORKS}: "
-                         "choose one, such as a llama, qwen3 or gemma3_text")
+        raise ValueError(f"{kind} is an encoder, which fills in masked words; {_WORKS}: {_ONES}")

@@ -40,7 +40,8 @@ FAMILIES = dict(   # `config.model_type` -> site -> patterns of module names
                      'apertus arcee cohere cohere2 ernie4_5 exaone4 helium hunyuan_v1_dense ministral3 nemotron '
                      'seed_oss').split(), _llama),
     glm=_glm, glm4=_glm,
-    **dict.fromkeys('mixtral qwen2_moe qwen3_moe olmoe flex_olmo gpt_oss granitemoe phimoe glm4_moe ernie4_5_moe'.split(), _moe),
+    **dict.fromkeys(('mixtral qwen2_moe qwen3_moe olmoe flex_olmo gpt_oss granitemoe phimoe glm4_moe '
+                     'ernie4_5_moe').split(), _moe),
     gpt_neo    = _family('attn.attention.q_proj attn.attention.k_proj attn.attention.v_proj',
                          'attn.attention.out_proj', 'mlp.c_fc', 'mlp.c_proj'),
     gpt_neox   = _family('attention.query_key_value', 'attention.dense', 'mlp.dense_h_to_4h', 'mlp.dense_4h_to_h'),
@@ -115,8 +116,9 @@ def _check_experts(model, kind, stacks, found):   # all of them are layers, or t
     size,total = (sum(p.numel() for p in ps) for ps in ([params[n] for n in lost], params.values()))
     more = f' and {len(lost)-1} more' if len(lost)>1 else ''
     what = f"{type(model.get_submodule(lost[0].rpartition('.')[0])).__name__}, {list(params[lost[0]].shape)}"
-    if stacks[lost[0]]: way = "give them sites, like mlp_in=('*.experts.gate_up_proj',), mlp_out=('*.experts.down_proj',)"
-    else: way = "this form of experts cannot be quantized here"
+    way = "this form of experts cannot be quantized here"
+    if stacks[lost[0]]:
+        way = "give them sites, like mlp_in=('*.experts.gate_up_proj',), mlp_out=('*.experts.down_proj',)"
     raise ValueError(
         f"model type {kind!r}: {size:,} of its {total:,} weights are experts that would silently stay float, "
         f"in {lost[0]} ({what}){more}: {way}; experts='float' leaves them float knowingly")
