@@ -112,7 +112,7 @@ def high_to_low(
     switch = switch_of(model)
     def cost(p):
         bound = switch.bound[p] if isinstance(p, str) else switch.bind(p)
-        return sum(l.weight.numel()*(s.bits.w or 16)*(s.bits.a or 16) for l,s in zip(switch.layers, bound))
+        return sum(l.weight.numel()*l.share*(s.bits.w or 16)*(s.bits.a or 16) for l,s in zip(switch.layers, bound))
     return sorted(profiles, key=cost, reverse=True)
 
 # %% ../nbs/02_joint_training.ipynb #b4e631ae

@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn, Tensor
 from .core.files import writing_folder
 from .core.switching import base_params, check_unfrozen, switch_of
+from .core.experts import QuantExpert
 from .core.layers import Setting
 
 # %% ../nbs/01_lora_routing.ipynb #00241f98
@@ -81,8 +82,9 @@ def router(
 def _route(name, switch, index, profile, bits):
     key = ROUTES[name](profile, bits)
     if key in switch.layers[index].adapters: return key
+    if 'float' in (profile.name, key): return None
+    if any(key in l.adapters for l in switch.layers): return None    # this layer has none
     bank = dict.fromkeys(k for l in switch.layers for k in l.adapters)
-    if key in bank or 'float' in (profile.name, key): return None    # this layer has none, or is float
     raise ValueError(f"profile {profile.name!r}: layer {switch.sites[index].name} needs adapter {key!r}, "
                      f"the bank has {', '.join(bank)}: call add_adapters_(model, [{key!r}]) or import_peft, "
                      "or change the profile")
@@ -204,6 +206,10 @@ def export_peft(
     loras = {s.name:l.adapters[key] for l,s in zip(switch.layers, switch.sites) if key in l.adapters}
     if not loras:
         raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model)) or 'nothing'}")
+    if inside := [n for n in loras if isinstance(model.get_submodule(n), QuantExpert)]:
+        raise ValueError(f"adapter {key!r} has parts for single experts, like {inside[0]}, for which PEFT's layers have "
+                         "no place: save_switchable keeps them, and export_float merges them; "
+                         "or give adapters to the other layers only, with add_adapters_(sites=['attn_qkv','attn_out'])")
     with writing_folder(folder, 'an adapter that export_peft wrote', _is_our_peft) as tmp:
         def name(n, ab): return f'base_model.model.{n}.lora_{ab.upper()}.weight'
         pairs = {name(n, ab):getattr(m, ab) for n,m in loras.items() for ab in 'ab'}

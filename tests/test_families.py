@@ -1,9 +1,12 @@
-"Every model family of the table: the real transformers class at toy size, the same list for each."
+"Every dense family of the table, the real transformers class at toy size, the same list for each; and other kinds."
 from collections import Counter
 import pytest, torch
+import switchable_llm as sl
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, CodeGenForCausalLM, MptForCausalLM
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, CodeGenForCausalLM, MptForCausalLM)
 from transformers.pytorch_utils import Conv1D
+from switchable_llm.apps.cli import main
 from switchable_llm.data.encoding import Encoded
 from switchable_llm.training.settings import TrainConfig
 from switchable_llm.joint_training import fixed_profile, train
@@ -19,9 +22,11 @@ from switchable_llm.core.switching import make_switchable_, use_profile
 COMMON = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+DENSE = [k for k,t in FAMILIES.items() if '*.experts.down_proj' not in t['mlp_out']]   # the others: test_experts.py
 LIKE_GPT2 = dict(n_positions=64, n_embd=32, n_layer=2, n_head=4)
 OWN = dict(   # what a family's configuration calls otherwise, or needs beside
-    **dict.fromkeys(('gemma','gemma2','gemma3_text','qwen3'), dict(head_dim=8)),
+    **dict.fromkeys('gemma gemma2 gemma3_text qwen3 helium glm glm4 seed_oss hunyuan_v1_dense ministral3'.split(),
+                    dict(head_dim=8)),
     **dict.fromkeys(('gpt2','gpt_bigcode'), LIKE_GPT2),
     **dict.fromkeys(('gptj','codegen'), LIKE_GPT2|dict(rotary_dim=4)),
     opt=dict(ffn_dim=48, word_embed_proj_dim=32),
@@ -31,7 +36,7 @@ OWN = dict(   # what a family's configuration calls otherwise, or needs beside
 COUNTS = dict(attn_qkv=3, attn_out=1, mlp_in=2, mlp_out=1)     # layers of a block, in most families
 OTHER = dict(
     **dict.fromkeys(('gpt2','gpt_bigcode','gpt_neox','bloom','falcon','phi3'), dict(attn_qkv=1, mlp_in=1)),
-    **dict.fromkeys(('gpt_neo','gptj','opt','phi','starcoder2'), dict(mlp_in=1)))
+    **dict.fromkeys('gpt_neo gptj opt phi starcoder2 glm glm4 arcee nemotron apertus'.split(), dict(mlp_in=1)))
 MIXED = Profile('mixed', Bits(8, 8), (
     Rule(Bits(4, 8), site=('mlp_in',)),
     Rule(Bits(6, 6), site=('attn_qkv',), layers=(1,)),
@@ -73,7 +78,7 @@ def in_blocks(model):
     multiply = {n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     return {n for n in multiply if any(p.isdigit() for p in n.split('.'))}
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_sites(kind):
     model = toy(kind); blocks = in_blocks(model)
     names = make_switchable_(model, [MIXED], QuantConfig(act='per_token'))
@@ -82,7 +87,7 @@ def test_sites(kind):
     found = Counter((s.site, s.layer) for s in model.switch.sites)
     assert found=={(site, layer):n for site,n in wanted.items() for layer in (0, 1)}
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_float_profile_and_generate(kind):
     plain = toy(kind); model,_ = adapted(kind)
     low,want = logits(model, 'bw4'),plain_logits(plain)
@@ -90,7 +95,7 @@ def test_float_profile_and_generate(kind):
     kw = dict(attention_mask=MASK[1:], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(plain.generate(IDS[1:], **kw), model.generate(IDS[1:], **kw))
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_bits_of_every_layer_matter(kind):
     "The oracle for a mixed profile: the plain model with quantized weights put in by hand."
     mixed = Profile('w', Bits(8), (Rule(Bits(4), site=('mlp_in',)), Rule(Bits(3), site=('attn_out',), layers=(1,))))
@@ -117,7 +122,7 @@ def test_embedding_and_head(kind, tmp_path):
     else:
         with pytest.raises(ValueError, match='leave it float'): freeze(model, tmp_path/'model.safetensors')
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_a_step_moves_the_routed_adapters(kind):
     model,_ = adapted(kind); start = {n:p.detach().clone() for n,p in model.named_parameters()}
     data = [Encoded(tuple(row.tolist()), 8) for row in IDS]
@@ -128,7 +133,7 @@ def test_a_step_moves_the_routed_adapters(kind):
     routed = {f'{s.name}.adapters.{setting.adapter}.{ab}' for s,setting in live for ab in 'ab'}
     assert {n for n,p in model.named_parameters() if not torch.equal(p, start[n])}==routed
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_save_and_load(kind, tmp_path):
     model,_ = adapted(kind)
     back = load_switchable(save_switchable(model, tmp_path/'model'), toy(kind))
@@ -144,7 +149,7 @@ def greedy(model, profile, many):
     kw = dict(max_new_tokens=many, do_sample=False, pad_token_id=0, eos_token_id=None)
     with use_profile(model, profile): return model.generate(IDS[1:2], attention_mask=MASK[1:2], **kw)
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_generate_with_a_cache(kind):
     "Greedy, with the KV cache: each token is the best one without a cache, or as good: a flipped code moves logits."
     model,_ = adapted(kind)
@@ -168,7 +173,7 @@ def rows_that_agree(layer, x, want):
     off = (layer(x)-want).abs().flatten(0, -2).amax(-1)
     return (off<=1e-4*want.abs().amax()).float().mean()
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', DENSE)
 def test_packed(kind, tmp_path):
     "Layer by layer, in other kernels. A value between two codes may fall to either side, and moves its whole row."
     model,_ = adapted(kind)
@@ -215,3 +220,39 @@ def test_padding_is_left_out_where_tokens_are_on_one_axis():
         observers = [l.observers['8'] for l in model.switch.layers]
         ranges.append(torch.stack([torch.stack([o.lo, o.hi]) for o in observers]))
     torch.testing.assert_close(*ranges, rtol=1e-5, atol=1e-6)
+
+# --- other kinds of models ------------------------------------------------------------------------------------------
+
+KINDS = dict(
+    t5='t5 is an encoder-decoder model; switchable_llm works with causal (decoder-only) language models',
+    bart='bart is an encoder-decoder model; switchable_llm works with causal (decoder-only) language models',
+    whisper='whisper is an encoder-decoder model',
+    bert='bert is an encoder, which fills in masked words; switchable_llm works with causal (decoder-only)',
+    modernbert='modernbert is an encoder',
+    llava='llava is a multimodal model (vision_config); switchable_llm works with causal (decoder-only)',
+    gemma3='its text model, gemma3_text, is one',
+    qwen2_vl='multimodal model (vision_config)',
+    vit='its type, vit, is not that of a causal language model')
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_another_kind_of_model_is_refused_before_weights_are_read(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)      # a folder without weights
+    with pytest.raises(ValueError) as e: sl.load(str(tmp_path))
+    assert str(e.value).startswith(f"model '{tmp_path}': ") and KINDS[kind] in str(e.value)
+
+def test_another_kind_of_model_in_memory():
+    small = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model('t5', **small))
+    with pytest.raises(ValueError, match='^t5 is an encoder-decoder model; '): make_switchable_(model)
+    with pytest.raises(ValueError, match='^t5 is an encoder-decoder model; '): sl.make_switchable(model)
+    bert = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model('bert', **bert))
+    with pytest.raises(ValueError, match='^bert is an encoder'):
+        make_switchable_(model, sites=dict(mlp_in=('*.dense',)))
+    assert not hasattr(model, 'switch')
+
+def test_the_command_line_says_it_too(tmp_path, capsys):
+    AutoConfig.for_model('t5').save_pretrained(tmp_path/'base')
+    assert main(['train', '--model', str(tmp_path/'base'), '--out', str(tmp_path/'out')])!=0
+    said = capsys.readouterr().err
+    assert 't5 is an encoder-decoder model' in said and 'Traceback' not in said and not (tmp_path/'out').exists()

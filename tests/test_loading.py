@@ -56,8 +56,8 @@ BART = BartConfig(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1,
                   encoder_attention_heads=2, decoder_attention_heads=2)
 @pytest.mark.parametrize('cls, config, why', [
     (LlamaModel, LLAMA, '1 weights are missing, such as lm_head.weight'),
-    (T5ForConditionalGeneration, T5, 't5, is not that of a causal language model'),
-    (BartForConditionalGeneration, BART, 'bart, is not that of a causal language model')])
+    (T5ForConditionalGeneration, T5, 't5 is an encoder-decoder model'),
+    (BartForConditionalGeneration, BART, 'bart is an encoder-decoder model')])
 def test_other_models(tmp_path, cls, config, why):
     with pytest.raises(ValueError, match=why): load_model(saved(tmp_path/'m', cls(config)))
 

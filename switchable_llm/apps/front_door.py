@@ -54,9 +54,11 @@ def make_switchable(
     r:int=8,                 # Rank of the adapters
     alpha:float=16,          # Their scaling is `alpha/r`
     route:str='bits',        # Which adapter a layer uses: that of its 'bits', of the 'profile', or one that is 'shared'
+    sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names, for a family that FAMILIES lacks
+    experts:str='quantized', # What a mixture's experts are: 'quantized', or 'float' as they are
 )->list[str]: # Names of the layers that became switchable
     "Give every layer switchable bits, and adapters that are found by them; the base is frozen."
-    names = make_switchable_(model, profiles, cfg)
+    names = make_switchable_(model, profiles, cfg, sites, experts=experts)
     add_adapters_(model, route=route, r=r, alpha=alpha)
     return names
 

@@ -10,6 +10,7 @@ from typing import Callable, Iterable
 import torch
 from torch import nn
 from ..quantizers import LearnedRange
+from .experts import Experts
 from .switching import check_unfrozen
 
 # %% ../../nbs/core/calibration.ipynb #2dc578f6
@@ -36,6 +37,8 @@ def calibrate_(
                 if (p if isinstance(p, str) else p.name)=='float': continue
                 with switch.block(recording=True, mask=mask, **switch.find(p)): run(**inputs, use_cache=False)
     finally: model.train(training)
+    for m in model.modules():
+        if isinstance(m, Experts): m.fill_ranges_()
     if n==0: raise ValueError("batches is empty: calibration needs at least one training batch")
     return n
 

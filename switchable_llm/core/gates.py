@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..quantizers import Bits
+from .experts import QuantExpert
 from .layers import GATE_TYPES, QuantLayer
 from .profiles import Profile
 from .switching import Switch, check_unfrozen
@@ -90,6 +91,9 @@ def add_gates_(
     chosen = [(l, s) for l,s in zip(switch.layers, switch.sites) if wanted(l, s)]
     if not chosen:
         raise ValueError(f"sites={sites}: the model has {', '.join(dict.fromkeys(s.site for s in switch.sites))}")
+    if inside := [s.name for l,s in chosen if isinstance(l, QuantExpert)]:
+        raise ValueError(f"layer {inside[0]} is one of several experts, which sees some tokens of all rows: "
+                         "gates are for the other layers, with sites=['attn_qkv','attn_out']")
     if twice := [s.name for l,s in chosen if l.gates]:
         raise ValueError(f"layer {twice[0]} has a gate already: call remove_gates_(model) first")
     _settings(switch, [l for l,_ in chosen], bits)

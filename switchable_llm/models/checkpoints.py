@@ -7,21 +7,20 @@ __all__ = ['FORMAT_VERSION', 'base_hash', 'was_checkpoint', 'check_save_target',
            'read_switchable', 'misfit', 'check_described', 'load_switchable', 'rehearsed', 'restore_']
 
 # %% ../../nbs/models/checkpoints.ipynb #429ef9bc
-import copy, hashlib, json, reprlib
+import copy, hashlib, json, reprlib, torch, switchable_llm.core.gates
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable
-import torch
 from torch import nn, Tensor
 from ..quantizers import QuantConfig
-import switchable_llm.core.gates   # noqa: F401 (a checkpoint can hold gates: this makes their types known)
 from ..core.files import check_target, whole_folder, writing_folder
 from ..core.switching import (
     check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of)
 from ..core.layers import ADDED, GATE_TYPES
 from ..core.profiles import Profile, check_unique
 from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tensor_bytes
+from ..core.experts import expert_stacks
 
 # %% ../../nbs/models/checkpoints.ipynb #14b5e8dd
 FORMAT_VERSION = 2   # 1: adapters and observers only; written still where there is no more
@@ -248,8 +247,10 @@ def restore_(
     table = {}
     for n,s in d['sites']: table.setdefault(s, []).append(n)
     ends = {k:k in table for k in ('embedding','lm_head')}
+    inside = {l for layers in expert_stacks(model).values() for l in layers}.intersection(n for n,_ in d['sites'])
     make_switchable_(model, [p for p in map(Profile.from_dict, d['profiles']) if p.name!='float'], _config(d),
-                     {s:tuple(ns) for s,ns in table.items() if s not in ends}, **ends)
+                     {s:tuple(ns) for s,ns in table.items() if s not in ends},
+                     experts='quantized' if inside else 'float', **ends)
     switch = switch_of(model)
     if {s.name:s.site for s in switch.sites}!=dict(d['sites']): raise ValueError("it has other layers")
     params,learnt = base_params(model),d.get('trained', ())

@@ -6,16 +6,17 @@
 __all__ = ['HEADS', 'optional', 'gguf_overrides', 'span_model', 'float32_head_', 'load_model']
 
 # %% ../../nbs/models/loading.ipynb #b372ebcd
-import importlib, logging
+import importlib, logging, torch
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING)
 from .quantizer import METHOD, PACKED_METHOD
+from ..core.families import check_causal
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(
@@ -136,9 +137,10 @@ def _reading(source, name, part):   # what goes wrong inside becomes a ValueErro
 def _read_config(source, name, revision):
     with _reading(source, name, 'configuration'):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if _has_span_head(config): return config
-        if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"its type, {config.model_type}, is not that of a causal language model")
+    try: check_causal(config)
+    except ValueError as e: raise ValueError(f"model {str(source)!r}: {e}") from None
+    if not _has_span_head(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"model {str(source)!r}: its type, {config.model_type}, is not that of a causal language model")
     return config
 
 def _has_span_head(config): return any(a.endswith('ForQuestionAnswering') for a in config.architectures or ())

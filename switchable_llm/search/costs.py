@@ -21,7 +21,7 @@ class Cost:
     w_bits:float       # Mean weight bits of the switchable layers, by number of weights
     a_bits:float       # Mean activation bits, by multiplications
     bytes:int          # Memory of the model, adapters aside
-    bops:int           # Bit-operations per token in the switchable layers
+    bops:int           # Bit-operations per token in the switchable layers; of experts in those that it uses
     adapter_bytes:int  # Memory of the adapters that this profile uses
     adapter_bops:int   # Their bit-operations per token
     float_bits:int     # What float was counted as
@@ -47,6 +47,11 @@ def profiles_of(
     return [switch.profiles[p] if isinstance(p, str) else p for p in chosen]
 
 # %% ../../nbs/search/costs.ipynb #12a2f397
+def _key(layer):   # equal for layers that share a weight
+    p,number = layer.holder
+    return id(p), number
+def _size(module): return sum(p.numel() for p in module.parameters())
+
 def profile_cost(
     model:nn.Module,        # A model after `make_switchable_`
     profile:'str|Profile',  # A profile, or the name of one that the model has
@@ -57,15 +62,16 @@ def profile_cost(
     rows = [(l, s.bits.w or float_bits, s.bits.a or float_bits, s) for l,s in zip(switch.layers, switch.bind(profile))]
     kept = {}   # tied weights once, at the wider of their bits
     for l,w,_,s in sorted(rows, key=lambda r: r[1]):
-        kept[id(l.weight)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
-    macs = [(l.in_features*l.out_features, w, a) for l,w,a,_ in rows if l.multiplies]   # a look-up multiplies nothing
-    held = {id(p) for p in added_params(model).values()}   # adapters, gates, learned ranges
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in held and id(p) not in kept)
-    live = sum(p.numel() for l,*_,s in rows if s.adapter is not None for p in l.adapters[s.adapter].parameters())
+        kept[_key(l)] = l.weight.numel(),w,_stored_bits(l, s.bits.w, switch.cfg, float_bits)
+    macs = [(l.in_features*l.out_features*l.share, w, a) for l,w,a,_ in rows if l.multiplies]   # a look-up has none
+    held = {id(p) for p in added_params(model).values()} | {k for k,_ in kept}   # with adapters, gates, learned ranges
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in held)
+    sizes = [(_size(l.adapters[s.adapter]), l.share) for l,*_,s in rows if s.adapter is not None]
+    live,used = sum(n for n,_ in sizes),sum(n*share for n,share in sizes)
     return Cost(w_bits=sum(n*w for n,w,_ in kept.values())/sum(n for n,_,_ in kept.values()),
                 a_bits=sum(m*a for m,_,a in macs)/sum(m for m,*_ in macs) if macs else float_bits,
-                bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=sum(m*w*a for m,w,a in macs),
-                adapter_bytes=live*float_bits//8, adapter_bops=live*float_bits**2, float_bits=float_bits)
+                bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=round(sum(m*w*a for m,w,a in macs)),
+                adapter_bytes=live*float_bits//8, adapter_bops=round(used*float_bits**2), float_bits=float_bits)
 
 def total(
     cost:Cost, # Of a profile

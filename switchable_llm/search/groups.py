@@ -33,8 +33,9 @@ def find_groups(
     "Groups of layers that get the same bits."
     if by not in GROUPINGS: raise ValueError(f"by={by!r}: choose one of {', '.join(GROUPINGS)}")
     switch = switch_of(model)
-    shared = Counter(id(l.weight) for l in switch.layers)
-    layers = [(s, shared[id(l.weight)]>1) for s,l in zip(switch.sites, switch.layers)]   # whether its weight is shared
+    weights = [(id(p), number) for p,number in (l.holder for l in switch.layers)]
+    shared = Counter(weights)
+    layers = [(s, shared[w]>1) for s,w in zip(switch.sites, weights)]   # whether its weight is shared
     tied = dict(site=tuple(s.site for s,several in layers if several))
     rules = dict.fromkeys(Rule(Bits(), **(tied if several else GROUPINGS[by](s))) for s,several in layers)
     names = {frozenset(_part(s)):s.site.split('_')[0] for s in switch.sites if len(_part(s))>1}

@@ -14,6 +14,7 @@ from typing import Iterable, NamedTuple
 from zlib import crc32
 from torch import nn, Tensor
 from ..core.profiles import Profile
+from ..core.experts import QuantExpert
 from ..core.layers import QuantLayer
 from ..core.switching import check_unfrozen
 from ..profiles_eval import answer, batches_by_length, perplexity
@@ -87,6 +88,10 @@ class Drawn:
         if bad := [p for p in strategy.profiles if isinstance(p, str) and p not in self.switch.bound]:
             raise ValueError(f"strategy {strategy.name!r}: the model has no profile {bad[0]!r}, it has "
                              f"{', '.join(self.switch.bound)}; {self.switch.more}")
+        mixed = [s.name for l,s in zip(self.switch.layers, self.switch.sites) if isinstance(l, QuantExpert)]
+        if mixed and strategy.per not in ('run','batch'):
+            raise ValueError(f"strategy {strategy.name!r} draws per {strategy.per}: layer {mixed[0]} is one of several "
+                             "experts, which sees some tokens of all rows; draw per 'batch' or 'run'")
         self.bound = [self.switch.bound[p] if isinstance(p, str) else self.switch.bind(p) for p in strategy.profiles]
         self.rows = {'run':['']*len(self.keys), 'batch':self.keys[:1]*len(self.keys)}.get(strategy.per, self.keys)
         self.picks = None if strategy.per=='token' else self._draw()    # of a token: of the pass that began last

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from ..quantizers import blocks, check_bits, nested_codes
 from ..core.files import check_target, write_whole, writing_folder
 from ..core.switching import refuse_save_, switch_of
+from ..core.experts import Experts, QuantExpert
 from ..core.layers import ADDED, QuantLayer, Setting
 from ..core.profiles import Profile, Site, save_profiles
 from .kernels import Planes, code_sums, pack_planes
@@ -70,8 +71,14 @@ def _served(switch, profiles):
 def _float_rest(model, packed):   # what no packed layer holds; what the configuration ties is stored once
     out,kept = {},set()
     tied = getattr(model.config, 'tie_word_embeddings', False)
+    experts = {n:m for n,m in model.named_modules() if isinstance(m, Experts)}
+    for name,m in experts.items():   # in single matrices, as layers are
+        for at,layer in ((f'{name}.{e}.{k}', m[e][k]) for e,k in m.slices()):
+            if at in packed: continue
+            out[f'{at}.weight'] = layer.weight.detach().T if layer.axis else layer.weight.detach()
+            if layer.bias is not None: out[f'{at}.bias'] = layer.bias.detach()
     for n,p in model.state_dict(keep_vars=True).items():
-        if any(f'.{part}.' in n for part in ADDED) or held_by(n, packed): continue
+        if any(f'.{part}.' in n for part in ADDED) or held_by(n, packed) or held_by(n, experts): continue
         if id(p) not in kept: out[n] = p.detach()
         elif not tied: out[n] = p.detach().clone()   # tied by hand, which no configuration says
         kept.add(id(p))
@@ -140,8 +147,9 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its
         raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float "
                          "in the profiles, with make_switchable_(embedding=False), and embedding=None")
     w,axis = layer.weight,getattr(layer, 'axis', 0)
+    p,number = getattr(layer, 'holder', (w, None))
     d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed,
-             codes=owner.setdefault(id(w), s.name), shape=list(w.shape[::-1] if axis else w.shape),
+             codes=owner.setdefault((id(p), number), s.name), shape=list(w.shape[::-1] if axis else w.shape),
              adapters=[], ranges=[])
     if d['codes']==s.name: tensors |= _codes(w, switch.cfg, axis, d)
     if s.site!='embedding':
@@ -149,8 +157,7 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its
         tensors |= {f"{d['codes']}.sums{b}":code_sums(planes, b) for b in widths}
     if getattr(layer, 'bias', None) is not None: tensors[f'{s.name}.bias'] = layer.bias.detach()
     if fixed is not None: return d
-    i = switch.layers.index(layer)
-    return d | _learned(layer, s, [switch.bound[n][i].adapter for n in names], tensors)
+    return d | _learned(layer, s, [switch.bound[n][layer.index].adapter for n in names], tensors)
 
 def _codes(w, cfg, axis, d):   # the planes of a weight, and their step
     codes,step = nested_codes(blocks(w.detach(), cfg, axis))
@@ -237,18 +244,22 @@ def merged_weight(
     return (w.float() + (delta.T if layer.axis==1 else delta)).to(w.dtype)
 
 def _plain_layer(site, layer, setting, memo):   # a copy of the held layer, with the merged weight
-    if setting.bits.w is None and setting.adapter is None: return copy.deepcopy(layer.base, memo)   # may be tied
+    unchanged = setting.bits.w is None and setting.adapter is None
+    if isinstance(layer, QuantExpert): return None if unchanged else merged_weight(layer, setting)
+    if unchanged: return copy.deepcopy(layer.base, memo)   # may be tied
     weight = nn.Parameter(merged_weight(layer, setting).clone())
     return copy.deepcopy(layer.base, {id(layer.base.weight): weight})
 
 def copy_with(
     model:nn.Module, # A model after `make_switchable_`; not changed
     rows:list,       # As `layers_at` gives them
-    build:Callable,  # site, layer, setting, copies made so far -> what stands in the place of the layer
+    build:Callable,  # site, layer, setting, copies made so far -> what stands there; of an expert its weight, or `None`
 )->nn.Module: # In evaluation mode
     "A copy of the model, without a switch."
     memo = {id(model.switch): model.switch}
     for row in rows: memo[id(row[1])] = build(*row, memo)
+    for m in model.modules():
+        if isinstance(m, Experts): memo[id(m)] = m.plain(lambda l: memo[id(l)], memo)
     new = _without_switch(copy.deepcopy(model, memo), model.switch)
     new.zero_grad()
     return new.requires_grad_(True).eval()

@@ -19,6 +19,7 @@ from ..quantizers import Bits, quantize_weight
 from ..core.files import write_whole
 from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile
+from ..core.experts import QuantExpert
 from ..core.layers import QuantLayer, Setting
 from ..lora_routing import LoRA
 from ..models.loading import optional
@@ -128,6 +129,9 @@ def torchao_weight(
                   getattr(torch, f'int{bits}'), block, layer.weight.dtype, activations)
 
 def _torchao_layer(site, layer, setting, memo, activations):
+    if isinstance(layer, QuantExpert):
+        raise ValueError(f"layer {site.name}: one of several experts, held in a stack, for which torchao has no tensors: "
+                         "use merge or export_float")
     bits,how = setting.bits.w,_torchao_activations(site, layer, setting.bits) if activations else None
     if bits is None: base = copy.deepcopy(layer.base, memo)
     else:

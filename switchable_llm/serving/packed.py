@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, fake_quant
+from ..core.experts import Experts, expert_stacks, share_of, unstack_
 from ..core.layers import LAYERS, Setting, Bank
 from ..core.profiles import Profile, Site
 from ..core.switching import Switch
@@ -34,7 +35,7 @@ from .generating import model_class, packed_class
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a
 class PackedLayer(nn.Module):
     "A frozen layer that multiplies from planes of nested codes."
-    axis,multiplies = 0,True
+    axis,multiplies,share = 0,True,1.
     def __init__(self,
         planes:Planes,             # Codes, outputs by inputs
         step:Tensor,               # Step of the 8-bit code, float32 (outputs, groups)
@@ -52,6 +53,7 @@ class PackedLayer(nn.Module):
         for k,t in tensors.items(): self.register_buffer(k, t)
         self.weight = torch.empty(self.n, self.k, device='meta')   # the shape, for what counts
 
+    holder = property(lambda self: (self.weight, None))
     in_features = property(lambda self: self.k)
     out_features = property(lambda self: self.n)
     @property
@@ -227,7 +229,11 @@ def skeleton(
     if not isinstance(config, cls.config_class):
         raise ValueError(f"config: model_type={config.model_type!r}: not that of a {cls.__name__}")
     _check_heads(config)
-    with torch.device('meta'), few_modules(16*len(names)+1000): model = packed_class(cls)(config).eval()
+    with torch.device('meta'), few_modules(16*len(names)+1000):
+        model = packed_class(cls)(config).eval()
+        stacks = {n.rpartition('.')[0] for n,layers in expert_stacks(model).items() if layers}
+        inside = {n.rsplit('.', 2)[0] for n in (*(l['name'] for l in d['layers']), *(s[0] for s in d['float_layers']))}
+        for n in sorted(stacks & inside): unstack_(model, n)
     _compare_layers(model, d, names)
     rest = _compare_rest(model, {l['name'] for l in d['layers']}, tensors)
     known = {n for group in rest for n in group} | set(layer_tensors(d, names))
@@ -344,6 +350,10 @@ def _put_layers(model, d, tensors):
     for i,l in enumerate(d['layers']):
         switch.layers.append(_layer(l, d, tensors, switch, i))
         model.set_submodule(l['name'], switch.layers[i])
+    for m in model.modules():
+        if not isinstance(m, Experts): continue
+        m.switch = switch
+        for e,k in m.slices(): m[e][k].share = share_of(m.base)
     owners = {s.name:l for s,l in zip(switch.sites, switch.layers)}
     for l in d['layers']: owners[l['name']].weight = owners[l['codes']].weight   # tied: one shape, counted once
     if d['route']: switch.route,switch.route_name = router(d['route']),d['route']
