@@ -59,10 +59,20 @@ static int check_shape(const SlLinear *d, i64 n, i64 k) {
     if (int fault = check_linear(d)) return fault;
     return d->n == n && d->k == k ? FINE : SHAPES;
 }
+static int check_norms(const SlModel *M, const SlLayer *L) {
+    for (int i = 0; i < 4; i++) if (!holds_or_none(L->norm[i], L->norm_len[i], M->dim)) return BUFFER;
+    for (int i = 0; i < 2; i++) {
+        if (!holds_or_none(L->after[i], L->after_len[i], M->dim)) return BUFFER;
+        const i64 one = M->head_dim, all = (i ? M->kv_heads : M->heads)*one, n = L->qk_norm_len[i] == one ? one : all;
+        if (!holds_or_none(L->qk_norm[i], L->qk_norm_len[i], n)) return BUFFER;
+    }
+    return FINE;
+}
 static int check_layer(const SlModel *M, const SlLayer *L, i64 *part) {
     const i64 q = M->heads*M->head_dim, kv = M->kv_heads*M->head_dim, dim = M->dim;
     if (L->size != (i64)sizeof *L) return STRUCT;
-    for (int i = 0; i < 4; i++) if (!holds_or_none(L->norm[i], L->norm_len[i], dim)) return BUFFER;
+    if (!within(L->before, 0, 1) || !within(L->angles, 0, M->angles) || !within(L->window, 0, MOST)) return RANGE;
+    if (int fault = check_norms(M, L)) return fault;
     const bool three = L->qkv[1] || L->qkv[2];
     int fault = check_shape(L->qkv[*part = 0], three ? q : q + 2*kv, dim);
     for (i64 i = 1; three && i < 3 && !fault; i++) fault = check_shape(L->qkv[*part = i], kv, dim);
@@ -101,7 +111,8 @@ SL_API int sl_check_model(SlModel *M, i64 *where) {
     if (!within(M->n_layers, 1, 65536) || !within(M->dim, 1, 65536)) return RANGE;
     if (!within(M->hidden, 1, 65536) || !within(M->heads, 1, 65536)) return RANGE;
     if (!within(M->kv_heads, 1, M->heads) || M->heads % M->kv_heads) return RANGE;
-    if (!within(M->head_dim, 1, 65536) || (M->rotary && M->head_dim % 2)) return RANGE;
+    if (!within(M->head_dim, 1, 65536) || !within(M->angles, 0, 65536)) return RANGE;
+    if (M->angles && (!within(M->rotated, 2, M->head_dim) || M->rotated % 2)) return RANGE;
     if (!within(M->context, 1, MOST) || !within(M->positions_type, 0, 2) || !M->layers) return RANGE;
     if (int fault = check_ends(M, where + 1)) return fault;
     M->packed = 1; M->max_kp = M->max_r = 0;
@@ -117,6 +128,13 @@ SL_API int sl_check_model(SlModel *M, i64 *where) {
     return FINE;
 }
 
+static int check_angles(const SlModel *M, const SlCache *C) {
+    if (!M->angles) return FINE;
+    if (!within(C->places, C->capacity, MOST)) return RANGE;
+    const i64 need = times(times(M->angles, C->places), M->rotated);
+    return holds(C->cos, C->cos_len, need) && holds(C->sin, C->sin_len, need) ? FINE : BUFFER;
+}
+
 // Checks a pass before it begins: tokens ids (m) at position pos.
 int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos) {
     if (!M || !C || M->size != (i64)sizeof *M || C->size != (i64)sizeof *C) return STRUCT;
@@ -124,7 +142,7 @@ int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 po
     if (!within(C->capacity, 1, MOST)) return RANGE;
     const i64 one = times(C->capacity, M->head_dim), need = times(times(M->n_layers, M->kv_heads), one);
     if (!holds(C->keys, C->keys_len, need) || !holds(C->values, C->values_len, need)) return BUFFER;
-    if (M->rotary && (!C->cos || !C->sin || C->cos_len < one || C->sin_len < one)) return BUFFER;
+    if (int fault = check_angles(M, C)) return fault;
     if (m < 1 || pos < 0 || m > C->capacity - pos || m > M->context - pos) return POSITION;
     for (i64 t = 0; t < m; t++) if (ids[t] < 0 || ids[t] >= M->embedding->n) return TOKEN;
     return FINE;

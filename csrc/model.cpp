@@ -66,7 +66,7 @@ static void add_row(const void *rows, int type, i64 row, i64 n, bool fresh, floa
         _mm512_mask_storeu_ps(y + i, m, fresh ? v : _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y + i)));
     }
 }
-static void embed(const SlLinear *d, i64 id, float *y) {   // row `id` of the weight
+static void embed_row(const SlLinear *d, i64 id, float *y) {   // row `id` of the weight
     if (d->dense) { add_row(d->dense, (int)d->dense_type, id, d->k, true, y); return; }
     const i64 units = d->kp >> 4, base = (id >> 4)*units, lane = (id & 15)*4;
     const float s = d->scale[id];
@@ -78,14 +78,42 @@ static void embed(const SlLinear *d, i64 id, float *y) {   // row `id` of the we
         y[i] = ((float)(c >> (8 - d->bits)) - (float)d->zero)*s;
     }
 }
-// Halves rotated, as Llama does; c and s hold n cosines and sines, or nothing.
-static void rotate(const float *x, const float *c, const float *s, i64 n, float *y) {
-    if (!c) { memcpy(y, x, (size_t)n*4); return; }
-    const i64 h = n/2;
+static void embed(const SlModel *M, i64 id, i64 pos, float *y) {
+    embed_row(M->embedding, id, y);
+    const float scale = (float)M->embedding_scale;
+    if (scale != 1.f) for (i64 i = 0; i < M->dim; i++) y[i] *= scale;
+    if (M->positions) add_row(M->positions, (int)M->positions_type, pos, M->dim, false, y);
+}
+struct Turn { const float *c, *s; i64 n; };   // cosines and sines of n numbers; c is null where nothing turns
+static Turn turn_at(const SlModel *M, const SlLayer *L, const SlCache *C, i64 pos) {
+    if (!L->angles) return {nullptr, nullptr, 0};
+    const i64 at = ((L->angles - 1)*C->places + pos)*M->rotated;
+    return {C->cos + at, C->sin + at, M->rotated};
+}
+// A head of hd numbers: halves of its first ones rotated, as Llama does, the others as they are.
+static void rotate(const float *x, Turn t, i64 hd, float *y) {
+    const i64 h = t.n/2;
     for (i64 i = 0; i < h; i++) {
-        y[i] = x[i]*c[i] - x[i + h]*s[i];
-        y[i + h] = x[i + h]*c[i + h] + x[i]*s[i + h];
+        y[i] = x[i]*t.c[i] - x[i + h]*t.s[i];
+        y[i + h] = x[i + h]*t.c[i + h] + x[i]*t.s[i + h];
     }
+    if (t.n < hd) memcpy(y + t.n, x + t.n, (size_t)(hd - t.n)*4);
+}
+// Norms of queries and keys where they lie: of each head, or of all together, as the length of the weight says.
+static void normalize_heads(const SlModel *M, const SlLayer *L, float *qkv, int me, int all) {
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads;
+    for (int i = 0; i < 2; i++) {
+        if (!L->qk_norm[i]) continue;
+        float *x = i ? qkv + H*hd : qkv;
+        const i64 n = L->qk_norm_len[i], rows = (i ? G : H)*hd/n;
+        for (i64 r = rows*me/all; r < rows*(me + 1)/all; r++)
+            normalize(x + r*n, L->qk_norm[i], nullptr, n, true, M->eps, x + r*n);
+    }
+}
+static bool has_head_norms(const SlLayer *L) { return L->qk_norm[0] || L->qk_norm[1]; }
+// The first position that a token at `pos` sees.
+static i64 first_seen(const SlLayer *L, i64 pos) {
+    return L->window && pos >= L->window ? pos + 1 - L->window : 0;
 }
 // One head: q (n) against `pos` cached keys and the new one; y = softmax(scale q k) v.
 static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 pos,
@@ -121,40 +149,61 @@ static void attend(const float *q, const float *keys, const float *values, const
 }
 static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
                       const Own *o, int me, int all) {
+    const SlLayer *L = M->layers + layer;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, row = C->capacity*hd;
-    const float *c = M->rotary ? C->cos + pos*hd : nullptr, *s = M->rotary ? C->sin + pos*hd : nullptr;
+    const i64 first = first_seen(L, pos);
+    const Turn turn = turn_at(M, L, C, pos);
     const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
     for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
         float *keys = C->keys + (layer*G + i/each)*row, *values = C->values + (layer*G + i/each)*row;
-        if (g != i/each) { g = i/each; rotate(k_new + g*hd, c, s, hd, o->k); }
-        rotate(qkv + i*hd, c, s, hd, o->q);
-        attend(o->q, keys, values, o->k, v_new + g*hd, pos, hd, (float)M->attention_scale, o->scores, out + i*hd);
+        if (g != i/each) { g = i/each; rotate(k_new + g*hd, turn, hd, o->k); }
+        rotate(qkv + i*hd, turn, hd, o->q);
+        attend(o->q, keys + first*hd, values + first*hd, o->k, v_new + g*hd, pos - first, hd,
+               (float)M->attention_scale, o->scores, out + i*hd);
         if (i % each == 0) {
             memcpy(keys + pos*hd, o->k, (size_t)hd*4);
             memcpy(values + pos*hd, v_new + g*hd, (size_t)hd*4);
         }
     }
 }
-static void run_layer(const SlModel *M, const SlCache *C, i64 i, i64 pos, float *x, float *qkv, float *att,
-                      float *mid, const Own *o, int me, int all) {
+// x += product, or x += norm(product) where there is such a norm; y holds a product meanwhile.
+static void add_product(const SlModel *M, const SlLinear *d, const float *in, const float *w, float *x, float *y,
+                        const Own *o, int me, int all) {
+    share(d, in, w ? y : x, !w, o, me, all);
+    #pragma omp barrier
+    if (!w) return;
+    normalize(y, w, nullptr, M->dim, true, M->eps, o->norm);
+    for (i64 i = M->dim*me/all; i < M->dim*(me + 1)/all; i++) x[i] += o->norm[i];
+    #pragma omp barrier
+}
+static const float *before(const SlModel *M, const SlLayer *L, int which, const float *x, const Own *o) {
+    if (!L->before) return x;
+    normalize(x, L->norm[2*which], L->norm[2*which + 1], M->dim, M->rms, M->eps, o->norm);
+    return o->norm;
+}
+struct Room { float *x, *y, *qkv, *att, *mid; };   // of all threads: a token on its way
+static void run_layer(const SlModel *M, const SlCache *C, i64 i, i64 pos, const Room *r, const Own *o, int me,
+                      int all) {
     const SlLayer *L = M->layers + i;
-    normalize(x, L->norm[0], L->norm[1], M->dim, M->rms, M->eps, o->norm);
+    const float *in = before(M, L, 0, r->x, o);
     for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n)
-        share(L->qkv[j], o->norm, qkv + at, false, o, me, all);
+        share(L->qkv[j], in, r->qkv + at, false, o, me, all);
     #pragma omp barrier
-    attention(M, C, i, pos, qkv, att, o, me, all);
+    if (has_head_norms(L)) {
+        normalize_heads(M, L, r->qkv, me, all);
+        #pragma omp barrier
+    }
+    attention(M, C, i, pos, r->qkv, r->att, o, me, all);
     #pragma omp barrier
-    share(L->out, att, x, true, o, me, all);
-    #pragma omp barrier
-    normalize(x, L->norm[2], L->norm[3], M->dim, M->rms, M->eps, o->norm);
+    add_product(M, L->out, r->att, L->after[0], r->x, r->y, o, me, all);
+    in = before(M, L, 1, r->x, o);
     const i64 blocks = (M->hidden + 15) >> 4, a = blocks*me/all*16, b = blocks*(me + 1)/all*16;
-    float *gate = L->gate ? mid + round64(M->hidden) : nullptr;
-    if (gate) share(L->gate, o->norm, gate, false, o, me, all);
-    share(L->up, o->norm, mid, false, o, me, all);
-    activate(mid, gate, a, b < M->hidden ? b : M->hidden, M->silu);
+    float *gate = L->gate ? r->mid + round64(M->hidden) : nullptr;
+    if (gate) share(L->gate, in, gate, false, o, me, all);
+    share(L->up, in, r->mid, false, o, me, all);
+    activate(r->mid, gate, a, b < M->hidden ? b : M->hidden, M->silu);
     #pragma omp barrier
-    share(L->down, mid, x, true, o, me, all);
-    #pragma omp barrier
+    add_product(M, L->down, r->mid, L->after[1], r->x, r->y, o, me, all);
 }
 
 // Token `id` at position `pos`: its keys and values go into the cache, the logits of the next token to `logits` (if
@@ -166,14 +215,13 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
     const size_t score = round64(pos + 17);
     const size_t own = round64(3*kp) + 4*(round64(r) + dim + score + 2*head_dim);
-    const size_t common = 4*(dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
+    const size_t common = 4*(2*dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
     char *p = arena.get(common + own*threads + 64);
     if (!p) return NO_MEMORY;
-    float *x = (float*)p, *qkv = x + dim, *att = qkv + round64(wide);
-    float *mid = att + round64(M->heads*M->head_dim);
-    embed(M->embedding, id, x);
-    if (M->positions) add_row(M->positions, (int)M->positions_type, pos, M->dim, false, x);
+    float *x = (float*)p, *y = x + dim, *qkv = y + dim, *att = qkv + round64(wide);
+    const Room room = {x, y, qkv, att, att + round64(M->heads*M->head_dim)};
+    embed(M, id, pos, x);
     #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -186,7 +234,7 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
         o.bytes = (int8_t*)q; o.h = (float*)(q + round64(3*kp));
         o.norm = o.h + round64(r); o.scores = o.norm + dim;
         o.q = o.scores + score; o.k = o.q + head_dim;
-        for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, x, qkv, att, mid, &o, me, all);
+        for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, &room, &o, me, all);
         if (logits) {
             normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, o.norm);
             share(M->head, o.norm, logits, false, &o, me, all);
@@ -197,11 +245,12 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
 
 // ---- a prompt: all its tokens through the same kernels ----
 // Queries t..t+g-1 (g <= 8) of one head at positions pos+t..; kt holds the keys input by input, `wide` positions
-// apart.
+// apart. Each sees `window` keys, its own the last, or all (0).
 static void attend_some(const float *q, i64 qstride, const float *kt, const float *values, i64 pos, int g, i64 n,
-                        i64 wide, float scale, float *p, float *y, i64 ystride) {
+                        i64 wide, i64 window, float scale, float *p, float *y, i64 ystride) {
     const i64 last = pos + g;   // keys that the last query sees
-    for (i64 k = 0; k < last; k += 16) {
+    const i64 start = window && pos >= window ? (pos + 1 - window) & ~(i64)15 : 0;   // nobody sees what is before
+    for (i64 k = start; k < last; k += 16) {
         __m512 a[8];
         for (int i = 0; i < 8; i++) a[i] = _mm512_setzero_ps();
         for (i64 j = 0; j < n; j++) {
@@ -214,18 +263,19 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
     }
     for (int i = 0; i < g; i++) {
         float *s = p + i*wide;
-        const i64 sees = pos + i + 1;
+        const i64 sees = pos + i + 1, from = window && sees > window ? sees - window : 0;
+        for (i64 k = start; k < from; k++) s[k] = -INFINITY;
         __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-        for (i64 k = 0; k < sees; k += 16)
+        for (i64 k = start; k < sees; k += 16)
             top = _mm512_mask_max_ps(top, head(sees - k), top, _mm512_loadu_ps(s + k));
         top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-        for (i64 k = 0; k < sees; k += 16) {
+        for (i64 k = start; k < sees; k += 16) {
             __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + k), top));
-            e = _mm512_maskz_mov_ps(head(sees - k), e);
+            e = _mm512_maskz_mov_ps(head(sees - k) & ~(k < from ? head(from - k) : 0), e);
             _mm512_storeu_ps(s + k, e); sum = _mm512_add_ps(sum, e);
         }
         const float inv = 1.f/_mm512_reduce_add_ps(sum);
-        for (i64 k = 0; k < sees; k += 16)
+        for (i64 k = start; k < sees; k += 16)
             _mm512_storeu_ps(s + k, _mm512_mul_ps(_mm512_loadu_ps(s + k), _mm512_set1_ps(inv)));
         for (i64 k = sees; k < last; k++) s[k] = 0;
     }
@@ -235,7 +285,7 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
             m[j] = c + 16*j < n ? head(n - c - 16*j) : 0;
             for (int i = 0; i < 4; i++) a[i][j] = _mm512_setzero_ps();
         }
-        for (i64 k = 0; k < last; k++) {
+        for (i64 k = start; k < last; k++) {
             __m512 v[4];
             for (int j = 0; j < 4; j++) v[j] = _mm512_maskz_loadu_ps(m[j], values + k*n + c + 16*j);
             for (int i = 0; i < 4; i++) {
@@ -247,22 +297,36 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
             for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
     }
 }
-// Rotates queries and keys, and puts keys and values into the cache.
+// Normalizes and rotates queries and keys, and puts keys and values into the cache.
 static void cache_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide,
                          float *spare) {
+    const SlLayer *L = M->layers + layer;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, row = C->capacity*hd;
     for (i64 t = 0; t < m; t++) {
-        const float *c = M->rotary ? C->cos + (pos + t)*hd : nullptr;
-        const float *s = M->rotary ? C->sin + (pos + t)*hd : nullptr;
+        const Turn turn = turn_at(M, L, C, pos + t);
         float *q = qkv + t*wide;
-        if (c) for (i64 i = 0; i < H; i++) {
+        normalize_heads(M, L, q, 0, 1);
+        if (turn.n) for (i64 i = 0; i < H; i++) {
             memcpy(spare, q + i*hd, (size_t)hd*4);
-            rotate(spare, c, s, hd, q + i*hd);
+            rotate(spare, turn, hd, q + i*hd);
         }
         for (i64 g = 0; g < G; g++) {
-            rotate(q + (H + g)*hd, c, s, hd, C->keys + (layer*G + g)*row + (pos + t)*hd);
+            rotate(q + (H + g)*hd, turn, hd, C->keys + (layer*G + g)*row + (pos + t)*hd);
             memcpy(C->values + (layer*G + g)*row + (pos + t)*hd, q + (H + G + g)*hd, (size_t)hd*4);
         }
+    }
+}
+// x += y, or x += norm(y) where there is such a norm; then `norm` = what the next layer reads, if that is not x.
+static void join(const SlModel *M, const float *after, const SlLayer *next, int which, i64 m, float *x, float *y,
+                 float *norm, int threads) {
+    const i64 dim = M->dim;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 t = 0; t < m; t++) {
+        float *row = x + t*dim, *add = y + t*dim;
+        if (after) normalize(add, after, nullptr, dim, true, M->eps, add);
+        for (i64 i = 0; i < dim; i++) row[i] += add[i];
+        if (next && next->before)
+            normalize(row, next->norm[2*which], next->norm[2*which + 1], dim, M->rms, M->eps, norm + t*dim);
     }
 }
 static thread_local Arena prompt_arena;
@@ -304,17 +368,17 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
     float *x = (float*)mem, *norm = x + m*dim, *y = norm + m*dim, *qkv = x + round64(3*m*dim);
     float *att = qkv + round64(m*wide), *up = att + round64(m*H*hd), *gate = up + m*hidden;
     float *scratch = up + round64(2*m*hidden);
-    for (i64 t = 0; t < m; t++) {
-        embed(M->embedding, ids[t], x + t*dim);
-        if (M->positions) add_row(M->positions, (int)M->positions_type, pos + t, dim, false, x + t*dim);
-    }
+    for (i64 t = 0; t < m; t++) embed(M, ids[t], pos + t, x + t*dim);
     for (i64 l = 0; l < M->n_layers; l++) {
         const SlLayer *L = M->layers + l;
-        #pragma omp parallel for schedule(static) num_threads(threads)
-        for (i64 t = 0; t < m; t++)
-            normalize(x + t*dim, L->norm[0], L->norm[1], dim, M->rms, M->eps, norm + t*dim);
+        const float *in = L->before ? norm : x;
+        if (L->before) {
+            #pragma omp parallel for schedule(static) num_threads(threads)
+            for (i64 t = 0; t < m; t++)
+                normalize(x + t*dim, L->norm[0], L->norm[1], dim, M->rms, M->eps, norm + t*dim);
+        }
         for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n)
-            tokens_linear(L->qkv[j], norm, m, qkv + at, wide);
+            tokens_linear(L->qkv[j], in, m, qkv + at, wide);
         cache_tokens(M, C, l, pos, m, qkv, wide, scratch);
         #pragma omp parallel num_threads(threads)
         {
@@ -325,31 +389,26 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
                 const i64 g = h/(H/G);
                 const float *K = C->keys + (l*G + g)*C->capacity*hd, *V = C->values + (l*G + g)*C->capacity*hd;
                 if (have != g) {
-                    for (i64 k = 0; k < keys; k++)
+                    for (i64 k = first_seen(L, pos) & ~(i64)15; k < keys; k++)
                         for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
                     have = g;
                 }
                 for (i64 t = 0; t < m; t += 8) {
                     const int some = (int)(m - t < 8 ? m - t : 8);
-                    attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, some, hd, keys,
+                    attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, some, hd, keys, L->window,
                                 (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
                 }
             }
         }
         tokens_linear(L->out, att, m, y, dim);
-        #pragma omp parallel for schedule(static) num_threads(threads)
-        for (i64 t = 0; t < m; t++) {
-            for (i64 i = t*dim; i < (t + 1)*dim; i++) x[i] += y[i];
-            normalize(x + t*dim, L->norm[2], L->norm[3], dim, M->rms, M->eps, norm + t*dim);
-        }
-        if (L->gate) tokens_linear(L->gate, norm, m, gate, hidden);
-        tokens_linear(L->up, norm, m, up, hidden);
+        join(M, L->after[0], L, 1, m, x, y, norm, threads);
+        if (L->gate) tokens_linear(L->gate, in, m, gate, hidden);
+        tokens_linear(L->up, in, m, up, hidden);
         #pragma omp parallel for schedule(static) num_threads(threads)
         for (i64 t = 0; t < m; t++)
             activate(up + t*hidden, L->gate ? gate + t*hidden : nullptr, 0, hidden, M->silu);
         tokens_linear(L->down, up, m, y, dim);
-        #pragma omp parallel for schedule(static) num_threads(threads)
-        for (i64 i = 0; i < m*dim; i++) x[i] += y[i];
+        join(M, L->after[1], nullptr, 0, m, x, y, norm, threads);
     }
     return logits ? finish_token(M, x + (m - 1)*dim, norm, logits, threads) : FINE;
 }

@@ -48,9 +48,14 @@ struct SlLinear {               // mirrored by kernels._Linear
 struct SlLayer {                // mirrored by parts._Layer
     i64 size;
     const float *norm[4];       // weight and bias before attention, then before the MLP; biases may be null
-    i64 norm_len[4];
+    const float *after[2];      // RMS norm of what attention gives, and of what the MLP gives; null for none
+    const float *qk_norm[2];    // RMS norm of queries, and of keys: by its length of each head or of all; or null
+    i64 norm_len[4], after_len[2], qk_norm_len[2];
     const SlLinear *qkv[3];     // one fused (then 1 and 2 are null) or three
     const SlLinear *out, *gate, *up, *down;               // gate null for a plain MLP
+    i64 before;                 // whether there are norms before attention and MLP
+    i64 angles;                 // which table of angles rotates queries and keys, from 1; 0 leaves them
+    i64 window;                 // positions that a token sees, its own the last; 0 for all
 };
 struct SlModel {                // mirrored by parts._Model: a model at one profile; threads only read it
     i64 size;
@@ -61,16 +66,17 @@ struct SlModel {                // mirrored by parts._Model: a model at one prof
     i64 positions_len, norm_w_len, norm_b_len;
     i64 positions_type;         // as dense_type
     i64 n_layers, dim, heads, kv_heads, head_dim, hidden, context;
-    i64 rms, silu, rotary;      // RMS norm or layer norm; SiLU or tanh GELU; rotated queries and keys or not
-    double eps, attention_scale;
+    i64 rms, silu;              // RMS norm or layer norm; SiLU or tanh GELU
+    i64 angles, rotated;        // tables of rotary angles, 0 for none; numbers of a head that they rotate, its first
+    double eps, attention_scale, embedding_scale;
     i64 checked, packed, max_kp, max_r;   // written by sl_check_model
 };
 struct SlCache {                // mirrored by parts._Cache: one sequence
     i64 size;
     float *keys, *values;       // (layers,kv_heads,capacity,head_dim)
-    const float *cos, *sin;     // (capacity or more,head_dim) rotary angles, or null
+    const float *cos, *sin;     // (tables,places,rotated) rotary angles, or null
     i64 keys_len, values_len, cos_len, sin_len;
-    i64 capacity;               // tokens that fit
+    i64 capacity, places;       // tokens that fit; positions in a table of angles
 };
 
 // What the calls return; mirrored by kernels.FAULTS.

@@ -21,14 +21,14 @@ GROWTH = 1 << 30    # bytes of memory that a worker may grow by: nothing is take
 
 def toy(kind, **kw):
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     ends = dict(bos_token_id=1, eos_token_id=1, pad_token_id=0)
     if kind=='gpt2':
         return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=48, n_layer=2, n_head=4, **ends))
-    cfg,cls = (LlamaConfig, LlamaForCausalLM) if kind=='llama' else (Qwen2Config, Qwen2ForCausalLM)
-    return cls(cfg(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4,
-                   num_key_value_heads=2, max_position_embeddings=64, **ends, **kw))
+    sizes = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, intermediate_size=84, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=64)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes|ends|kw))
 
 def make_healthy(folder):
     "Files of several kinds in a folder."
@@ -45,10 +45,14 @@ def make_healthy(folder):
     gpt2,tied = toy('gpt2'),toy('llama', tie_word_embeddings=True)
     qwen2 = toy('qwen2', tie_word_embeddings=False).to(torch.bfloat16)
     apart = toy('llama', tie_word_embeddings=False)
+    windows = dict(sliding_window=2, layer_types=['full_attention','sliding_attention'])
+    gemma3,phi3 = toy('gemma3_text', head_dim=12, **windows),toy('phi3', intermediate_size=80, sliding_window=2)
     for name,model,profiles,cfg,ends,more in (
         ('gpt2', gpt2, ['bw4','bw8','mixed8648'], {}, True, {}),
         ('llama', tied, ['bw4','bw8'], dict(act='per_token'), False, own_ends),
         ('qwen2', qwen2, ['bw4','bw6'], dict(weight='per_group', group_size=32), True, {}),
+        ('gemma3', gemma3, ['bw4','bw8'], {}, False, {}),
+        ('phi3', phi3, ['bw4','bw8'], dict(act='per_token'), True, {}),
         ('half', apart, [half], dict(act='per_token', act_symmetric=True), False, {})):
         make_switchable_(model.eval(), profiles, QuantConfig(**cfg), embedding=ends, lm_head=ends)
         calibrate_(model, [dict(input_ids=torch.randint(1, 97, (3, 11)))])
@@ -341,7 +345,8 @@ class Worker:
                     p.kill()
                     break
                 if line is None: break
-                said = json.loads(line)
+                try: said = json.loads(line)
+                except ValueError: continue   # the package of tokenizers writes lines of its own
                 at = said if 'begin' in said else None
                 if 'end' in said:
                     self.done.append(said)

@@ -3,8 +3,7 @@ import io, os, sys
 import pytest, torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AddedToken, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-    MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+    AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm.models.loading import gguf_overrides, load_model
 from switchable_llm.data.embedded import tiny_tokenizer
@@ -31,11 +30,11 @@ def base(kind, dtype=torch.float32, tied=True, **kw):
         sizes = dict(vocab_size=200, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
         m = GPT2LMHeadModel(GPT2Config(**sizes | dict(tie_word_embeddings=tied) | kw))
     else:
-        kinds = dict(llama=(LlamaConfig, LlamaForCausalLM), mistral=(MistralConfig, MistralForCausalLM),
-                     qwen2=(Qwen2Config, Qwen2ForCausalLM))
-        config,cls = kinds[kind]
-        window = dict(sliding_window=None) if kind=='mistral' else {}
-        m = cls(config(**common | dict(tie_word_embeddings=tied) | window | kw))
+        own = dict(mistral=dict(sliding_window=None), qwen3=dict(head_dim=24), gemma=dict(head_dim=24),
+                   gemma3_text=dict(head_dim=24, query_pre_attn_scalar=24, sliding_window=5, num_hidden_layers=7),
+                   **dict.fromkeys(('phi3','olmo2','smollm3'), dict(num_hidden_layers=5)))
+        settings = common | dict(pad_token_id=0, tie_word_embeddings=tied) | own.get(kind, {}) | kw
+        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     with torch.no_grad():
         for p in m.parameters(): p.add_(.05*torch.randn_like(p))
     return m.to(dtype).eval()
@@ -346,6 +345,21 @@ def test_gguf_f32_is_exact(kind, kw, tied, tmp_path):
         if hasattr(plain.config, k): assert getattr(back.config, k)==pytest.approx(getattr(plain.config, k)), k
     assert [f.name for f in path.parent.iterdir()]==['m.gguf']
 
+HALF_TURNED = dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.5)
+STRETCHED = dict(full_attention=dict(rope_type='linear', rope_theta=1e6, factor=4.),
+                 sliding_attention=dict(rope_type='default', rope_theta=1e4))
+NEWER = [('qwen3', {}), ('qwen3', dict(tied=False)), ('phi3', {}), ('phi3', dict(rope_parameters=HALF_TURNED)),
+         ('gemma3_text', {}), ('gemma3_text', dict(rope_parameters=STRETCHED))]
+
+@pytest.mark.parametrize('kind,kw', NEWER)
+@torch.no_grad()
+def test_newer_families_are_read_by_transformers(kind, kw, tmp_path):
+    m = switchable(kind, **kw)
+    plain,back = merge(m, 'bw4'),read(export_gguf(m, 'bw4', tmp_path/'m.gguf'))
+    assert back.config.model_type==kind
+    for k,v in plain.state_dict().items(): torch.testing.assert_close(back.state_dict()[k], v, rtol=0, atol=1e-6)
+    torch.testing.assert_close(back(**BATCH).logits, plain(**BATCH).logits, rtol=1e-4, atol=1e-4)
+
 @pytest.mark.parametrize('codes', ['independent','nested'])
 @pytest.mark.parametrize('base_dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('kind', ['gpt2','llama'])
@@ -396,7 +410,20 @@ def test_gguf_odd_rows_and_large_numbers(tmp_path):
     ('llama', dict(hidden_act='gelu'), "hidden_act='gelu'"),
     ('llama', dict(rope_parameters=dict(rope_type='linear', factor=2., rope_theta=1e4)), "rope_type='linear'"),
     ('mistral', dict(sliding_window=16), 'sliding_window=16'),
-    ('qwen2', dict(use_sliding_window=True, sliding_window=16), 'use_sliding_window=True')])
+    ('qwen2', dict(use_sliding_window=True, sliding_window=16), 'use_sliding_window=True'),
+    ('qwen3', dict(use_sliding_window=True, sliding_window=16, max_window_layers=1), "layer_types=.*'sliding_attention'"),
+    ('qwen3', dict(attention_bias=True), 'attention_bias=True'),
+    ('smollm3', dict(no_rope_layers=[1, 0, 1, 1, 0]), r'no_rope_layers=\[1, 0, 1, 1, 0\]'),
+    ('phi3', dict(sliding_window=16), 'sliding_window=16'),
+    ('phi3', dict(original_max_position_embeddings=32, rope_parameters=dict(
+        rope_type='longrope', rope_theta=1e4, short_factor=[1.]*8, long_factor=[2.]*8)), "rope_type='longrope'"),
+    ('phi3', dict(rope_parameters=HALF_TURNED|dict(partial_rotary_factor=.35)), 'partial_rotary_factor=0.35'),
+    ('olmo2', dict(head_dim=32), 'head_dim=32'),
+    ('gemma3_text', dict(query_pre_attn_scalar=16), 'query_pre_attn_scalar=16'),
+    ('gemma3_text', dict(final_logit_softcapping=30.), 'final_logit_softcapping=30.0'),
+    ('gemma3_text', dict(sliding_window_pattern=2), 'layer_types='),
+    ('gemma3_text', dict(rope_parameters=STRETCHED|dict(
+        sliding_attention=dict(rope_type='default', rope_theta=2e4))), 'sliding_rope=.*20000')])
 def test_gguf_refuses_what_it_has_no_place_for(kind, kw, match, tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     with pytest.raises(ValueError, match=match+'.*export_float'):
@@ -407,7 +434,7 @@ def test_gguf_unknown_family(tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     m = switchable('llama'); m.config.model_type = 'nonesuch'
     with pytest.raises(ValueError,
-                       match="'nonesuch': GGUF export knows gpt2, llama, mistral, qwen2; use export_float"):
+                       match="'nonesuch': GGUF export knows gpt2, llama, mistral, qwen2, .*; use export_float"):
         export_gguf(m, 'bw4', tmp_path/'m.gguf')
 
 def test_gguf_file_is_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -3,13 +3,13 @@ import json, urllib.request
 import pytest, torch
 from switchable_llm.serving.formats import export_gguf
 from switchable_llm.serving.exports import merge
-from test_exports import TEXTS, around, bpe, switchable
+from test_exports import NEWER, TEXTS, around, bpe, switchable
 
 llama_cpp = pytest.importorskip('xllamacpp', reason='the package `xllamacpp` (llama.cpp) is not installed')
 pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
 
-def served(path):
-    "A running server with the file, and a function that asks it for tokens."
+def served(path, what=None):
+    "A running server with the file, and a function that asks it for tokens, or for all that it says of one thing."
     p = llama_cpp.CommonParams()
     p.model.path,p.n_ctx,p.n_parallel,p.warmup,p.cpuparams.n_threads = str(path),64,1,False,1
     server = llama_cpp.Server(p)
@@ -17,7 +17,10 @@ def served(path):
         data,head = json.dumps(fields).encode(),{'Content-Type':'application/json'}
         request = urllib.request.Request(f'{server.listening_address}/{what}', data, head)
         return json.load(urllib.request.urlopen(request))['tokens']
-    return server, ask
+    def ask_all(**fields):
+        data,head = json.dumps(fields).encode(),{'Content-Type':'application/json'}
+        return json.load(urllib.request.urlopen(urllib.request.Request(f'{server.listening_address}/{what}', data, head)))
+    return server, ask_all if what else ask
 
 def same_words(plain, ask, ids, end):
     "The four most likely tokens that follow, one after the other; llama.cpp never takes the one that ends a text."
@@ -39,4 +42,26 @@ def test_llama_cpp_reads_and_says_the_same(kind, split, template, tmp_path):
             said = ask('tokenize', content=text, add_special=special, parse_special=True)
             assert said==tok(text, add_special_tokens=special).input_ids, text
         if ids := tok(text).input_ids: same_words(plain, ask, ids, tok.eos_token_id)
+    del server
+
+def scores(ask_all, ids, tok):
+    "llama.cpp's log-probabilities of all words that may follow; it is made to say 'a', as it is silent within a letter."
+    found = ask_all(prompt=ids, n_predict=1, n_probs=len(tok), temperature=-1, ignore_eos=True, cache_prompt=False,
+                    logit_bias=[[tok.convert_tokens_to_ids('a'), 1000.]])
+    return {w['id']:w['logprob'] for w in found['completion_probabilities'][0]['top_logprobs']}
+
+MORE = [('smollm3', {}), ('smollm3', dict(tied=False)), ('olmo2', {}), ('olmo2', dict(tied=False)), ('gemma', {})]
+
+@pytest.mark.parametrize('kind,kw', [*NEWER, *MORE])
+@torch.no_grad()
+def test_newer_families(kind, kw, tmp_path):
+    "Beyond every window, all words' probabilities are those of transformers."
+    tok = bpe('gpt2')
+    m = switchable(kind, ('bw8',), vocab_size=len(tok), **kw)
+    server,ask = served(export_gguf(m, 'bw8', tmp_path/'m.gguf', tokenizer=tok), 'completion')
+    ids = torch.randint(2, len(tok), (3, 40), generator=torch.Generator().manual_seed(3))
+    right = merge(m, 'bw8')(ids).logits[:, -1].log_softmax(-1)
+    for row,want in zip(ids.tolist(), right):
+        got = scores(ask, row, tok)
+        assert len(got)==len(tok) and max(abs(p-float(want[i])) for i,p in got.items())<=.02, kind
     del server

@@ -42,8 +42,24 @@ def gguf_overrides(
     if arch=='gpt2':
         sizes = dict(n_positions=get('gpt2.context_length'), n_inner=get('gpt2.feed_forward_length'))
         return sizes | dict(vocab_size=shapes['token_embd.weight'][-1].item())
+    size = get(f'{arch}.attention.key_length')
+    if arch=='qwen3' and size: return dict(head_dim=size)
+    if arch=='gemma3' and size: return _gemma3_overrides(get, size)
+    if arch=='phi3' and size:
+        turn = dict(rope_type='default', rope_theta=get('phi3.rope.freq_base'))
+        return dict(rope_parameters=turn | dict(partial_rotary_factor=get('phi3.rope.dimension_count')/size),
+                    pad_token_id=get('tokenizer.ggml.padding_token_id'))
     if arch!='llama': return {}
     return dict(attention_bias='blk.0.attn_q.bias' in shapes, mlp_bias='blk.0.ffn_up.bias' in shapes)
+
+def _gemma3_overrides(get, size):
+    full = dict(rope_type='default', rope_theta=get('gemma3.rope.freq_base'))
+    local = dict(rope_type='default', rope_theta=1e4)   # in llama.cpp's program
+    if get('gemma3.rope.scaling.type')=='linear':
+        full |= dict(rope_type='linear', factor=get('gemma3.rope.scaling.factor'))
+    heads,layers = get('gemma3.attention.head_count'),get('gemma3.block_count')
+    return dict(query_pre_attn_scalar=get('gemma3.embedding_length')//heads if layers==62 else size,
+                rope_parameters=dict(full_attention=full, sliding_attention=local))
 
 def span_model(
     model:nn.Module, # A causal language model; its base is shared, not copied

@@ -7,7 +7,7 @@ __all__ = ['GGUF_DTYPES', 'GGUF_FAMILIES', 'use_weights_only', 'LogitGap', 'logi
            'export_torchao', 'save_torchao', 'GGUFFamily', 'rotary_pairs', 'export_gguf']
 
 # %% ../../nbs/serving/formats.ipynb #06b33677
-import copy, importlib, json, torch
+import copy, importlib, json, torch, re, reprlib
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -202,30 +202,68 @@ GGUF_DTYPES = ('F32','F16','BF16','Q8_0')
 class GGUFFamily(NamedTuple):
     "How a model family is written for llama.cpp."
     arch:str                    # llama.cpp's name of the architecture
-    takes:dict[str,tuple]       # Setting -> values that llama.cpp's model of it has
+    takes:dict                  # Setting -> values that llama.cpp's model of it has, or a function that gives them
     permuted:bool=False         # Rotated dimensions are stored in pairs
+    from_one:bool=False         # Norms are stored with 1 added
+    head:bool=False             # A tied head is written too
 
 _gpt2 = dict(activation_function=('gelu_new','gelu_pytorch_tanh'), scale_attn_weights=(True,),
              scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
 _rotary = dict(hidden_act=('silu',), rope_type=('default',), partial_rotary_factor=(1.,))
+_plain = _rotary | dict(attention_bias=(False,), layer_types=lambda c: (c.num_hidden_layers*['full_attention'],))
+_square = dict(head_dim=lambda c: (c.hidden_size//c.num_attention_heads,))
+_gemma = dict(rope_type=('default',), attention_bias=(False,), use_bidirectional_attention=(None, False))
+
+def _every(c, n, one, other):   # what llama.cpp has in its program: each n-th layer is another one
+    return [other if (i+1)%n==0 else one for i in range(c.num_hidden_layers)]
+
+def _whole_turns(c):   # shares of a head that are an even number of its dimensions
+    size = c.hidden_size//c.num_attention_heads
+    return [n/size for n in range(2, size+1, 2)]
+
 GGUF_FAMILIES = dict(   # `config.model_type` -> how it is written
     gpt2 = GGUFFamily('gpt2', _gpt2),
     llama = GGUFFamily('llama', _rotary, True),
     mistral = GGUFFamily('llama', _rotary | dict(sliding_window=(None,)), True),   # without a window it is a Llama
-    qwen2 = GGUFFamily('qwen2', _rotary | dict(use_sliding_window=(False,))))
+    qwen2 = GGUFFamily('qwen2', _rotary | dict(use_sliding_window=(False,))),
+    qwen3 = GGUFFamily('qwen3', _plain),
+    smollm3 = GGUFFamily('smollm3', _plain | _square | dict(
+        mlp_bias=(False,), no_rope_layers=lambda c: (_every(c, 4, 1, 0),)), True),
+    phi3 = GGUFFamily('phi3', _rotary | _square | dict(sliding_window=(None,), partial_rotary_factor=_whole_turns)),
+    olmo2 = GGUFFamily('olmo2', _plain | _square, head=True),
+    gemma = GGUFFamily('gemma', _gemma | dict(hidden_act=('gelu_pytorch_tanh',)), from_one=True),
+    gemma3_text = GGUFFamily('gemma3', _gemma | dict(
+        hidden_activation=('gelu_pytorch_tanh',), rope_type=('default','linear'),
+        attn_logit_softcapping=(None,), final_logit_softcapping=(None,),
+        sliding_rope=(dict(rope_type='default', rope_theta=1e4),),
+        layer_types=lambda c: (_every(c, 6, 'sliding_attention', 'full_attention'),),
+        query_pre_attn_scalar=lambda c: (   # of its largest model, which has 62 layers, and of the others
+            c.hidden_size//c.num_attention_heads if c.num_hidden_layers==62 else c.head_dim,)), from_one=True))
 
 def _gguf_family(model):   # the entry, if the model has nothing that it has no place for
     c,kind = model.config,model.config.model_type
     way = "use export_float, and llama.cpp's own converter on the folder"
     if kind not in GGUF_FAMILIES:
         raise ValueError(f"model type {kind!r}: GGUF export knows {', '.join(GGUF_FAMILIES)}; {way}")
-    f,rope = GGUF_FAMILIES[kind],getattr(c, 'rope_parameters', None) or {}
+    f = GGUF_FAMILIES[kind]
     for k,ok in f.takes.items():
-        v = rope.get(k, ok[0]) if k in ('rope_type','partial_rotary_factor') else getattr(c, k)
+        if callable(ok): ok = ok(c)
+        v = _setting(c, k, ok[0])
         if k=='sliding_window' and v is not None and v>=c.max_position_embeddings: continue   # it hides nothing
         if v not in ok:
-            raise ValueError(f"{kind} with {k}={v!r}: llama.cpp's {f.arch} has {' or '.join(map(repr, ok))}; {way}")
+            raise ValueError(f"{kind} with {k}={v!r}: llama.cpp's {f.arch} has {reprlib.repr(ok[0])}"
+                             f"{''.join(f' or {o!r}' for o in ok[1:3])}; {way}")
     return f
+
+def _rope(c):   # parameters of the angles, of the layers that see everything where there are two kinds
+    rope = getattr(c, 'rope_parameters', None) or {}
+    return rope.get('full_attention', rope)
+
+def _setting(c, k, default):
+    if k in ('rope_type','partial_rotary_factor'): return _rope(c).get(k, default)
+    if k=='sliding_rope': return c.rope_parameters['sliding_attention']
+    v = getattr(c, k, default)
+    return default if v is None and k=='head_dim' else v
 
 def _gguf_settings(w, c, family):   # the configuration, under llama.cpp's names
     heads,kv = c.num_attention_heads,getattr(c, 'num_key_value_heads', c.num_attention_heads)
@@ -237,14 +275,17 @@ def _gguf_settings(w, c, family):   # the configuration, under llama.cpp's names
     w.add_head_count(heads)
     w.add_vocab_size(c.vocab_size)
     if family.arch=='gpt2': return w.add_layer_norm_eps(c.layer_norm_epsilon)
-    size = getattr(c, 'head_dim', None) or c.hidden_size//heads
+    size,rope = getattr(c, 'head_dim', None) or c.hidden_size//heads,_rope(c)
     w.add_head_count_kv(kv)
     w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_rope_freq_base(c.rope_parameters['rope_theta'])
-    w.add_rope_dimension_count(size)
-    if size==c.hidden_size//heads: return
+    w.add_rope_freq_base(rope['rope_theta'])
+    w.add_rope_dimension_count(int(size*rope.get('partial_rotary_factor', 1)))
     w.add_key_length(size)
     w.add_value_length(size)
+    if family.arch=='gemma3': w.add_sliding_window(c.sliding_window)
+    if rope['rope_type']=='linear':
+        w.add_rope_scaling_type(optional('gguf', 'export_gguf').RopeScalingType.LINEAR)
+        w.add_rope_scaling_factor(rope['factor'])
 
 def rotary_pairs(
     x:Tensor,   # Weight or bias of queries or keys, (heads * size, ...), halves of a head rotated together
@@ -260,13 +301,14 @@ def _gguf_tensors(gguf, model, family):   # llama.cpp's names and float32 tensor
     convs = {f'{n}.weight' for n,m in model.named_modules() if isinstance(m, Conv1D)}
     tied = end_weights(model)[0] is end_weights(model)[1]
     for k,v in model.state_dict().items():
-        if tied and k=='lm_head.weight': continue
+        if tied and k=='lm_head.weight' and not family.head: continue
         name,v = names.get_name(k, ('.weight','.bias')),v.detach().float().cpu()
         if name is None:
             raise ValueError(f"tensor {k}: llama.cpp's {family.arch} has no name for it; "
                              "use export_float, and llama.cpp's own converter on the folder")
         if family.permuted and '.attn_q.' in name: v = rotary_pairs(v, c.num_attention_heads)
         if family.permuted and '.attn_k.' in name: v = rotary_pairs(v, c.num_key_value_heads)
+        if family.from_one and k.endswith('norm.weight'): v = v+1
         yield name, v.T if k in convs else v
 
 def _gguf_add(gguf, w, name, v, dtype):
@@ -356,7 +398,9 @@ def _is_our_gguf(path):   # a file that `export_gguf` wrote: its description is 
 
 def _gguf_metadata(gguf, w, model, family, profile, dtype):
     w.add_type(gguf.GGUFType.MODEL)
-    w.add_name(f"{Path(model.config._name_or_path or family.arch).name.removesuffix('.gguf')}-{profile.name}")
+    name = Path(model.config._name_or_path or family.arch).name.removesuffix('.gguf')
+    if family.arch=='phi3': name = re.sub('phi-?3', 'phi', name, flags=re.I)   # by that name llama.cpp asks for other words
+    w.add_name(f"{name}-{profile.name}")
     w.add_description(f'profile {json.dumps(profile.to_dict())}, activations float')
     w.add_file_type(gguf.LlamaFileType['ALL_F32' if dtype=='F32' else f'MOSTLY_{dtype}'])
     w.add_quantization_version(gguf.GGML_QUANT_VERSION)

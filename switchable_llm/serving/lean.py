@@ -83,16 +83,16 @@ def torch_step(
 )->Tensor: # Logits (vocabulary,)
     "One token, in PyTorch; the cache gets its keys and values, its length stays."
     p = table.parts
-    x = _embed(table, p.embedding, token)
+    x = _embed(table, p.embedding, token)*p.embedding_scale
     if table.positions is not None: x = x + table.positions[t].float()
     for i,b in enumerate(p.blocks):
         a = _attention(table, c, i, t, _torch_norm(table, b.norm1, x))
-        x = x + _torch_product(table, b.out, a)
+        x = x + _torch_norm(table, b.after1, _torch_product(table, b.out, a))
         h = _torch_norm(table, b.norm2, x)
         u = _torch_product(table, b.up, h)
         if b.gate is None: u = _activate(p, u)
         else: u = _activate(p, _torch_product(table, b.gate, h))*u
-        x = x + _torch_product(table, b.down, u)
+        x = x + _torch_norm(table, b.after2, _torch_product(table, b.down, u))
     return _torch_product(table, p.head, _torch_norm(table, p.norm, x))
 
 def _activate(p, u): return F.silu(u) if p.silu else F.gelu(u, approximate='tanh')
@@ -102,10 +102,19 @@ def _attention(table, c, i, t, h):   # of one token in block i
     kv = p.kv_heads*p.head_dim
     qkv = torch.cat([_torch_product(table, m, h) for m in b.qkv])
     q,k,v = (a.view(-1, p.head_dim) for a in qkv.split([p.heads*p.head_dim, kv, kv]))
-    if c.cos is not None: q,k = _rotate(q, c.cos[t], c.sin[t]),_rotate(k, c.cos[t], c.sin[t])
+    q,k = _head_norm(table, b.q_norm, q),_head_norm(table, b.k_norm, k)
+    if b.angles:
+        cos,sin = c.cos[b.angles-1,t],c.sin[b.angles-1,t]
+        q,k = _rotate(q, cos, sin),_rotate(k, cos, sin)
     c.keys[i,:,t],c.values[i,:,t] = k,v
-    keys,values = c.keys[None,i,:,:t+1],c.values[None,i,:,:t+1]
-    return F.scaled_dot_product_attention(q[None,:,None], keys, values, enable_gqa=True).flatten()
+    seen = slice(max(0, t+1-b.window) if b.window else 0, t+1)
+    keys,values = c.keys[None,i,:,seen],c.values[None,i,:,seen]
+    return F.scaled_dot_product_attention(q[None,:,None], keys, values, scale=p.scale, enable_gqa=True).flatten()
+
+def _head_norm(table, m, x):   # of each head, or of all together: as many numbers as the weight has
+    if m is None: return x
+    w = table.norm(m)[0]
+    return F.rms_norm(x.reshape(-1, len(w)), w.shape, w, table.parts.eps).view_as(x)
 
 def _embed(table, m, token):
     p = table.linears[id(m)]
@@ -120,13 +129,15 @@ def _torch_product(table, m, x):
     return y if p.bias is None else y+p.bias
 
 def _torch_norm(table, m, x):
-    w,b = table.norms[id(m)]
+    if m is None: return x
+    w,b = table.norm(m)
     if table.parts.rms: return F.rms_norm(x, x.shape, w, table.parts.eps)
     return F.layer_norm(x, x.shape, w, b, table.parts.eps)
 
 def _rotate(x, cos, sin):
+    x,rest = x.split([len(cos), x.shape[-1]-len(cos)], -1)
     a,b = x.chunk(2, -1)
-    return x*cos + torch.cat((-b, a), -1)*sin
+    return torch.cat((x*cos + torch.cat((-b, a), -1)*sin, rest), -1)
 
 # %% ../../nbs/serving/lean.ipynb #41ef74a7
 class Tables:
