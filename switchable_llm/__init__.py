@@ -19,6 +19,7 @@ WHERE = dict(
     use_profile='core.switching', kernel_report='core.switching', calibrate_='core.calibration',
     Profile='core.profiles', PROFILES='core.profiles', Bits='quantizers', QuantConfig='quantizers',
     TrainConfig='training.settings', random_profile='joint_training',
+    SwitchCallback='training.callback', reference_model='training.callback',
     save_switchable='models.checkpoints', import_peft='lora_routing', export_peft='lora_routing',
     freeze='serving.exports', check_packed='serving.packed',
     export_float='serving.exports', export_torchao='serving.formats', export_gguf='serving.formats')
