@@ -222,7 +222,7 @@ def train(
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
     set_seed(cfg.seed)                                   # a task may draw while the examples are looked at
     _check(model, data, policy, cfg, pad_id, every, task, acc)
-    model.to(acc.device)
+    if not hasattr(model, 'hf_device_map'): model.to(acc.device)   # accelerate has placed such a model
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
     state,lengths = RunState(params, optimizer),tuple(task.length(d) for d in data)
