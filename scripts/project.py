@@ -20,10 +20,11 @@ class Part(NamedTuple):
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('core', 'Core', 'layers that switch', 'files progress integer families profiles layers experts switching calibration gates'),
+    ('core', 'Core', 'layers that switch',
+        'files progress opaque integer families profiles layers experts switching calibration gates'),
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans'),
-    ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
+    ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed hub exports formats'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),

@@ -39,6 +39,13 @@ class Policy:
         "The profiles of a step."
         return self.pick(step)
 
+    @property
+    def named(self)->list[str]:
+        "Names of profiles that it says it draws from."
+        several = self.settings.get('profiles')
+        said = several if isinstance(several, (list,tuple)) else [self.settings.get('profile')]
+        return [name for name in said if isinstance(name, str)]
+
 def _draw(seed, step): return random.Random(f'{seed}-{step}')
 
 def fixed_profile(
@@ -215,7 +222,7 @@ def train(
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
     set_seed(cfg.seed)                                   # a task may draw while the examples are looked at
     _check(model, data, policy, cfg, pad_id, every, task, acc)
-    model.to(acc.device)
+    if not hasattr(model, 'hf_device_map'): model.to(acc.device)   # accelerate has placed such a model
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
     state,lengths = RunState(params, optimizer),tuple(task.length(d) for d in data)
@@ -256,14 +263,8 @@ def _check(model, data, policy, cfg, pad_id, every, task, acc):
     if not any(task.weights(task.collate([d], pad_id), cfg).any() for d in data):
         raise ValueError(f"none of the {len(data)} training questions has a target: "
                          "train on some that have an answer, or on the whole text with text_weight=1")
-    for name in _named(policy):       # a profile that the model does not have is said now, not when it is drawn
+    for name in policy.named if policy else ():       # a profile that the model does not have is said now, not when it is drawn
         with use_profile(model, name): pass
-
-def _named(policy):   # profiles that a policy says it draws from
-    if policy is None: return []
-    several = policy.settings.get('profiles')
-    said = several if isinstance(several, (list,tuple)) else [policy.settings.get('profile')]
-    return [name for name in said if isinstance(name, str)]
 
 def _vocabulary(model):   # tokens that the model knows
     table = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else None

@@ -139,7 +139,7 @@ def _fill(model, added, route, freeze):   # `added`: (layer, key, LoRA) of each 
     switch = switch_of(model)
     before,switch.route = switch.route,router(route)
     try:
-        for l,k,lora in added: l.adapters[k] = lora.to(l.weight.device).train(l.training)
+        for l,k,lora in added: l.adapters[k] = lora.to(l.device).train(l.training)
         switch.rebind()
     except ValueError:                # not a key, or the live profile finds no adapter: leave all as it was
         switch.route = before

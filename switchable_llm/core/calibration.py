@@ -25,7 +25,7 @@ def calibrate_(
     listed = () if callable(profiles) else list(switch.profiles if profiles is None else profiles)
     def of(i): return profiles(i) if callable(profiles) else listed
     if switch.cfg.act=='per_token': return 0
-    n,device = 0,next(model.parameters()).device
+    n,device = 0,next((p.device for p in model.parameters() if not p.is_meta), None)   # offloaded ones are meta
     has_head = any(s.site=='lm_head' for s in switch.sites)
     run = model if has_head else model.base_model   # the head takes time, and without a range it is of no use here
     model.eval()

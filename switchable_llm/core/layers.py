@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import (
     Bits, EMAObserver, LearnedRange, QParams, fake_quant, fake_quant_weight, fused_fake_quant, token_qparams)
+from .opaque import Opaque
 from .integer import ReferenceKernel, int_linear, pick_kernel, signed_codes
 
 # %% ../../nbs/core/layers.ipynb #5fa4606e
@@ -64,7 +65,7 @@ def _sum_of_places(w):   # integers, each times an odd number of its column and 
     sums = torch.cat([(block.long()*columns).sum(1) for block in w.split(256)])   # in blocks: 64 bits take room
     return int((sums*rows).sum())
 
-class QuantLayer(nn.Module):
+class QuantLayer(Opaque):
     "A layer with switchable bits around an original layer."
     axis = 0            # Output-channel axis of the weight
     multiplies = True   # Whether it multiplies its input, and does not look up rows
@@ -80,9 +81,28 @@ class QuantLayer(nn.Module):
         self._weights,self._made_of,self._acts,self._kernels = {},None,{},{}
         keep_names_(self)
 
-    def forward(self, x:Tensor)->Tensor:
+    def run(self,
+        x:Tensor, # Activations, (..., in)
+    )->Tensor: # (..., out)
+        "Output at what is live for the caller."
+        hook = self.base.__dict__.get('_hf_hook')   # of accelerate: the weight may be on another device, or on disk
+        if hook is None: return self._live(x)
+        self.base.__dict__.pop('forward', None)     # it would load the weight again
+        away = self.weight.is_meta
+        (x,),_ = hook.pre_forward(self.base, x)
+        y = self._live(x)
+        if away: self._weights,self._made_of = {},None   # there is no room to keep what was made of it
+        return hook.post_forward(self.base, y)
+
+    def _live(self, x):
         live = self.switch.now()
         return self.at(x, live.settings[self.index]) if live.gate is None else live.gate(self, x)
+
+    def like_output(self,
+        x:Tensor, # Activations, (..., in)
+    )->Tensor: # (..., out)
+        "An empty output."
+        return x.new_empty(*x.shape[:-1], self.out_features)
 
     def at(self,
         x:Tensor,         # Activations, (..., in)
@@ -114,6 +134,7 @@ class QuantLayer(nn.Module):
         if torch.is_grad_enabled():
             trained = any(t is not None and t.requires_grad for t in (self.weight, self.bias))
             if trained: return None, 'the weight is trained'
+            if '_hf_hook' in self.base.__dict__: return None, 'the weight may be away when its gradient is made'
             if self.trained_range(bits.a) is not None: return None, 'the range of the activations is trained'
         key = bits,dtype,device,self.switch.kernel
         if key not in self._kernels: self._kernels[key] = self._choose(*key)
@@ -231,7 +252,7 @@ class QuantLayer(nn.Module):
             b,what = key.split('.')
             kind,make = (EMAObserver, self._new_observer) if what=='lo' else (LearnedRange, self._new_range)
             if b in self.observers and type(self.observers[b]) is kind: continue
-            self.observers[b] = make().to(self.weight.device)
+            self.observers[b] = make().to(self.device)
         self._acts = {}
 
     def _apply(self, fn, recurse=True):   # moved to a device or a type: what was derived is stale
@@ -250,6 +271,12 @@ class QuantLayer(nn.Module):
         else: super().__setattr__(name, value)
     @property
     def weight(self): return self.base.weight
+    @property
+    def device(self)->torch.device:   # where it runs, also if its weight is not there
+        hook = self.base.__dict__.get('_hf_hook')
+        found = (getattr(h, 'execution_device', None) for h in getattr(hook, 'hooks', [hook]))
+        where = next((d for d in found if d is not None), None)
+        return self.weight.device if where is None else torch.device(where)
     @property
     def bias(self): return getattr(self.base, 'bias', None)
     @property
@@ -304,6 +331,7 @@ class QuantEmbedding(QuantLayer):
     "`nn.Embedding` with switchable weight bits; its input is token numbers, so activation bits do not apply."
     multiplies = False
     def quantize_input(self, x, bits): return x
+    def like_output(self, x): return x.new_empty(*x.shape, self.in_features, dtype=self.weight.dtype)
     def matmul(self,
         x:Tensor, # Token numbers, (...)
         w:Tensor, # (vocabulary, features)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'KINDS', 'Live', 'Switch', 'Foreign', 'check_plain', 'refuse_save_', 'make_switchable_', 'switch_of',
-           'check_unfrozen', 'added_params', 'base_params', 'use_profile', 'kernel_report', 'held_bytes']
+           'check_unfrozen', 'added_params', 'base_params', 'numbers_of', 'use_profile', 'kernel_report', 'held_bytes']
 
 # %% ../../nbs/core/switching.ipynb #22d34355
 import sys, torch
@@ -220,6 +220,7 @@ class Switch:
         "Let all layers compare their weights with what was made of them."
         for l in self.layers: l.verify()
 
+    @torch.compiler.disable
     def _begin(self, module, args, kwargs):
         if 'profile' in module.__dict__:
             raise AttributeError("model.profile does nothing: assign to model.switch.profile, "
@@ -230,10 +231,12 @@ class Switch:
         if not _goes_on(kwargs): self.verify()   # for the whole pass; one that goes on with a text is spared
         self._put(_Frame(self.live, 1, frame, True, module))
 
+    @torch.compiler.disable
     def _look(self, module, args, kwargs):   # a gate that chooses by rows or tokens notes which are coming
         frame,look = self.frame,getattr(self.live.gate, 'look', None)
         if frame is not None and look is not None: self._put(frame._replace(told=look(module, args, kwargs)))
 
+    @torch.compiler.disable
     def _end(self, module, args, output):
         frame = self.frame
         if frame is None or not frame.passes: return
@@ -408,6 +411,20 @@ def base_params(
         if isinstance(p, nn.Parameter) and id(p) not in seen: seen.add(id(p)); out[n] = p
     return out
 
+def numbers_of(
+    model:nn.Module,  # A model, switchable or not
+    name:str,         # Name of one of its `base_params`
+    p:nn.Parameter,   # That one
+)->Tensor: # Itself, or what accelerate holds for it in memory or on disk
+    "The numbers of a parameter, also where `device_map` has offloaded it."
+    if not p.is_meta: return p
+    owner,_,leaf = name.rpartition('.')
+    module = model.get_submodule(owner)
+    hook = getattr(getattr(module, 'base', module), '_hf_hook', None)
+    held = (getattr(h, 'weights_map', None) for h in getattr(hook, 'hooks', [hook]))
+    for weights in filter(None, held): return weights[leaf]
+    raise ValueError(f"parameter {name} is on the device 'meta' and holds no numbers: load the model with its weights")
+
 @contextmanager
 def use_profile(
     model:nn.Module,       # A model after `make_switchable_`
@@ -427,7 +444,7 @@ def kernel_report(
     with use_profile(model, profile or model.switch.profile), torch.no_grad():
         for l,s,(bits,_) in zip(model.switch.layers, model.switch.sites, model.switch.settings):
             if bits.is_float: kernel,why = None,'the original layer'
-            else: kernel,why = l.kernel_for(bits, l.weight.dtype, l.weight.device.type)
+            else: kernel,why = l.kernel_for(bits, l.weight.dtype, l.device.type)
             out.setdefault(f"{'float' if kernel is None else kernel.name}: {why}", []).append(s.name)
     return out
 

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from ..quantizers import QuantConfig
 from ..core.files import check_target, whole_folder, writing_folder
 from ..core.switching import (
-    check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of)
+    check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of, numbers_of)
 from ..core.layers import ADDED, GATE_TYPES
 from ..core.profiles import Profile, check_unique
 from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tensor_bytes
@@ -34,7 +34,7 @@ def base_hash(
     for n,p in sorted(base_params(model).items()):
         if n in without: continue
         h.update(f'{n} {p.dtype} {tuple(p.shape)}'.encode())
-        h.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        h.update(numbers_of(model, n, p).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 def _sealed(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
@@ -269,11 +269,11 @@ def _fill(model, d, state):   # what layers have beside the original ones
     byname = {s.name:l for l,s in zip(switch.layers, switch.sites)}
     for a in d['adapters']:
         l = byname[a['layer']]
-        with torch.device(l.weight.device):
+        with torch.device(l.device):
             l.adapters[a['key']] = LoRA(l.in_features, l.out_features, a['r'], a['alpha'], a['dropout'])
     for g in d.get('gates', ()):
         l = byname[g['layer']]
-        with torch.device(l.weight.device): l.gates[g['key']] = GATE_TYPES[g['type']](**g['spec'])
+        with torch.device(l.device): l.gates[g['key']] = GATE_TYPES[g['type']](**g['spec'])
     for n,l in byname.items():
         l.match_observers(k[len(n)+11:] for k in state if k.startswith(f'{n}.observers.'))
         for part in ADDED: getattr(l, part).train(l.training)

@@ -31,9 +31,10 @@ from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,
     identity_of, make_tokenizer, naming, read_head)
 from .generating import model_class, packed_class
+from ..core.opaque import Opaque
 
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a
-class PackedLayer(nn.Module):
+class PackedLayer(Opaque):
     "A frozen layer that multiplies from planes of nested codes."
     axis,multiplies,share = 0,True,1.
     def __init__(self,
@@ -98,7 +99,8 @@ class PackedLayer(nn.Module):
                                 LinearPlan(self.planes, bits.w, step, sums, self.bias, *args))
         return self._plans[key]
 
-    def forward(self, x): return self.plan(*self.switch.settings[self.index])(x)
+    def run(self, x): return self.plan(*self.switch.settings[self.index])(x)
+    def like_output(self, x): return x.new_empty(*x.shape[:-1], self.n)
 
     def _apply(self, fn, recurse=True):   # moved; steps and ranges stay float32 whatever the model's type
         exact = {n:b for n,b in self.named_buffers(recurse=False) if n=='step' or n.startswith('range')}
@@ -125,7 +127,8 @@ class PackedEmbedding(PackedLayer):
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype   # that of the model, which is moved to a type
         return super()._apply(fn, recurse)
-    def forward(self, ids): return self.dense(self.switch.settings[self.index].bits.w, ids).to(self.dtype)
+    def run(self, ids): return self.dense(self.switch.settings[self.index].bits.w, ids).to(self.dtype)
+    def like_output(self, ids): return ids.new_empty(*ids.shape, self.k, dtype=self.dtype)
 
 # %% ../../nbs/serving/packed.ipynb #7dcd17a7
 class PackedSwitch(Switch):
