@@ -58,6 +58,7 @@ class Switch:
         # (switch, index, profile, bits) -> adapter key, and the name of that: set by `add_adapters_`
         self.route,self.route_name = None,None
         self.kernel,self.keep = 'auto',None
+        self.asked = {}                          # which layers `make_switchable_` was asked for
         self._default = Live()                   # of callers that chose nothing for themselves
 
     def bind(self,
@@ -353,6 +354,7 @@ def make_switchable_(
     check_plain(model)
     found = find_sites(model, sites, embedding, lm_head, experts)
     switch = Switch(found, cfg)
+    switch.asked = dict(sites=sites, embedding=embedding, lm_head=lm_head, experts=experts)
     switch.add(PROFILES['float']); switch.profile = 'float'
     for p in check_unique(map(as_profile, profiles)): switch.add(p)   # all is checked, then layers are replaced
     stacks = {l for ls in expert_stacks(model).values() for l in ls}

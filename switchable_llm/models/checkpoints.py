@@ -7,13 +7,14 @@ __all__ = ['FORMAT_VERSION', 'base_hash', 'was_checkpoint', 'check_save_target',
            'read_switchable', 'misfit', 'check_described', 'load_switchable', 'rehearsed', 'restore_']
 
 # %% ../../nbs/models/checkpoints.ipynb #429ef9bc
-import copy, hashlib, json, reprlib, torch, switchable_llm.core.gates
+import copy, hashlib, json, reprlib, torch
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable
 from torch import nn, Tensor
 from ..quantizers import QuantConfig
+import switchable_llm.core.gates   # noqa: F401 (a checkpoint can hold gates: this makes their types known)
 from ..core.files import check_target, whole_folder, writing_folder
 from ..core.switching import (
     check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of, numbers_of)

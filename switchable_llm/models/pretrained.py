@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..quantizers import QuantConfig
 from ..core.files import beside, check_target, named_errors
 from ..core.layers import ADDED
-from ..core.profiles import Profile, as_profile, check_unique, find_sites
+from ..core.profiles import EXPERTS, Profile, as_profile, check_unique, find_sites
 from ..core.switching import make_switchable_, switch_of
 from ..lora_routing import ROUTES, add_adapters_, lora_fault
 from .cards import is_our_card, model_card
@@ -48,6 +48,7 @@ def check_settings(
     table = cfg.sites
     if table is not None and not (isinstance(table, dict) and all(map(_are_names, table.values()))):
         raise ValueError(f"sites={table!r:.80}: needs a mapping of sites to patterns of names, or None")
+    if cfg.experts not in EXPERTS: raise ValueError(f"experts={cfg.experts!r}: choose one of {', '.join(EXPERTS)}")
     if not isinstance(cfg.saved, dict|None): raise ValueError(f"saved={cfg.saved!r:.80}: needs a mapping")
 
 def _are_names(x): return isinstance(x, (list,tuple)) and all(isinstance(n, str) for n in x)
@@ -77,7 +78,7 @@ def _ungrouped(groups, layers):   # as `describe` lists them
     return [dict(layer=l, key=k, r=g.get('r'), alpha=g.get('alpha'), dropout=g.get('dropout'))
             for g in groups for l in g.get('layers', layers) for k in g['keys']]
 
-def _sites(model, cfg): return find_sites(model, cfg.sites, cfg.embedding, cfg.lm_head)
+def _asked(cfg): return {k:getattr(cfg, k) for k in ('sites','embedding','lm_head','experts')}
 
 def _with_adapters(sites): return [s.name for s in sites if s.site!='embedding']   # as `add_adapters_` gives them
 
@@ -87,24 +88,12 @@ def settings_of(
 )->SwitchableConfig: # What `from_pretrained` needs to make it again
     "The settings of a model, with a checksum of what its layers have beside the original ones."
     switch,d = switch_of(model),describe(model)
-    ends = {k:any(s.site==k for s in switch.sites) for k in ('embedding','lm_head')}
-    sites = None if _found(model, ends)==switch.sites else _table(switch.sites)
     saved = dict(adapters=_groups(d['adapters'], _with_adapters(switch.sites)), gates=d['gates'], frozen=d['frozen'],
                  trained=d.get('trained', []), tensors_sha256=digest(added_tensors(model) if state is None else state))
     live = switch.profile.name
     profiles = [p for p in d['profiles'] if p['name']!='float'] or d['profiles']
-    return SwitchableConfig(profiles, d['quantizer'], d['route'] or 'bits', sites=sites, **ends,
+    return SwitchableConfig(profiles, d['quantizer'], d['route'] or 'bits', **switch.asked,
                             profile=live if live in switch.profiles else 'float', saved=saved)
-
-def _found(model, ends):   # the sites that the model's family names; `None` for an unknown one
-    try: return find_sites(model, None, ends['embedding'], ends['lm_head'])
-    except ValueError: return None
-
-def _table(sites):
-    table = {}
-    for s in sites:
-        if s.site not in ('embedding','lm_head'): table.setdefault(s.site, []).append(s.name)
-    return table
 
 def digest(
     state:dict[str,Tensor], # Name -> tensor
@@ -149,12 +138,12 @@ def unmark_(
 
 def _make_new_(model, cfg):
     profiles = [p for p in map(Profile.from_dict, cfg.profiles) if p.name!='float']
-    make_switchable_(model, profiles, _quant_config(cfg.quantizer), cfg.sites, cfg.embedding, cfg.lm_head)
+    make_switchable_(model, profiles, _quant_config(cfg.quantizer), **_asked(cfg))
     if profiles: add_adapters_(model, route=cfg.route, r=cfg.r, alpha=cfg.alpha, dropout=cfg.dropout)
 
 def _make_saved_(model, cfg, files):
     saved,fault = cfg.saved,f'{model.config._name_or_path}: cannot be made switchable as it was'
-    sites = _sites(model, cfg)
+    sites = find_sites(model, **_asked(cfg))
     d = dict(profiles=cfg.profiles, quantizer=cfg.quantizer, sites=[[s.name, s.site] for s in sites],
              adapters=_ungrouped(saved.get('adapters', []), _with_adapters(sites)),
              **{k:saved.get(k, []) for k in ('gates','frozen','trained')})
@@ -166,6 +155,7 @@ def _make_saved_(model, cfg, files):
         raise ValueError(f"{fault}: its adapters and ranges are not those that config.json names: "
                          "damaged, or files of two models")
     rehearsed(model, d, state, {}, fault)
+    switch_of(model).asked = _asked(cfg)   # in these words it is saved again
 
 def _read_added(files, sites):   # from the same files as the base's weights
     starts,state = tuple(f'{s.name}.{part}.' for s in sites for part in ADDED),{}

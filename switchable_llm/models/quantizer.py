@@ -29,6 +29,7 @@ class SwitchableConfig(QuantizationConfigMixin):
         sites=None,           # Site -> patterns of module names, for a family that is not known
         embedding=False,      # Quantize the input embedding too
         lm_head=False,        # Quantize the output head too
+        experts='quantized',  # What a mixture's experts are: 'quantized', or 'float' as they are
         profile='float',      # Name of the profile that is live at first
         saved=None,           # Of a folder that was saved: adapters, gates, what is frozen
         format_version=FORMAT_VERSION, # Of these settings
@@ -37,7 +38,7 @@ class SwitchableConfig(QuantizationConfigMixin):
         self.quant_method,self.format_version = METHOD,format_version
         self.profiles,self.quantizer,self.sites = profiles,quantizer,sites
         self.route,self.r,self.alpha,self.dropout = route,r,alpha,dropout
-        self.embedding,self.lm_head,self.profile,self.saved = embedding,lm_head,profile,saved
+        self.embedding,self.lm_head,self.experts,self.profile,self.saved = embedding,lm_head,experts,profile,saved
         import_module('switchable_llm.models.pretrained').check_settings(self)
 
 class PackedConfig(QuantizationConfigMixin):
