@@ -21,6 +21,7 @@ from ..models.checkpoints import check_save_target, load_switchable, read_switch
 from ..study.records import PRESETS, Preset, save_record, check_name
 from ..models.loading import load_model
 from ..data.squad import load_squad
+from ..data.tasks import answering
 from ..profiles_eval import answer, evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import check_packed, is_packed, load_packed, load_packed_tokenizer, packed_size
@@ -28,7 +29,9 @@ from ..serving.exports import freeze, export_float
 from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
 from ..study.runs import COUNT, POLICIES, SEED, Number, calibration_batches, fit, study_data, study_model
 from .cli import add_command, complain, one_line, teller
-from .options import SAID, add_preset_options, check_record, chosen_preset, option_type, text_table
+from .front_door import load, training_data
+from .options import (
+    SAID, add_preset_options, add_task, check_record, chosen_corpus, chosen_preset, option_type, text_table)
 
 # %% ../../nbs/apps/commands.ipynb #7f488ef2
 def layer_table(
@@ -113,6 +116,7 @@ TRAIN = 'model','data','profiles','steps','batch_size','lr','r','max_length','tr
 
 def _train_options(parser):
     add_preset_options(parser, only=TRAIN)
+    add_task(parser)
     add_policy(parser)
     parser.group('output').add_argument('--out', required=True, help='the checkpoint, a folder')
 
@@ -124,16 +128,25 @@ def add_policy(
     how_long = parser.group('how long to train')
     how_long.add_argument('--policy', choices=list(POLICIES), metavar='POLICY', default='random_profile', help=said)
 
+def _examples(preset, corpus, model, tokenizer):   # to train on, what is learnt of them, and both in words
+    if corpus:
+        data,task = training_data(model, tokenizer, corpus, preset.max_length)
+        return data, task, data.said
+    data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
+    said = f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)'
+    return data, answering, said
+
 def _train(args):
     preset,say,out = chosen_preset(args),teller(args),check_save_target(args.out)
+    corpus = chosen_corpus(args, getattr(args, 'train_n', None))
     model,tokenizer = study_model(preset)
-    data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
-    say(f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)')
+    data,task,said = _examples(preset, corpus, model, tokenizer)
+    say(said)
     few = replace(preset, calibration_size=min(preset.calibration_size, len(data)))
-    batches = calibration_batches(few, data, tokenizer.pad_token_id)
+    batches = calibration_batches(few, data, tokenizer.pad_token_id, task)
     with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
     calibrate_(model, batches)
-    fit(preset, model, tokenizer, data, args.policy, checkpoint=f'{out}.training', progress=not args.quiet)
+    fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training', progress=not args.quiet)
     save_switchable(model, out, base=preset.model)
     print(f'model  {args.out if Path(args.out).name==out.name else out}')
 
@@ -162,13 +175,20 @@ def load_checkpoint(
     m,tokenizer = load_model(model or base['name'], base['dtype'].removeprefix('torch.'), base['revision'])
     return load_switchable(folder, m), tokenizer
 
-def _add_checkpoint(parser, packed):   # what a command works on
+def _load_scored(args):   # a base model can be scored too
+    path,named = Path(args.checkpoint),{p.model for p in PRESETS.values()}
+    ours = (path.is_file() and path.suffix!='.gguf') or (path/'switchable.json').exists()
+    base = path.exists() or '/' in args.checkpoint or args.checkpoint in named
+    return load_checkpoint(args.checkpoint, args.model) if ours or not base else load(args.checkpoint, args.model)
+
+def _add_checkpoint(parser, packed, base=False):   # what a command works on
     what,work = 'a folder that `run` or `train` wrote',parser.group('what to work on')
-    parser.add_argument('checkpoint', help=what+', or a file that `freeze` wrote'*packed)
+    more = ', a file that `freeze` wrote'*packed + ', or a base model: a folder, a .gguf file, a name on the hub'*base
+    parser.add_argument('checkpoint', help=what+more)
     work.add_argument('--model', help='where the base model is (default: as the checkpoint names it)')
 
-def _add_questions(parser):   # what `evaluate` and `answer` share
-    _add_checkpoint(parser, packed=True)
+def _add_questions(parser, base=False):   # what `evaluate` and `answer` share
+    _add_checkpoint(parser, packed=True, base=base)
     work = parser.group('what to work on')
     work.add_argument('--profiles', nargs='+', metavar='PROFILE',
                       help="names, or files of profiles (default: all of the checkpoint's)")
@@ -176,13 +196,14 @@ def _add_questions(parser):   # what `evaluate` and `answer` share
                       help='most tokens of a question with its answer (default: 512)')
 
 def _evaluate_options(parser):
-    _add_questions(parser)
+    _add_questions(parser, base=True)
     work,output = parser.group('what to work on'),parser.group('output')
-    work.add_argument('--data', default='tiny', help=SAID['data']+' (default: tiny)')
+    work.add_argument('--data', help=SAID['data']+' (default: tiny)')
+    add_task(parser, scoring=True)
     work.add_argument('--n', type=option_type(COUNT, 'all', 'none'), default=300, metavar='N|all',
-                      help='validation questions (default: 300)')
+                      help='validation questions, documents or conversations, at most (default: 300)')
     work.add_argument('--seed', type=option_type(SEED), metavar='N',
-                      help='draw them at random with this seed; by default the first')
+                      help='draw questions at random with this seed; by default the first')
     output.add_argument('--out', default='runs', help='folder of records (default: runs)')
     output.add_argument('--into', default='checkpoints', help='folder in it (default: checkpoints)')
     output.add_argument('--name', help="name of the record (default: the checkpoint's)")
@@ -191,12 +212,18 @@ def _evaluate(args):
     name = check_name(args.name or Path(args.checkpoint).resolve().name, '--name')
     into,seed = check_name(args.into, '--into'),args.seed or 0
     check_record(args.out, into, 'evaluate', name, seed=seed)
-    model,tokenizer = load_checkpoint(args.checkpoint, args.model)
-    profiles = read_profiles(args.profiles, switch_of(model).profiles) if args.profiles else None
-    questions = load_squad(args.data, 'validation', args.n, args.seed)
-    e = evaluate(model, tokenizer, questions, profiles, args.max_length, progress=not args.quiet)
+    corpus = chosen_corpus(args, args.n)
+    if corpus and args.seed is not None:
+        raise ValueError(f"--seed: draws questions; --task {args.task} takes the first --n: leave it out")
+    model,tokenizer = _load_scored(args)
+    known = switch_of(model).profiles if hasattr(model, 'switch') else PROFILES
+    profiles = read_profiles(args.profiles, known) if args.profiles else None
+    data = args.data or 'tiny'
+    examples = corpus or load_squad(data, 'validation', args.n, args.seed)
+    e = evaluate(model, tokenizer, examples, profiles, args.max_length, progress=not args.quiet)
     print(e)
-    config = dict(checkpoint=str(args.checkpoint), data=args.data, n=args.n, seed=args.seed)
+    config = dict(checkpoint=str(args.checkpoint), data=data, n=args.n, seed=args.seed)
+    if corpus: config['task'] = args.task
     record = dict(preset=into, experiment='evaluate', name=name, seed=seed, config=config, evaluation=e.to_dict())
     print(f'record  {save_record(record, args.out)}')
 
