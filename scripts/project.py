@@ -22,7 +22,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
     ('core', 'Core', 'layers that switch', 'files integer profiles layers switching calibration gates'),
     ('models', 'Models', 'in and out of files', 'loading checkpoints'),
-    ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text'),
+    ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),

@@ -414,17 +414,17 @@ def evaluate(
     chosen = check_unique(profiles_of(model, profiles))
     if not chosen: raise ValueError("profiles is empty: name at least one, or leave it out for all of the model's")
     for p in chosen: switch_of(model).bind(p)
-    shown = tqdm(chosen, 'profiles', disable=not progress)
+    def shown(): return tqdm(chosen, 'profiles', disable=not progress)
     if hasattr(examples, 'scoring'):
         data = examples.scoring(tokenizer, room_of(model, max_length))
         settings |= dict(counted=data.said, over=data.unit, task=examples.task.name)
         ids = tuple(data.ids())
-        scores = [_score_corpus(model, p, tokenizer, data, ids, settings, progress) for p in shown]
+        scores = [_score_corpus(model, p, tokenizer, data, ids, settings, progress) for p in shown()]
         return Evaluation(tuple(scores), settings)
     examples = list(examples)
     settings['rules'] = scoring_rules(examples, rules)
     items,prompts = (_encode_all(model, tokenizer, examples, max_length, room) for room in (0, max_new_tokens))
-    scores = [_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in shown]
+    scores = [_score_profile(model, p, tokenizer, items, prompts, examples, settings, progress) for p in shown()]
     return Evaluation(tuple(scores), settings)
 
 # %% ../nbs/03_profiles_eval.ipynb #77cbd98c

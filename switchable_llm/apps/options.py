@@ -14,6 +14,7 @@ from typing import Callable
 from fastcore.docments import docments
 from ..core.files import check_target
 from ..core.profiles import read_profiles
+from ..data.chat import Chat, chat
 from ..data.sources import BY
 from ..data.text import Text, text
 from ..study.records import PRESETS, Preset
@@ -90,13 +91,14 @@ def chosen_preset(
     return preset
 
 # %% ../../nbs/apps/options.ipynb #ff9b9860
-TASKS = dict(text=text)   # name of a task -> what makes its examples; 'squad' has questions
+TASKS = dict(text=text, chat=chat)   # name of a task -> what makes its examples; 'squad' has questions
 _OWN = dict(   # option of text and chats -> its help, and what argparse is told beside it
-    column=('which column holds the text (default: the only one that can)', {}),
+    column=('which column holds the text, or the messages (default: the only one that can)', {}),
     config=('of a set on the hub, as wikitext-2-raw-v1', {}),
     split=("which split; 'all' for all of a file (default: train to train, validation to score)", {}),
     validation=('where the split validation is; then nothing of --data is held out', dict(metavar='FILE')),
     by=("a document of a .txt file: up to a blank line (paragraph, the default), a line, or all (document)", dict(choices=BY)),
+    chat_template=("a file, or 'chatml' (default: the tokenizer's own)", dict(metavar='FILE')),
     stride=('of the windows in which text is scored (default: half of their size)', dict(type=int, metavar='N')))
 _SCORING = 'stride',   # say how to score, and are no options of `train`
 
@@ -107,14 +109,14 @@ def add_task(
     "The options that say what `--data` holds."
     work,own = parser.group('what to work on'),parser.group('how text and chats are read')
     work.add_argument('--task', choices=('squad', *TASKS), default='squad',
-                      help='what --data holds: questions (squad, the default), '+' or '.join(TASKS))
+                      help='what --data holds: questions (squad, the default), '+', '.join(TASKS))
     for name,(said,kw) in _OWN.items():
         if scoring or name not in _SCORING: own.add_argument('--'+name.replace('_', '-'), help=said, **kw)
 
 def chosen_corpus(
     args:argparse.Namespace, # With the options of `add_task`
     n:int|None=None,         # The first so many rows, at most
-)->Text|None: # What `--data` names; nothing where it holds questions
+)->Text|Chat|None: # What `--data` names; nothing where it holds questions
     "The text or the chats that the options describe; a `ValueError` where they do not belong to the task."
     given = {k:v for k in _OWN if (v := getattr(args, k, None)) is not None}
     if args.task=='squad':
