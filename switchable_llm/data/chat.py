@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'TEMPLATES', 'find_template', 'encode_chat', 'Conversations', 'Chat', 'chat']
 
-# %% ../../nbs/data/chat.ipynb #a6bbecc1
+# %% ../../nbs/data/chat.ipynb #67e4a7b8
 import json, re
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 import numpy as np
-from .. import __version__
 from .encoding import Encoded, start_ids
-from .sources import Source, datasets_package, quiet, rows_of
+from .sources import MADE_BY, Source, datasets_package, quiet, rows_of
 from .tasks import chatting
 
 # %% ../../nbs/data/chat.ipynb #0a5e0351
@@ -48,7 +47,7 @@ def find_template(
     if Path(given).is_file(): return Path(given).read_text(encoding='utf-8')
     raise ValueError(f"chat_template={str(given)!r}: no such file, and no template: give {ways}")
 
-# %% ../../nbs/data/chat.ipynb #c8f82c98
+# %% ../../nbs/data/chat.ipynb #f643a9cf
 def encode_chat(
     messages:list[dict], # Turns: `role` and `content`, and `tool_calls` where there are some
     tokenizer,           # A fast tokenizer of transformers
@@ -78,7 +77,8 @@ def _check_turns(messages, first):
         raise ValueError(f"{_name(messages)}: begins with the assistant, whom nobody asked: put a turn before it")
 
 def _by_marks(messages, tokenizer, kw):
-    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **kw)
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True,
+                                        tokenizer_kwargs=dict(verbose=False), **kw)
     return out['input_ids'], list(map(bool, out['assistant_masks']))
 
 def _by_difference(messages, tokenizer, kw, first):
@@ -132,7 +132,7 @@ def _encoded(batch, column, tokenizer, template, max_length, version):
 def _what_is_said(row, column):   # its hash decides whether a row is held out
     return json.dumps([_clean(row[k]) for k in (column, 'completion') if k in row], sort_keys=True)
 
-# %% ../../nbs/data/chat.ipynb #91aa6a9b
+# %% ../../nbs/data/chat.ipynb #7c0d625c
 class Conversations:
     "Conversations as tokens, mapped from disk."
     def __init__(self,
@@ -181,7 +181,7 @@ class Chat:
     def _read(self, tokenizer, part, max_length):
         datasets,rows = datasets_package('chat'),self.source.rows(part, self._key_of)
         how = dict(column=self._column(rows), tokenizer=tokenizer, template=self._template(tokenizer, rows),
-                   max_length=max_length, version=__version__)
+                   max_length=max_length, version=MADE_BY)
         number,flag = datasets.Value('int32'),datasets.Value('bool')
         kind = datasets.Features(ids=datasets.List(number), learnt=datasets.List(flag), length=number, said=number)
         with quiet(datasets):

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Tokens', 'Blocks', 'Windows', 'Text', 'text']
 
-# %% ../../nbs/data/text.ipynb #f1f446ae
+# %% ../../nbs/data/text.ipynb #f95c15a6
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Iterable
 from zlib import crc32
 import numpy as np
-from .. import __version__
 from .encoding import Encoded, start_ids
-from .sources import Source, datasets_package, quiet
+from .sources import MADE_BY, Source, datasets_package, quiet
 from .tasks import full_text
 
 # %% ../../nbs/data/text.ipynb #fcd92b0b
@@ -102,7 +101,7 @@ class Windows:
         none = (0.,)*len(self),(0,)*len(self)
         return dict(nll_text=ppl.nll_answer, n_text=ppl.n_answer, nll_answer=none[0], n_answer=none[1])
 
-# %% ../../nbs/data/text.ipynb #f963f5b4
+# %% ../../nbs/data/text.ipynb #c71d94e9
 @dataclass(frozen=True)
 class Text:
     "A corpus that `train` and `evaluate` take."
@@ -116,7 +115,7 @@ class Text:
         datasets,rows = datasets_package('a corpus'),self.source.rows(part, self._key_of)
         column,old = rows.column(self.column),rows.table.column_names
         how = dict(tokenizer=tokenizer, column=column, before=start_ids(tokenizer), end=self._end(tokenizer),
-                   keep_empty=self.end is not None, version=__version__)
+                   keep_empty=self.end is not None, version=MADE_BY)
         kind = datasets.Features(ids=datasets.List(datasets.Value('int32')))
         with quiet(datasets):
             table = rows.table.map(_tokenized, batched=True, fn_kwargs=how, features=kind, remove_columns=old)
