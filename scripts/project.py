@@ -21,11 +21,11 @@ class Part(NamedTuple):
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
     ('core', 'Core', 'layers that switch', 'files integer profiles layers switching calibration gates'),
-    ('models', 'Models', 'in and out of files', 'loading checkpoints'),
+    ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives', 'settings resuming objectives'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
-    ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats'),
+    ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed hub exports formats'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),

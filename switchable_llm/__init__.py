@@ -11,6 +11,8 @@ Each name is imported when it is first used."""
 __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
+from sys import meta_path as _meta_path, modules as _modules
 
 # What people need most, and the module that has it; `squad` has another name there.
 WHERE = dict(
@@ -19,7 +21,8 @@ WHERE = dict(
     use_profile='core.switching', kernel_report='core.switching', calibrate_='core.calibration',
     Profile='core.profiles', PROFILES='core.profiles', Bits='quantizers', QuantConfig='quantizers',
     TrainConfig='training.settings', random_profile='joint_training',
-    save_switchable='models.checkpoints', import_peft='lora_routing', export_peft='lora_routing',
+    save_switchable='models.checkpoints', SwitchableConfig='models.quantizer', update_card='models.cards',
+    import_peft='lora_routing', export_peft='lora_routing',
     freeze='serving.exports', check_packed='serving.packed',
     export_float='serving.exports', export_torchao='serving.formats', export_gguf='serving.formats')
 _THERE = dict(squad='load_squad')
@@ -38,3 +41,17 @@ def __getattr__(name):
     return found
 
 def __dir__(): return sorted([*WHERE, '__version__'])
+
+class _WhenImported:   # tells transformers of this library's models when it reads its list of quantization methods
+    module = 'transformers.quantizers.auto'
+    def find_spec(self, name, path=None, target=None):
+        if name!=self.module: return None
+        _meta_path.remove(self)
+        spec = _find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module): load(module); _import_module(f'{__name__}.models.quantizer')
+        spec.loader.exec_module = exec_module
+        return spec
+
+if _WhenImported.module in _modules: _import_module(f'{__name__}.models.quantizer')
+else: _meta_path.insert(0, _WhenImported())

@@ -5,7 +5,7 @@ import pytest, torch, transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.serving.packed import check_packed, load_packed, load_packed_tokenizer, packed_size
 from switchable_llm.serving.exports import freeze
@@ -390,11 +390,12 @@ def test_moved_to_another_type(kind, dtype, tmp_path):
 def test_half_is_to_float16(file):
     assert load_packed(file).half()(**inputs()).logits.dtype==torch.float16
 
-def test_saving_as_transformers_does_is_refused(file, tmp_path):
+def test_saving_as_transformers_does_copies_the_file(file, tmp_path):
     m = load_packed(file)
-    with pytest.raises(ValueError, match='copy .*m.safetensors.*freeze'): m.save_pretrained(tmp_path/'out')
-    with pytest.raises(ValueError, match='copy '): m.push_to_hub('me/mine')
-    assert not (tmp_path/'out').exists()
+    m.save_pretrained(tmp_path/'out')
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/'out')
+    assert type(again).__name__==type(m).__name__ and torch.equal(again(**inputs()).logits, m(**inputs()).logits)
+    assert (tmp_path/'out'/'model.safetensors').read_bytes()==Path(file).read_bytes()
 
 # --- writing ---
 

@@ -124,13 +124,13 @@ def test_a_pickle_in_another_process(child_env, tmp_path):
 # --- saved by halves ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('adapters', [False, True])
-def test_save_pretrained_says_what_to_use(adapters, tmp_path):
+def test_save_pretrained_keeps_everything(adapters, tmp_path):
     m = full(llama) if adapters else llama()
     if not adapters: make_switchable_(m, ['bw8'])
-    for x in (m, copy.deepcopy(m), pickled(m)):
-        with pytest.raises(ValueError, match='LlamaForCausalLM.*use save_switchable, or export_float'):
-            x.save_pretrained(tmp_path/'x')
-    assert not list(tmp_path.iterdir())
+    for i,x in enumerate((m, copy.deepcopy(m), pickled(m))):
+        x.save_pretrained(tmp_path/str(i))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path/str(i))
+        for p in m.switch.profiles if adapters else ['float']: assert torch.equal(said(again, p), said(m, p)), p
 
 def hooks(m): return [len(x) for x in (m._forward_hooks, m._forward_pre_hooks)]
 

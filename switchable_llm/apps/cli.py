@@ -77,10 +77,12 @@ COMMANDS = dict(
     train=Command('commands', 'train the adapters of a base model and write a switchable checkpoint; '
                   'run it again to go on where it was stopped', [
         'train --preset tiny --out my-model',
-        'train --preset smollm2 --profiles bw4 bw8 --steps 500 --out smollm2-switchable'], resumes=True),
+        'train --preset smollm2 --profiles bw4 bw8 --steps 500 --out smollm2-switchable',
+        'train --model ./my-gpt2 --data corpus.txt --task text --out my-model'], resumes=True),
     evaluate=Command('commands', 'score a switchable checkpoint: perplexity, exact match and F1 with intervals, '
                      'and cost', [
         'evaluate my-model',
+        'evaluate ./my-gpt2 --data corpus.txt --task text',
         'evaluate my-model --data squad/ --n 200 --seed 0 --profiles float bw4 my_profiles.yaml']),
     answer=Command('commands', 'ask a switchable checkpoint one question at each profile', [
         'answer my-model --question "When was Bemola born?" --context "Bemola was born in 1834."',

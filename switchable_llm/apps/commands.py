@@ -115,8 +115,8 @@ def _shown(name, v):
 TRAIN = 'model','data','profiles','steps','batch_size','lr','r','max_length','train_n','act','dtype','seed'
 
 def _train_options(parser):
-    add_preset_options(parser, only=TRAIN)
     add_task(parser)
+    add_preset_options(parser, only=TRAIN)
     add_policy(parser)
     parser.group('output').add_argument('--out', required=True, help='the checkpoint, a folder')
 

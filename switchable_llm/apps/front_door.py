@@ -28,7 +28,7 @@ from ..serving.packed import load_packed, load_packed_tokenizer
 def load(
     source:str|Path,          # 'tiny', a folder, a .gguf file, a name on the hub, a switchable checkpoint, or a packed file
     base:str|Path|None=None,  # Of a switchable checkpoint: where its base model is, if not where the checkpoint says
-    dtype:str|None=None,      # Type of a base model's weights: 'float32' (the default), 'bfloat16' or 'float16'
+    dtype:str|None=None,      # Type of the weights: 'float32', 'bfloat16' or 'float16'; by default float32, or as saved
     revision:str|None=None,   # Of a model on the hub
 )->tuple: # The model, and its tokenizer
     "Load a model and its tokenizer: a base model, a switchable checkpoint or a packed file."
@@ -42,7 +42,7 @@ def load(
         return load_packed(path), load_packed_tokenizer(path)
     if not ours:
         if base: raise ValueError(f"base={str(base)!r}: {source} is no switchable checkpoint: leave base out")
-        return load_model(str(source), dtype or 'float32', revision)
+        return load_model(str(source), dtype, revision)
     made_from = read_switchable(path)['base']
     name,type_ = str(base or made_from['name']),made_from['dtype'].removeprefix('torch.')
     model,tokenizer = load_model(name, type_, made_from['revision'])

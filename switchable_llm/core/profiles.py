@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 from ..quantizers import Bits
 from .files import check_target, write_whole
-from .layers import LAYERS
+from .layers import LAYERS, QuantLayer
 
 # %% ../../nbs/core/profiles.ipynb #381d7b58
 SITES = ('attn_qkv','attn_out','mlp_in','mlp_out','embedding','lm_head')
@@ -68,7 +68,7 @@ def find_sites(
     ends = _ends(model, embedding, lm_head)
     found = []
     for name,m in model.named_modules():
-        if not isinstance(m, tuple(LAYERS)): continue
+        if not isinstance(m, (*LAYERS, QuantLayer)): continue   # a switchable one is found where it was
         if site := ends.get(id(m)): found.append(Site(name, site, None))
         elif site := _site_of(name, table): found.append(Site(name, site, _layer_number(name)))
     if found: return found

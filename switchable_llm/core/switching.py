@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from importlib import import_module
 from typing import Callable, Iterable, NamedTuple
 import torch
 from torch import nn, Tensor
@@ -330,6 +331,9 @@ def refuse_save_(
     model.save_pretrained = partial(_refused, f'{lost}: {why}')
 
 # %% ../../nbs/core/switching.ipynb #d2497aa5
+def _save_pretrained(model, *args, **kwargs):   # the room that writes is higher up, and imported when it is needed
+    return import_module('switchable_llm.models.pretrained').save_model(model, *args, **kwargs)
+
 def make_switchable_(
     model:nn.Module,               # A causal language model of transformers; changed in place
     profiles:Iterable='bw4 bw6 bw8'.split(), # Profiles, or names of built-in ones; `float` is always there
@@ -352,7 +356,7 @@ def make_switchable_(
         switch.layers.append(kind(base, switch, i).train(base.training))
         model.set_submodule(s.name, switch.layers[-1])
     switch.attach(model)
-    refuse_save_(model, 'use save_switchable, or export_float for a plain model of one profile')
+    model.save_pretrained = partial(_save_pretrained, model)
     return [s.name for s in found]
 
 def switch_of(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+from .quantizer import METHOD, PACKED_METHOD
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(
@@ -72,23 +73,27 @@ HEADS = ('causal','span')
 
 def load_model(
     source:str|Path,            # 'tiny', a folder, a .gguf file, or a name on the hub
-    dtype:str='float32',        # Type of the weights: 'float32', 'bfloat16' or 'float16'
+    dtype:str|None=None,        # Type of the weights: 'float32' (the default), 'bfloat16' or 'float16'; of a model
+                                # that this library saved, by default as it was saved
     revision:str|None=None,     # Revision on the hub
     head:str='causal',          # What it predicts: the next token, or with 'span' start and end of an answer
     seed:int=0,                 # Of a span head, if the checkpoint has none
 )->tuple: # Model in evaluation mode, and tokenizer with a padding token
     "Load a language model and its tokenizer; a `ValueError` says what is wrong with the source."
-    if dtype not in ('float32','bfloat16','float16'):
+    if dtype not in (None,'float32','bfloat16','float16'):
         raise ValueError(f"dtype={dtype!r}: choose float32, bfloat16 or float16")
     if head not in HEADS: raise ValueError(f"head={head!r}: choose one of {', '.join(HEADS)}")
     name,file = _where_is(source)
-    spans = not file and _has_span_head(source, name, revision)
+    config = None if file else _read_config(source, name, revision)
+    spans = config is not None and _has_span_head(config)
+    ours = _is_ours(config)
     if spans and head!='span':
         raise ValueError(f"model {str(source)!r}: was saved with a span head: load it with head='span'")
     tokenizer = _read_tokenizer(source, name, file, revision)
-    read_as = torch.float32 if spans else getattr(torch, dtype)
+    if dtype is None and not ours: dtype = 'float32'
+    read_as = torch.float32 if spans else 'auto' if dtype is None else getattr(torch, dtype)
     model = _read_weights(source, name, file, revision, read_as, spans)
-    if spans: float32_head_(model).base_model.to(getattr(torch, dtype))
+    if spans and dtype: float32_head_(model).base_model.to(getattr(torch, dtype))
     model.config._name_or_path = str(source)
     return (span_model(model, seed) if head=='span' and not spans else model.eval()), tokenizer
 
@@ -123,13 +128,19 @@ def _reading(source, name, part):   # what goes wrong inside becomes a ValueErro
         fault = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
         raise ValueError(f"model {str(source)!r}: {where} ({fault})") from e
 
-def _has_span_head(source, name, revision):
+def _read_config(source, name, revision):
     with _reading(source, name, 'configuration'):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if any(a.endswith('ForQuestionAnswering') for a in config.architectures or ()): return True
+        if _has_span_head(config): return config
         if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"its type, {config.model_type}, is not that of a causal language model")
-    return False
+    return config
+
+def _has_span_head(config): return any(a.endswith('ForQuestionAnswering') for a in config.architectures or ())
+
+def _is_ours(config):   # a folder that this library saved, switchable or packed
+    method = getattr(config, 'quantization_config', None) or {}
+    return method.get('quant_method') in (METHOD, PACKED_METHOD)
 
 def _read_tokenizer(source, name, file, revision):
     kw = dict(gguf_file=file.name) if file else {}

@@ -10,6 +10,7 @@ import inspect, warnings, torch, transformers
 from contextvars import ContextVar
 from dataclasses import fields
 from functools import cache, lru_cache, wraps
+from importlib import import_module
 from weakref import finalize, ref
 from typing import NamedTuple
 from torch import nn
@@ -254,15 +255,11 @@ def lean_class(
 # %% ../../nbs/serving/generating.ipynb #a7c1d002
 class PackedModel(PreTrainedModel):
     "What a packed model does in another way than its class of transformers."
-    packed_file = None   # Where it was loaded from
+    packed_file,packed_mark = None,None   # where it was loaded from, and what tells that file from others
 
-    def save_pretrained(self, *args, **kw):
-        "Refused: a folder of transformers would not bring the codes back."
-        raise ValueError(f"a packed model is saved as its file: copy {self.packed_file}; from the switchable model, "
-                         "export_float or save_switchable writes a folder, and freeze another packed file")
-    def push_to_hub(self, *args, **kw):
-        "Refused in the same way, before anything is made on the hub."
-        self.save_pretrained()
+    def save_pretrained(self, *args, **kwargs):
+        "Copy the file into a folder that transformers opens: see `serving/hub`, which is imported when it is needed."
+        import_module('switchable_llm.serving.hub').save_packed_model(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):   # the class is made anew where it is read
         return _unfilled,(type(self).__name__,),self.__dict__

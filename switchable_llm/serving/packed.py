@@ -161,20 +161,28 @@ def load_packed(
     path:str|Path,      # A file that `freeze` wrote
     device:str='cpu',   # Where to put the model
     verify:bool=True,   # Compare all data with its checksums, which reads the file once
+    into:PreTrainedModel|None=None, # A model of its class that is to become this one; by default a new one
 )->PreTrainedModel: # The transformers model, at the first of its profiles
     "Map a packed file as a model; a `ValueError` names the file and what is wrong with it."
     head = read_head(path)
     with naming(head.path):
         d,tensors = _checked(head)
         model,rest = skeleton(d, tensors)
+        if into is not None: model = _become_(into, model)
         if verify and d.get('checksums'): check_data(head)
         _check_same(head)
         check_values(tensors, d)
         for names in rest: _put_float(model, names, tensors)
         switch = _put_layers(model, d, tensors)
         _finish(model, d, switch)
-    model.packed_file = str(head.path.resolve())
+    model.packed_file,model.packed_mark = str(head.path.resolve()),head.mark
     return model.to(device)
+
+def _become_(model, other):   # `other` was just made, and nobody knows it
+    model.__class__ = type(other)
+    model.__dict__.clear()
+    model.__dict__.update(other.__dict__)
+    return model
 
 def _checked(head):   # the description and the mapped tensors of its layers, compared
     with safe_open(head.path, 'pt') as f: tensors = {k:f.get_tensor(k) for k in f.keys()}

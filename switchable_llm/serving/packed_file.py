@@ -59,6 +59,11 @@ class Head(NamedTuple):
     start:int         # Byte at which the data begins
     identity:tuple    # Which file it was: another one may take its place
 
+    @property
+    def mark(self)->str:
+        "Tells this file's content from another's: all that its head says, its checksums among it."
+        return xxh3_64_hexdigest(json.dumps([self.d, self.entries], sort_keys=True).encode())
+
 def read_head(
     path:str|Path, # A file that `freeze` wrote
 )->Head: # Its head; the description is not checked yet
