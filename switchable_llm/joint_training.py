@@ -23,7 +23,7 @@ from .core.profiles import Profile, Rule
 from .core.switching import switch_of, use_profile
 from .training.resuming import RunState, data_facts, kept, model_facts
 from .training.settings import TrainConfig, finite_number, whole_number
-from .data.tasks import Outputs, Task, answering, cross_entropy
+from .data.tasks import Outputs, Task, answering, cross_entropy, lengths_of
 
 # %% ../nbs/02_joint_training.ipynb #03d76938
 @dataclass(frozen=True)
@@ -192,20 +192,20 @@ def _epoch(lengths, size, seed, epoch):
     return batches
 
 def batch_rows(
-    lengths:tuple[int,...], # Tokens of each question
-    size:int,               # Questions in a batch
+    lengths:tuple[int,...], # Tokens of each example
+    size:int,               # Examples in a batch
     i:int,                  # Which batch of the endless sequence, from 0
     seed:int=0,             # Of the order
-)->list[int]: # Which questions
+)->list[int]: # Which examples
     "Rows of the `i`-th batch: an endless, shuffled sequence, each epoch in a new order."
-    if not 1<=size<=len(lengths): raise ValueError(f"batch_size={size}: there are {len(lengths)} questions")
+    if not 1<=size<=len(lengths): raise ValueError(f"batch_size={size}: there are {len(lengths)} examples")
     per_epoch = len(_epoch(lengths, size, seed, 0))
     return _epoch(lengths, size, seed, i//per_epoch)[i%per_epoch]
 
 # %% ../nbs/02_joint_training.ipynb #0276dc3c
 def train(
     model:nn.Module,             # Trained in place: its parameters that require a gradient
-    data:list,                   # Training examples, as the task takes them
+    data:list,                   # Training examples, as the task takes them; a mapped set is read as it is needed
     policy:Policy|None=None,     # Profiles of each step; `None` for a model without profiles
     cfg:TrainConfig=TrainConfig(), # Steps, batch, learning rate, ...
     pad_id:int=0,                # Token that fills the rows
@@ -225,7 +225,7 @@ def train(
     if not hasattr(model, 'hf_device_map'): model.to(acc.device)   # accelerate has placed such a model
     params = {n:p for n,p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=cfg.betas)
-    state,lengths = RunState(params, optimizer),tuple(task.length(d) for d in data)
+    state,lengths = RunState(params, optimizer),lengths_of(data, task.length)
     about = model, data, lengths, policy, cfg, pad_id, task, objective, state
     settings = {} if checkpoint is None else _settings(*about)
     step_of = partial(_step, acc, model, data, lengths, policy, cfg, pad_id, task, objective, params, optimizer)
@@ -256,12 +256,12 @@ def _check(model, data, policy, cfg, pad_id, every, task, acc):
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter requires a gradient: "
                          "call add_adapters_(model) or model.requires_grad_(True) first")
-    if cfg.batch_size>len(data): raise ValueError(f"{size}: there are {len(data)} training questions")
+    if cfg.batch_size>len(data): raise ValueError(f"{size}: there are {len(data)} training examples: lower it")
     if cfg.batch_size%n: raise ValueError(f"{size}: not divisible by {n} processes")
     whole_number('every', every, 1)
     whole_number('pad_id', pad_id, 0, _vocabulary(model)-1)
     if not any(task.weights(task.collate([d], pad_id), cfg).any() for d in data):
-        raise ValueError(f"none of the {len(data)} training questions has a target: "
+        raise ValueError(f"none of the {len(data)} training examples has a target: "
                          "train on some that have an answer, or on the whole text with text_weight=1")
     for name in policy.named if policy else ():       # a profile that the model does not have is said now, not when it is drawn
         with use_profile(model, name): pass

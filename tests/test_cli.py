@@ -117,9 +117,10 @@ def options(command): return {a.option_strings[0] for a in COMMANDS[command]._ac
 
 def test_train_has_few_options_and_the_study_has_all():
     "What a person sets; the rest stands in a preset, and can be changed where the study is run."
-    asked = ('out model data profiles preset steps batch-size lr r max-length train-n act dtype seed policy device '
-             'quiet debug')
-    assert options('train')=={'-h', *('--'+o for o in asked.split())} and len(options('train'))<=19
+    asked = ('out adapters-only model data profiles preset steps batch-size lr r max-length train-n act dtype seed policy '
+             'device quiet debug')
+    own = 'task column config split validation by chat-template'
+    assert options('train')=={'-h', *('--'+o for o in f'{asked} {own}'.split())} and len(options('train'))<=27
     every = {'--'+f.name.replace('_','-') for f in fields(Preset) if f.name!='name'}
     for c in ('run','experiment'): assert every<=options(c)
     assert '--objective' in options('run')
@@ -127,7 +128,7 @@ def test_train_has_few_options_and_the_study_has_all():
 def test_options_stand_in_groups_that_say_what_a_person_wants(cli):
     _,out,_ = cli('train', '--help')
     titles = [l[:-1] for l in out.splitlines() if l.endswith(':') and not l.startswith(' ')]
-    groups = ['what to work on', 'how layers are quantized', 'adapters', 'how long to train', 'output']
+    groups = ['what to work on', 'how text and chats are read', 'how layers are quantized', 'adapters', 'how long to train', 'output']
     assert titles==['options', *groups, 'examples']
     grouped = [n for names in GROUPS.values() for n in names]
     assert sorted(grouped)==sorted(f.name for f in fields(Preset) if f.name!='name')

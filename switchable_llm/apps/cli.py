@@ -78,10 +78,12 @@ COMMANDS = dict(
     train=Command('commands', 'train the adapters of a base model and write a switchable checkpoint; '
                   'run it again to go on where it was stopped', [
         'train --preset tiny --out my-model',
-        'train --preset smollm2 --profiles bw4 bw8 --steps 500 --out smollm2-switchable'], resumes=True),
+        'train --preset smollm2 --profiles bw4 bw8 --steps 500 --out smollm2-switchable',
+        'train --model ./my-gpt2 --data corpus.txt --task text --out my-model'], resumes=True),
     evaluate=Command('commands', 'score a switchable checkpoint: perplexity, exact match and F1 with intervals, '
                      'and cost', [
         'evaluate my-model',
+        'evaluate ./my-gpt2 --data corpus.txt --task text',
         'evaluate my-model --data squad/ --n 200 --seed 0 --profiles float bw4 my_profiles.yaml']),
     generate=Command('asking', 'continue a prompt, or answer it through the chat template, at one profile or several', [
         'generate my-model --prompt "Once upon a time" --profile w4a8 --stream',

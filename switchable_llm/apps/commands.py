@@ -7,12 +7,11 @@ __all__ = ['TRAIN', 'COMMANDS', 'layer_table', 'add_policy', 'check_readable', '
            'add_checkpoint', 'add_profiles', 'page_code']
 
 # %% ../../nbs/apps/commands.ipynb #c35141d1
-import os, tempfile
+import os, tempfile, torch
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib import import_module, util
 from pathlib import Path
-import torch
 from torch import nn
 from ..core.files import check_target, claim
 from ..core.integer import KERNELS, try_kernel, native_report
@@ -20,7 +19,10 @@ from ..quantizers import QuantConfig
 from ..core.profiles import PROFILES, Profile, load_profiles
 from ..core.calibration import calibrate_
 from ..core.switching import make_switchable_, switch_of, use_profile
+from ..models.cards import update_card
 from ..models.checkpoints import check_save_target, read_switchable, save_switchable
+from ..models.loading import is_saved
+from ..models.pretrained import check_model_target
 from ..study.records import PRESETS, Preset, save_record, check_name
 from ..data.squad import load_squad
 from ..profiles_eval import evaluate
@@ -30,10 +32,11 @@ from ..serving.exports import freeze, export_float
 from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
 from ..study.runs import COUNT, POLICIES, SEED, Number, calibration_batches, fit, study_data, study_model
 from .cli import add_command, complain, one_line, teller
-from .front_door import load
+from .front_door import load, training_data
 from .options import (
     SAID, add_device, add_json, add_preset_options, check_record, chosen_device, chosen_preset, named_profiles,
-    option_type, show, text_table, training_on, wants_json)
+    option_type, show, text_table, training_on, wants_json, add_task, chosen_corpus)
+from ..data.tasks import answering
 
 # %% ../../nbs/apps/commands.ipynb #7f488ef2
 def layer_table(
@@ -136,10 +139,14 @@ def _shown(name, v):
 TRAIN = 'model','data','profiles','steps','batch_size','lr','r','max_length','train_n','act','dtype','seed'
 
 def _train_options(parser):
+    add_task(parser)
     add_preset_options(parser, only=TRAIN)
     add_policy(parser)
     add_device(parser, 'an accelerator where there is one, else cpu')
-    parser.group('output').add_argument('--out', required=True, help='the checkpoint, a folder')
+    output = parser.group('output')
+    output.add_argument('--out', required=True, help='the model, a folder that transformers opens')
+    output.add_argument('--adapters-only', action='store_true',
+                        help='leave the base model out: the folder is small, and names where the base is')
 
 def add_policy(
     parser, # A `Parser`
@@ -149,19 +156,35 @@ def add_policy(
     how_long = parser.group('how long to train')
     how_long.add_argument('--policy', choices=list(POLICIES), metavar='POLICY', default='random_profile', help=said)
 
-def _train(args):
-    preset,say,out = chosen_preset(args),teller(args),check_save_target(args.out)
-    device = chosen_device(args.device, None)
-    model,tokenizer = study_model(preset, device=device)
+def _examples(preset, corpus, model, tokenizer):   # to train on, what is learnt of them, and both in words
+    if corpus:
+        data,task = training_data(model, tokenizer, corpus, preset.max_length)
+        return data, task, data.said
     data,left_out,_ = study_data(replace(preset, eval_n=1), tokenizer)
-    say(f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)')
+    said = f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)'
+    return data, answering, said
+
+def _check_out(args): return (check_save_target if args.adapters_only else check_model_target)(args.out)
+
+def _train(args):
+    preset,say,out = chosen_preset(args),teller(args),_check_out(args)
+    device = chosen_device(args.device, None)
+    corpus = chosen_corpus(args, getattr(args, 'train_n', None))
+    model,tokenizer = study_model(preset, device=device)
+    data,task,said = _examples(preset, corpus, model, tokenizer)
+    say(said)
     few = replace(preset, calibration_size=min(preset.calibration_size, len(data)))
-    batches = calibration_batches(few, data, tokenizer.pad_token_id)
+    batches = calibration_batches(few, data, tokenizer.pad_token_id, task)
     with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
     calibrate_(model, batches)
     with training_on(device):
-        fit(preset, model, tokenizer, data, args.policy, checkpoint=f'{out}.training', progress=not args.quiet)
-    save_switchable(model, out, base=preset.model)
+        fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training',
+            progress=not args.quiet)
+    switch_of(model).profile = next(n for n in switch_of(model).profiles if n!='float')   # live where it is opened
+    if args.adapters_only: save_switchable(model, out, base=preset.model)
+    else:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     print(f'model  {args.out if Path(args.out).name==out.name else out}')
 
 # %% ../../nbs/apps/commands.ipynb #271b0b90
@@ -173,8 +196,8 @@ def check_readable(
 ):
     "Raise an error that says why a checkpoint or a packed file cannot be read; the model is not loaded."
     _check_there(path)
-    if Path(path).is_dir(): read_switchable(path)
-    else: packed_size(path)
+    if Path(path).is_file(): packed_size(path)
+    elif not is_saved(path): read_switchable(path)
 
 def load_checkpoint(
     folder:str|Path,      # A switchable checkpoint, or a packed file
@@ -184,6 +207,11 @@ def load_checkpoint(
     check_readable(folder)
     _check_base(folder, model)
     return load(folder, base=model)
+
+def _load_scored(source, model):   # a base model can be scored too; a mistyped folder is no name on the hub
+    known = {p.model for p in PRESETS.values()}
+    base = Path(source).exists() or '/' in source or source in known
+    return load(source, base=model) if base else load_checkpoint(source, model)
 
 def _check_base(path, model):
     if model and Path(path).is_file(): raise ValueError(f"{path} is a packed file and holds its model: leave out --model")
@@ -233,18 +261,19 @@ def add_profiles(
                                                  help=f'names, or files of profiles (default: {usual})')
 
 def _evaluate_options(parser):
-    add_checkpoint(parser)
+    add_checkpoint(parser, base=True)
     add_profiles(parser)
     add_device(parser)
     add_json(parser)
     work,output = parser.group('what to work on'),parser.group('output')
     work.add_argument('--max-length', type=option_type(COUNT), metavar='N', default=512,
                       help='most tokens of a question with its answer (default: 512)')
-    work.add_argument('--data', default='tiny', help=SAID['data']+' (default: tiny)')
+    work.add_argument('--data', help=SAID['data']+' (default: tiny)')
+    add_task(parser, scoring=True)
     work.add_argument('--n', type=option_type(COUNT, 'all', 'none'), default=300, metavar='N|all',
-                      help='validation questions (default: 300)')
+                      help='validation questions, documents or conversations, at most (default: 300)')
     work.add_argument('--seed', type=option_type(SEED), metavar='N',
-                      help='draw them at random with this seed; by default the first')
+                      help='draw questions at random with this seed; by default the first')
     output.add_argument('--out', default='runs', help='folder of records; each evaluation writes one (default: runs)')
     output.add_argument('--into', default='checkpoints', help='folder in it (default: checkpoints)')
     output.add_argument('--name', help="name of the record (default: the checkpoint's)")
@@ -253,18 +282,22 @@ def _evaluate(args):
     name = check_name(args.name or Path(args.checkpoint).resolve().name, '--name')
     into,seed = check_name(args.into, '--into'),args.seed or 0
     check_record(args.out, into, 'evaluate', name, seed=seed)
-    device = chosen_device(args.device)
-    model,tokenizer = load_checkpoint(args.checkpoint, args.model)
-    own = switch_of(model).profiles
-    profiles = named_profiles(args.profiles, own, of=args.checkpoint) if args.profiles else None
-    questions = load_squad(args.data, 'validation', args.n, args.seed)
+    device,corpus = chosen_device(args.device),chosen_corpus(args, args.n)
+    if corpus and args.seed is not None:
+        raise ValueError(f"--seed: draws questions; --task {args.task} takes the first --n: leave it out")
+    model,tokenizer = _load_scored(args.checkpoint, args.model)
+    known = switch_of(model).profiles if hasattr(model, 'switch') else {}
+    profiles = named_profiles(args.profiles, known, of=args.checkpoint) if args.profiles else None
+    data = args.data or 'tiny'
+    examples = corpus or load_squad(data, 'validation', args.n, args.seed)
     teller(args)(f"a record of this goes to {Path(args.out)/into/'evaluate'/name}-s{seed}.json")
-    e = evaluate(model.to(device), tokenizer, questions, profiles, args.max_length, progress=not args.quiet)
-    config = dict(checkpoint=str(args.checkpoint), data=args.data, n=args.n, seed=args.seed)
+    e = evaluate(model.to(device), tokenizer, examples, profiles, args.max_length, progress=not args.quiet)
+    config = dict(checkpoint=str(args.checkpoint), data=data, n=args.n, seed=args.seed)
+    if corpus: config['task'] = args.task
+    if Path(args.checkpoint).is_dir(): update_card(args.checkpoint, e, of=f'`{data}`')
     record = dict(preset=into, experiment='evaluate', name=name, seed=seed, config=config, evaluation=e.to_dict())
     path = save_record(record, args.out)
     show(args, record | dict(record=str(path)), f'{e}\nrecord  {path}')
-
 
 # %% ../../nbs/apps/commands.ipynb #7f830bd0
 def _float_checkpoint(args):   # of what needs float weights

@@ -11,9 +11,16 @@ import torch
 
 # %% ../../nbs/data/encoding.ipynb #48739c07
 class Encoded(NamedTuple):
-    "A question as tokens."
+    "An example as tokens: a question, a text or a conversation."
     ids:tuple[int,...]  # Prompt and answer
     prompt:int          # How many of them are the prompt, with what the tokenizer puts first
+    learnt:tuple[bool,...]|None=None # Which of them are learnt, if not all after the prompt: a conversation has many answers
+
+    def labels(self
+    )->list[int]: # Tokens, and −100 where none is learnt
+        "What each position teaches."
+        learnt = self.learnt or (False,)*self.prompt+(True,)*(len(self.ids)-self.prompt)
+        return [i if l else -100 for i,l in zip(self.ids, learnt)]
 
 def prompt_texts(
     q:dict, # A question in the schema of `load_squad`
@@ -54,16 +61,17 @@ def encode(
     return Encoded(tuple(prompt+answer), len(prompt))
 
 def collate(
-    items:Iterable[Encoded],  # Questions as tokens
+    items:Iterable[Encoded],  # Examples as tokens
     pad_id:int,               # Token that fills the rows
     left:bool=False,          # Fill on the left (to generate) or on the right (to train)
     prompt_only:bool=False,   # Leave the answers out
 )->dict: # `input_ids`, `attention_mask`, with answers `labels` (−100 outside them), each (batch, longest)
     "A batch of rows of one length."
-    rows = [(i.ids[:i.prompt] if prompt_only else i.ids, i.prompt) for i in items]
-    n = max(len(r) for r,_ in rows)
+    items = list(items)
+    rows = [i.ids[:i.prompt] if prompt_only else i.ids for i in items]
+    n = max(map(len, rows))
     def fill(r, x): return [x]*(n-len(r))+list(r) if left else list(r)+[x]*(n-len(r))
-    ids,mask = [fill(r, pad_id) for r,_ in rows],[fill([1]*len(r), 0) for r,_ in rows]
+    ids,mask = [fill(r, pad_id) for r in rows],[fill([1]*len(r), 0) for r in rows]
     batch = dict(input_ids=ids, attention_mask=mask)
-    if not prompt_only: batch['labels'] = [fill([-100]*p+list(r[p:]), -100) for r,p in rows]
+    if not prompt_only: batch['labels'] = [fill(i.labels(), -100) for i in items]
     return {k:torch.tensor(v) for k,v in batch.items()}

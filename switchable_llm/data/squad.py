@@ -58,7 +58,8 @@ def _read_table(source, split):
     path,name = Path(source),f"data {str(source)!r}"
     if path.is_file() and path.suffix not in _tables:
         wanted = 'give a SQuAD file (.json) or a table (.parquet, .jsonl)'
-        raise ValueError(f"{name}: {wanted}, not a {path.suffix} file")
+        raise ValueError(f"{name}: {wanted}, not a {path.suffix} file{_other_task(path.suffix)}")
+    if not path.exists() and (path.suffix in _files or path.suffix in _tables): raise ValueError(f"{name}: no such file")
     datasets = _datasets(source)
     try: table = _load_table(datasets, str(source), path, split)
     except Exception as e:
@@ -67,8 +68,15 @@ def _read_table(source, split):
         raise ValueError(f"{name}, split {split}: {where} ({type(e).__name__}: {e}); {_wanted}") from e
     if missing := [c for c in _needed if c not in table.column_names]:
         found = f"found {', '.join(table.column_names)}, needed {', '.join(_needed)}"
-        raise ValueError(f"{name}: has no column {', '.join(missing)}; {found}")
+        raise ValueError(f"{name}: has no column {', '.join(missing)}; {found}{_other_task(*table.column_names)}")
     return table
+
+_files = '.txt','.csv','.tsv'
+
+def _other_task(*signs):   # which task reads what holds no questions
+    if {*signs} & {'messages','completion'}: return "; for conversations take the task chat (`sl.chat`, `--task chat`)"
+    if {*signs} & {'text', *_files}: return "; for text take the task text (`sl.text`, `--task text`)"
+    return ''
 
 def _load_table(datasets, source, path, split):
     if path.is_file():
