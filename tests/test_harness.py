@@ -12,7 +12,9 @@ N = 8
 HEAD = 'context: {text}\nquestion: {question}\nanswer:'
 
 @pytest.fixture(scope='module')
-def docs(): return [dict(text=q['context'], question=q['question'], answer=q['answers']['text'][0]) for q in sl.squad('tiny', 'validation', N)]
+def docs():
+    def doc(q): return dict(text=q['context'], question=q['question'], answer=q['answers']['text'][0])
+    return [doc(q) for q in sl.squad('tiny', 'validation', N)]
 
 @pytest.fixture(scope='module')
 def tasks(tmp_path_factory, docs):
