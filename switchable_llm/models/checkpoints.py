@@ -227,8 +227,12 @@ def _restore(switch, d, state):   # what layers have beside the original ones
     for g in d.get('gates', ()):
         l = byname[g['layer']]
         with torch.device(l.weight.device): l.gates[g['key']] = GATE_TYPES[g['type']](**g['spec'])
+    ranges = {}
+    for k in state:
+        layer,_,key = k.partition('.observers.')
+        if key: ranges.setdefault(layer, []).append(key)
     for n,l in byname.items():
-        l.match_observers(k[len(n)+11:] for k in state if k.startswith(f'{n}.observers.'))
+        l.match_observers(ranges.get(n, ()))
         for part in ADDED: getattr(l, part).train(l.training)
     want = _added(switch)
     _check_tensors(want, state)
