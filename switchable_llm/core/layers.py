@@ -296,6 +296,7 @@ def keep_names_(
     module:nn.Module, # Holds an original module as `base`; changed in place
 ):
     "Let state dicts, written and read, call what the original module has by its original names."
+    if not module.base.state_dict(): return   # what has no tensors has no names: spare thousands of experts a search
     module.register_state_dict_post_hook(_base_keys_out)
     module.register_load_state_dict_pre_hook(_base_keys_in)
 

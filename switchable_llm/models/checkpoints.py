@@ -275,8 +275,12 @@ def _fill(model, d, state):   # what layers have beside the original ones
     for g in d.get('gates', ()):
         l = byname[g['layer']]
         with torch.device(l.device): l.gates[g['key']] = GATE_TYPES[g['type']](**g['spec'])
+    ranges = {}
+    for k in state:
+        layer,_,key = k.partition('.observers.')
+        if key: ranges.setdefault(layer, []).append(key)
     for n,l in byname.items():
-        l.match_observers(k[len(n)+11:] for k in state if k.startswith(f'{n}.observers.'))
+        l.match_observers(ranges.get(n, ()))
         for part in ADDED: getattr(l, part).train(l.training)
     want = added_tensors(model)
     _check_tensors(want, state)

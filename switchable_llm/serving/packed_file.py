@@ -361,7 +361,8 @@ def _check_numbers(v, key, most):   # `most`: key -> largest number
     if type(v) is list:
         for x in v: _check_numbers(x, key, most)
     if type(v) is not int or any(w in key for w in _FREE): return
-    limit = most.get(key, 4096 if any(w in key for w in _LOOPED) else MOST_NUMBER)
+    looped = any(w in key for w in _LOOPED) and not key.endswith('_size')   # how large an expert is, is no number of them
+    limit = most.get(key, 4096 if looped else MOST_NUMBER)
     if abs(v)>limit: raise ValueError(f"config: {short(key)}={v}: this file can have up to {limit}")
 
 # %% ../../nbs/serving/packed_file.ipynb #8f8a53d2
