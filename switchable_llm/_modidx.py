@@ -668,6 +668,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                           'switchable_llm/core/layers.py'),
                                             'switchable_llm.core.layers._base_keys_out': ( 'core/layers.html#_base_keys_out',
                                                                                            'switchable_llm/core/layers.py'),
+                                            'switchable_llm.core.layers._bytes_at': ( 'core/layers.html#_bytes_at',
+                                                                                      'switchable_llm/core/layers.py'),
                                             'switchable_llm.core.layers._stamp': ( 'core/layers.html#_stamp',
                                                                                    'switchable_llm/core/layers.py'),
                                             'switchable_llm.core.layers._sum_of_places': ( 'core/layers.html#_sum_of_places',

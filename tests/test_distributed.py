@@ -1,14 +1,14 @@
 "Two processes train like one: the same profiles at every step, the same gradients, and a run that stopped goes on."
 import subprocess, sys
 import pytest, torch
-import train_worker as worker
+import train_worker as worker, trainer_worker
 from switchable_llm.joint_training import batch_rows
 from switchable_llm.training.resuming import checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.skipif(not worker.HAS_GLOO, reason='this build of PyTorch has no gloo')
 
-def launch(env, *args):
-    cmd,hour = [sys.executable, *worker.LAUNCH, worker.__file__, *map(str, args)],3600   # a machine may be busy
+def launch(env, *args, script=worker.__file__):
+    cmd,hour = [sys.executable, *worker.LAUNCH, script, *map(str, args)],3600   # a machine may be busy
     p = subprocess.run(cmd, env={**env, 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=hour)
     assert p.returncode==0, p.stderr[-3000:]
 
@@ -81,3 +81,34 @@ def test_a_batch_that_cannot_be_shared_is_an_error(toy_folder, monkeypatch):
     policy,cfg = worker.POLICIES['random_profile'](model),worker.settings(1, batch_size=3)
     with pytest.raises(ValueError, match='batch_size=3: not divisible by 2 processes'):
         worker.train(model, data, policy, cfg, tok.pad_token_id, **worker.QUIET)
+
+# --- other tools ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def others(toy_folder, child_env, tmp_path_factory):
+    out = tmp_path_factory.mktemp('others')
+    launch(child_env, toy_folder, out, script=trainer_worker.__file__)
+    return [torch.load(out/f'{r}.pt') for r in (0, 1)]
+
+def same_run(a, b, one, rel=1e-4):
+    assert a['losses']==b['losses']==pytest.approx(one['losses'], rel=rel) and len(set(one['losses']))==6
+    for n,p in one['learnt'].items():
+        assert torch.equal(a['learnt'][n], b['learnt'][n])
+        assert (a['learnt'][n]-p).norm()<100*rel*p.norm(), n
+
+@pytest.mark.parametrize('how', ['plain','checkpointing'])
+def test_trainer_in_two_processes_equals_one(how, others, toy_folder, tmp_path):
+    "Under DDP, where each step leaves most adapters without a gradient."
+    a,b = (o[how] for o in others)
+    one = trainer_worker.trained(toy_folder, tmp_path)
+    same_run(a, b, one)
+    assert a['profiles']==one['profiles'] and a['norms']==pytest.approx(one['norms'], rel=1e-3)
+
+def test_a_model_in_parts_equals_a_whole_one(others, toy_folder):
+    "FSDP2 over gloo: base and adapters are sharded."
+    same_run(*(o['sharded'] for o in others), trainer_worker.sharded(toy_folder))
+
+def test_integer_products_of_a_model_in_parts(others, toy_folder):
+    "A code that flips where sums are added in another order moves a loss a little."
+    a,b = (o['int8'] for o in others)
+    assert a['losses']==b['losses']==pytest.approx(trainer_worker.sharded(toy_folder, ('bw8','bw4'))['losses'], rel=.01)

@@ -7,7 +7,7 @@ __all__ = ['ADDED', 'GATE_TYPES', 'LAYERS', 'Setting', 'Bank', 'content_of', 'Qu
            'QuantConv1D', 'QuantEmbedding', 'fake_quant_product']
 
 # %% ../../nbs/core/layers.ipynb #cbf07d1e
-import threading
+import ctypes, threading
 from typing import Iterable, NamedTuple
 import torch, xxhash
 import torch.nn.functional as F
@@ -56,8 +56,11 @@ def content_of(
     w = w.detach()
     if w.device.type=='meta': return 0
     w = w.contiguous().view({1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}[w.element_size()])
-    if w.device.type=='cpu': return xxhash.xxh3_64_intdigest(w.numpy())
+    if w.device.type=='cpu': return xxhash.xxh3_64_intdigest(_bytes_at(w))
     return _sum_of_places(w)
+
+def _bytes_at(w):   # not w.numpy(), after which its storage could not be freed: FSDP does that
+    return (ctypes.c_ubyte*(w.numel()*w.element_size())).from_address(w.data_ptr()) if w.numel() else b''
 
 def _sum_of_places(w):   # integers, each times an odd number of its column and a number of its row; they may wrap
     columns = torch.arange(1, 2*w.shape[1], 2, device=w.device)
@@ -79,6 +82,7 @@ class QuantLayer(Opaque):
         self.base,self.switch,self.index = base,switch,index
         self.observers,self.adapters,self.gates = Bank(),Bank(),Bank()   # by activation bits; by route key; by name
         self._weights,self._made_of,self._acts,self._kernels = {},None,{},{}
+        self._away = False   # whether the weight is here for a pass alone: then nothing is kept that is made of it
         keep_names_(self)
 
     def run(self,
@@ -88,11 +92,9 @@ class QuantLayer(Opaque):
         hook = self.base.__dict__.get('_hf_hook')   # of accelerate: the weight may be on another device, or on disk
         if hook is None: return self._live(x)
         self.base.__dict__.pop('forward', None)     # it would load the weight again
-        away = self.weight.is_meta
+        self._away = self.weight.is_meta
         (x,),_ = hook.pre_forward(self.base, x)
-        y = self._live(x)
-        if away: self._weights,self._made_of = {},None   # there is no room to keep what was made of it
-        return hook.post_forward(self.base, y)
+        return hook.post_forward(self.base, self._live(x))
 
     def _live(self, x):
         live = self.switch.now()
@@ -174,6 +176,7 @@ class QuantLayer(Opaque):
 
     def _kept(self, key, make):   # what was made of the weight, as long as it is the same weight
         frame = self.switch.frame
+        if self._away: return make()
         if frame is None or not frame.checked: self.verify()
         keep,made_of = self.switch.keep,self._made_of
         same = made_of is not None and made_of[0]==_stamp(self.base.weight)
@@ -193,7 +196,9 @@ class QuantLayer(Opaque):
 
     def verify(self):
         "Forget what was made of the weight if its numbers changed, also where torch did not notice."
-        changed = self._weights and self._made_of[1]!=content_of(self.base.weight)
+        w = self.base.weight
+        if '_hf_hook' not in self.base.__dict__: self._away = hasattr(w, 'full_tensor')   # a part: FSDP brings the rest
+        changed = self._weights and (self._away or self._made_of[1]!=content_of(w))
         if changed: self._weights,self._made_of = {},None
 
     def quantize_input(self,

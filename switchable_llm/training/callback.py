@@ -94,7 +94,6 @@ class SwitchCallback(TrainerCallback):
     def on_init_end(self, args, state, control, **kwargs):
         "Refuse what cannot work, before any work."
         self._take(_trainer_of(self), args)
-        if args.ddp_find_unused_parameters is None: args.ddp_find_unused_parameters = True   # a step uses some adapters
 
     def on_train_begin(self, args, state, control, **kwargs):
         "Look at the trainer as it is now."
@@ -122,6 +121,9 @@ class SwitchCallback(TrainerCallback):
         for p in (one_profile(self.policy, 0), *named): switch.find(p)
         if trainer is self.trainer: return
         self.trainer = trainer
+        parallel = trainer.accelerator.ddp_handler
+        if parallel is not None and args.ddp_find_unused_parameters is None:
+            parallel.find_unused_parameters = True   # a step uses some of the adapters
         trainer.compute_loss = partial(self._loss, trainer.compute_loss)
         trainer.create_optimizer = partial(self._optimizer, trainer.create_optimizer)
         if self.evaluate: trainer.evaluate = partial(self._evaluate, trainer.evaluate)
