@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from switchable_llm.core.integer import KERNELS, try_kernel, native_report
 from switchable_llm.study.records import environment
-from switchable_llm.core.files import write_whole
+from switchable_llm.system.files import write_whole
 
 def missing(*packages):
     "Packages that are not installed, in words, or nothing."

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn, Tensor
 from .quantizers import Bits
-from .core.progress import tqdm
+from .system.progress import tqdm
 from .core.profiles import Profile, Rule
 from .core.switching import switch_of, use_profile
 from .training.resuming import RunState, data_facts, kept, model_facts

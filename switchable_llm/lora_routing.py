@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import nn, Tensor
-from .core.files import writing_folder
+from .system.files import writing_folder
 from .core.switching import base_params, check_unfrozen, switch_of
 from .core.experts import QuantExpert
 from .core.layers import Setting

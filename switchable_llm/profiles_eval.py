@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import GenerationConfig
 from .data.encoding import Encoded, collate, encode
-from .core.progress import tqdm
+from .system.progress import tqdm
 from .core.profiles import Profile, check_unique, as_profile
 from .core.switching import switch_of, use_profile, check_plain, make_switchable_
 from .search.intervals import Interval, digits, interval, per_token

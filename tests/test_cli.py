@@ -12,8 +12,8 @@ from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_
 from switchable_llm.apps.options import GROUPS
 from switchable_llm.study.records import Preset
 from switchable_llm import __version__
-from switchable_llm.core import progress
-from switchable_llm.core.files import claim
+from switchable_llm.system import progress
+from switchable_llm.system.files import claim
 from switchable_llm.study.runs import NUMBERS, WORDS
 
 COMMAND = Path(sys.executable).with_name('switchable-llm')

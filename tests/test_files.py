@@ -1,8 +1,8 @@
 "Who wrote what: leftovers of killed writers are told from hidden files of a person, and from what a living writer works on."
 import os, shutil, socket, stat, subprocess, sys, threading, time
 import pytest
-from switchable_llm.core import files
-from switchable_llm.core.files import check_target, whole_folder, write_whole, writing_folder
+from switchable_llm.system import files
+from switchable_llm.system.files import check_target, whole_folder, write_whole, writing_folder
 
 def is_model(folder): return (folder/'model.txt').is_file()
 

@@ -4,7 +4,7 @@ import pytest, torch
 from safetensors.torch import load_file
 import train_worker as worker
 from switchable_llm.models.loading import load_model
-from switchable_llm.core.files import LOCK
+from switchable_llm.system.files import LOCK
 from switchable_llm.lora_routing import adapter_params
 from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.training.resuming import checkpoints, read_checkpoint

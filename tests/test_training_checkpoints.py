@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import train_worker as worker
 from safetensors.torch import load_file, save_file
-from switchable_llm.core.files import LOCK
+from switchable_llm.system.files import LOCK
 from switchable_llm.joint_training import Objective, all_profiles, random_profile, train
 from switchable_llm.lora_routing import adapter_params
 from switchable_llm.training.objectives import Distillation

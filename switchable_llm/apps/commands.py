@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, replace
 from importlib import import_module, util
 from pathlib import Path
 from torch import nn
-from ..core.files import check_target, claim
+from ..system.files import check_target, claim
 from ..core.integer import KERNELS, try_kernel, native_report
 from ..quantizers import QuantConfig
 from ..core.profiles import PROFILES, Profile, load_profiles

@@ -11,7 +11,7 @@ from typing import Iterable
 from transformers import PreTrainedModel
 from ..quantizers import QuantConfig
 from ..core.calibration import calibrate_
-from ..core.files import whole_folder
+from ..system.files import whole_folder
 from ..core.switching import make_switchable_, switch_of
 from ..lora_routing import add_adapters_
 from ..models.checkpoints import load_switchable, read_switchable

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable
 from fastcore.docments import docments
-from ..core.files import check_target
+from ..system.files import check_target
 from ..core.profiles import PROFILES, Profile, read_profiles
 from ..study.records import PRESETS, Preset
 from ..study.runs import NUMBERS, WORDS, Number, check_preset

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from ..quantizers import Bits
-from ..core.files import check_target, claim
+from ..system.files import check_target, claim
 from ..study.records import load_records, check_name
 from ..study.experiments import run_spans, ARMS, run_calibration, run_objectives
 from ..findings.comparisons import span_reports, calibration_verdict, gate_verdict, objective_verdicts

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterable, NamedTuple
 from torch import nn
 from ..quantizers import Bits
-from .files import check_target, write_whole
+from ..system.files import check_target, write_whole
 from .layers import LAYERS
 from .experts import expert_stacks, matrices_of
 from .families import check_causal

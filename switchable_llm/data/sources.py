@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'MADE_BY', 'BY', 'file_kind', 'datasets_package', 'quiet', '
            'is_held_out', 'Rows', 'Source', 'rows_of']
 
 # %% ../../nbs/data/sources.ipynb #a09f88b0
-import importlib, random, tempfile
+import importlib, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial

@@ -9,7 +9,7 @@ __all__ = ['is_our_card', 'measured', 'model_card', 'update_card']
 from pathlib import Path
 from typing import Any
 from torch import nn
-from ..core.files import write_whole
+from ..system.files import write_whole
 from ..core.switching import added_params, switch_of
 
 # %% ../../nbs/models/cards.ipynb #f0905d83

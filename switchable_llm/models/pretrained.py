@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn, Tensor
 from transformers import PreTrainedModel
 from ..quantizers import QuantConfig
-from ..core.files import beside, check_target, named_errors
+from ..system.files import beside, check_target, named_errors
 from ..core.layers import ADDED
 from ..core.profiles import EXPERTS, Profile, as_profile, check_unique, find_sites
 from ..core.switching import make_switchable_, switch_of

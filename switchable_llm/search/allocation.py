@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import kron, eye
 from torch import nn
 from ..quantizers import Bits
-from ..core.progress import tqdm
+from ..system.progress import tqdm
 from ..core.profiles import Profile
 from ..core.switching import switch_of
 from ..data.encoding import Encoded

@@ -10,7 +10,7 @@ from typing import Iterable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..core.progress import tqdm
+from ..system.progress import tqdm
 from ..core.profiles import check_unique
 from ..core.switching import use_profile
 from ..data.spans import Extraction, collate_windows, encode_windows, pick_answers

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterable, NamedTuple
 from torch import nn
 from ..quantizers import Bits
-from ..core.progress import tqdm
+from ..system.progress import tqdm
 from ..core.profiles import Profile, Rule, as_profile
 from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from ..quantizers import blocks, check_bits, nested_codes
-from ..core.files import check_target, write_whole, writing_folder
+from ..system.files import check_target, write_whole, writing_folder
 from ..core.switching import refuse_save_, switch_of
 from ..core.experts import Experts, QuantExpert
 from ..core.layers import ADDED, QuantLayer, Setting

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, quantize_weight
-from ..core.files import write_whole
+from ..system.files import write_whole
 from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile
 from ..core.experts import QuantExpert

@@ -9,7 +9,7 @@ __all__ = ['WHAT', 'before_weights_', 'after_weights_', 'save_packed_model']
 import os, shutil
 from pathlib import Path
 from transformers import PreTrainedModel
-from ..core.files import beside, check_target, named_errors
+from ..system.files import beside, check_target, named_errors
 from ..models.pretrained import holds_no_other_model, replace_files, unmark_
 from ..models.quantizer import PACKED_METHOD, PackedConfig
 from .packed import load_packed, load_packed_tokenizer

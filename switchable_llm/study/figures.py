@@ -17,7 +17,7 @@ from zlib import crc32
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
-from ..core.files import write_whole, check_target
+from ..system.files import write_whole, check_target
 
 # %% ../../nbs/study/figures.ipynb #107c79a1
 class ProfileStyle(NamedTuple):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
 import torch
-from ..core.files import check_target, write_whole
+from ..system.files import check_target, write_whole
 from dataclasses import dataclass
 
 # %% ../../nbs/study/records.ipynb #e3798e28

@@ -17,7 +17,7 @@ from typing import Any, Callable
 from accelerate.utils import set_seed
 from torch import nn
 from ..quantizers import Bits, QuantConfig
-from ..core.files import claim, write_whole
+from ..system.files import claim, write_whole
 from ..core.integer import KERNELS
 from ..core.profiles import PROFILES, SITES, Profile, Rule, read_profiles
 from ..core.calibration import calibrate_, learn_ranges_

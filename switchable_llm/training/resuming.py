@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save_file
 from torch import nn, Tensor
-from ..core.files import check_target, claim, write_whole, writing_folder
+from ..system.files import check_target, claim, write_whole, writing_folder
 
 # %% ../../nbs/training/resuming.ipynb #de2e31e3
 def random_state(
