@@ -1,5 +1,5 @@
 "Own text: read from everything people have, packed without loss, scored as WikiText is, larger than memory, by API and command."
-import json, math, random, subprocess, sys
+import json, math, random
 import pytest, torch
 import datasets
 import switchable_llm as sl

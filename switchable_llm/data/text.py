@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Tokens', 'Blocks', 'Windows', 'Text', 'text']
 
-# %% ../../nbs/data/text.ipynb #f95c15a6
+# %% ../../nbs/data/text.ipynb #b29a0860
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 from zlib import crc32
 import numpy as np
 from .encoding import Encoded, start_ids
