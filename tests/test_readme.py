@@ -1,8 +1,10 @@
 "The README's code and commands run as they are written, in their order, on the embedded model; and it is short."
-import re, shlex, subprocess, sys
+import json, re, shlex, subprocess, sys
 import pytest
+from transformers import AutoConfig
 from conftest import ROOT
 from switchable_llm.apps.cli import make_parser
+from switchable_llm.data.embedded import tiny_squad
 
 COMMAND = sys.executable,'-c','import sys; from switchable_llm.apps.cli import main; sys.exit(main())'
 README = (ROOT/'README.md').read_text(encoding='utf-8')
@@ -15,7 +17,7 @@ def test_it_is_short(): assert len(README.split())<=1000
 
 def test_first_screen():
     "A sentence, a picture, how to install, lines of code that show the switch, three numbers with their machine."
-    start = README[:README.index('## Serve it')]
+    start = README[:README.index('## Keep it')]
     picture = re.search(r'!\[[^\]]{20,}\]\((index_files/[\w-]+\.svg)\)', start)
     assert picture and (ROOT/picture[1]).is_file() and 'pip install' in start
     assert 'use_profile' in ''.join(blocks('python', start)) and len(''.join(blocks('python', start)).splitlines())<=8
@@ -35,6 +37,11 @@ print('done')'''
 def test_commands_run_in_their_order(tmp_path, child_env):
     "All but the explorer, which serves until it is stopped (tests/test_page.py runs it)."
     (tmp_path/'my_mix.yaml').write_text(blocks('yaml')[0])
+    questions = tiny_squad(120)
+    (tmp_path/'corpus.txt').write_text('\n\n'.join(q['context'] for q in questions))
+    talks = ([dict(role='user', content=q['question']), dict(role='assistant', content=q['answers']['text'][0])]
+             for q in questions)
+    (tmp_path/'talks.jsonl').write_text('\n'.join(json.dumps(dict(messages=t)) for t in talks))
     ours = [c[1:] for c in commands() if c[0]=='switchable-llm']
     assert len(ours)>=7
     for argv in ours:
@@ -42,6 +49,7 @@ def test_commands_run_in_their_order(tmp_path, child_env):
         if argv[0]=='explore': continue
         p = subprocess.run([*COMMAND, *argv], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
         assert p.returncode==0, f'{argv}: {p.stderr[-2000:]}'
+    for folder in ('my-text','my-chat','my_model'): assert AutoConfig.from_pretrained(tmp_path/folder).quantization_config
     assert (tmp_path/'merged'/'config.json').is_file() and (tmp_path/'my_model.safetensors').is_file()
 
 def test_targets_of_make_exist():

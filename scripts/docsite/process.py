@@ -60,12 +60,13 @@ def read_pages():
 _link_in_link = re.compile(r'\[\[(`[^`]+`)\]\([^)]+\)\]\(([^)]+)\)')
 
 def map_of_chapters():
-    "Markdown: the chapters with what they find, and a line of links for each part."
+    "Markdown: the chapters with what they find, and the parts with what is in them."
     book,*parts = PARTS
     rows = [f'| [{label(p)}]({name_of(p)}) | {heading(p).partition(": ")[2]} |'
             for p in (NBS/f'{r}.ipynb' for r in book.rooms)]
-    lines = [f"**{p.title}**: " + ', '.join(f'[{r.replace("_", " ")}]({p.folder}/{r}.ipynb)' for r in p.rooms) + '.' for p in parts]
-    return '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows]) + '\n\n' + '\n\n'.join(lines)
+    lines = [f"- [{p.title}]({p.folder}/{p.rooms[0]}.ipynb): {p.what}" for p in parts]
+    table = '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows])
+    return f'{table}\n\nThe parts that the chapters stand on, each a folder of short notebooks:\n\n' + '\n'.join(lines)
 
 def finish():
     """What nbdev leaves to do: the map of the chapters, exported values that are no function or class, and names that it

@@ -24,6 +24,7 @@ from ..models.checkpoints import check_save_target, read_switchable, save_switch
 from ..models.loading import is_saved
 from ..models.pretrained import check_model_target
 from ..study.records import PRESETS, Preset, save_record, check_name
+from ..data.chat import find_template
 from ..data.squad import load_squad
 from ..profiles_eval import evaluate
 from ..search.costs import profile_cost
@@ -183,6 +184,7 @@ def _train(args):
     switch_of(model).profile = next(n for n in switch_of(model).profiles if n!='float')   # live where it is opened
     if args.adapters_only: save_switchable(model, out, base=preset.model)
     else:
+        if args.task=='chat': tokenizer.chat_template = find_template(tokenizer, args.chat_template)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     print(f'model  {args.out if Path(args.out).name==out.name else out}')

@@ -313,8 +313,7 @@ def check_plain(
     "A `ValueError` names the first layer that is not plain: wrapped, compiled, with PEFT's adapters, or quantized."
     for name,m in model.named_modules():
         if found := _origin(m):
-            what = f'layer {name}' if name else 'the model'
-            raise ValueError(f"{what} is {found.what} ({type(m).__name__}): {found.way}")
+            raise ValueError(f"{name and 'layer '}{name or 'the model'} is {found.what} ({type(m).__name__}): {found.way}")
     for name,p in model.named_parameters():
         if type(p) is not nn.Parameter:
             raise ValueError(f"parameter {name} is a {type(p).__name__}, not plain numbers: {_quantized}")

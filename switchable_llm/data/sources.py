@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'MADE_BY', 'BY', 'file_kind', 'datasets_package', 'quiet', 'source_name', 'check_source', 'check_examples',
            'is_held_out', 'Rows', 'Source', 'rows_of']
 
-# %% ../../nbs/data/sources.ipynb #a09f88b0
+# %% ../../nbs/data/sources.ipynb #25a50bac
 import importlib, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass

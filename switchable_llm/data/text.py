@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tokens', 'Blocks', 'Windows', 'Text', 'text']
 
-# %% ../../nbs/data/text.ipynb #f95c15a6
+# %% ../../nbs/data/text.ipynb #b29a0860
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
