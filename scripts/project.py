@@ -29,7 +29,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli options commands studying page exploration explorer'))]
+    ('apps', 'Apps', 'six lines, the command, the explorer', 'front_door cli options commands studying page exploration explorer tools'))]
 
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb
