@@ -4,6 +4,7 @@ import pytest, torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 import switchable_llm as sl
+from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.data.encoding import collate, encode
@@ -14,6 +15,8 @@ from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 
 NAMES = ('bw8','w4a8','bw4')
+# Backends that rewrite operators add in another order. With float activations no code flips where they do.
+SMOOTH = [Profile(f'w{w}', sl.Bits(w)) for w in (8, 4)]
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -21,12 +24,12 @@ def fresh():
     yield
     torch.compiler.reset()
 
-def compiled(act='per_token', base=None, **kw):
+def compiled(act='per_token', base=None, names=NAMES, **kw):
     "The model, calibrated, with adapters that do something; and a batch."
     model,tok = load_model('tiny')
     batch = collate([encode(q, tok) for q in tiny_squad(4)], tok.pad_token_id)
     model = base or model
-    make_switchable_(model, NAMES, sl.QuantConfig(act=act), **kw)
+    make_switchable_(model, names, sl.QuantConfig(act=act), **kw)
     torch.manual_seed(0); add_adapters_(model, r=4, dropout=0.)
     for l in model.switch.layers:
         for a in l.adapters.values(): torch.nn.init.normal_(a.b, std=.05)
@@ -39,15 +42,15 @@ def logits(call, model, batch, profile):
 
 def breaks(): return sum(counters['graph_break'].values())
 
-def equal_at_all(model, batch, backend, close=None, profiles=('float', *NAMES)):
-    "Compare at every profile, and back; what is compiled is compiled once."
+def equal_at_all(model, batch, backend, most=0.):
+    "Compare at every profile, and back, up to a share of the logits' norm; what is compiled is compiled once."
+    profiles = list(model.switch.profiles)
     c = torch.compile(model, backend=backend)
     logits(c, model, batch, profiles[0])
     graphs = counters['stats']['unique_graphs']
     for p in (*profiles, profiles[0]):
         a,b = logits(c, model, batch, p),logits(model, model, batch, p)
-        if close is None: assert torch.equal(a, b), p
-        else: torch.testing.assert_close(a, b, **close)
+        assert (a-b).norm()<=most*b.norm(), p
     assert counters['stats']['unique_graphs']==graphs, 'a switch of profile compiled again'
     return c
 
@@ -64,8 +67,8 @@ def test_another_family_and_backend():
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256))
-    model,batch = compiled(base=base)
-    equal_at_all(model, batch, 'aot_eager', dict(rtol=1e-4, atol=1e-4))
+    model,batch = compiled(base=base, names=SMOOTH)
+    equal_at_all(model, batch, 'aot_eager', 1e-4)
     assert breaks()<=len(model.model.layers)
 
 def test_inductor():
@@ -73,15 +76,17 @@ def test_inductor():
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                                         num_attention_heads=2, max_position_embeddings=256))
-    model,batch = compiled('per_tensor', base=base)
-    # another order of sums can flip a code of 8 bits: a few steps of it
-    equal_at_all(model, batch, 'inductor', dict(rtol=.02, atol=.02))
+    model,batch = compiled('per_tensor', base=base, names=['bw8', *SMOOTH])
+    c = equal_at_all(model, batch, 'inductor', .05)   # a code of 8 bits may flip
+    for p in ('w8','w4'):
+        a,b = logits(c, model, batch, p),logits(model, model, batch, p)
+        assert (a-b).norm()<1e-4*b.norm(), p
 
 def test_a_packed_model(tmp_path):
     model,batch = compiled()
     freeze(model, tmp_path/'m.safetensors', embedding=8, lm_head=8)
     packed = load_packed(tmp_path/'m.safetensors')
-    equal_at_all(packed, batch, 'eager', profiles=NAMES)
+    equal_at_all(packed, batch, 'eager')
     assert breaks()<=len(packed.transformer.h)+2
 
 def test_threads_have_their_own_profile():
@@ -103,22 +108,22 @@ def gradients(call, model, batch, profile):
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_training_has_the_same_gradients(checkpointing):
     "Of the adapters that the profile uses, and of no others."
-    model,batch = compiled()
+    model,batch = compiled(names=SMOOTH)
     if checkpointing: model.gradient_checkpointing_enable()
     c = torch.compile(model.train(), backend='aot_eager')
-    for p in ('bw8','bw4','bw8'):
+    for p in ('w8','w4','w8'):
         (a,wanted),(b,found) = (gradients(f, model, batch, p) for f in (model, c))
         assert found.keys()==wanted.keys()
         torch.testing.assert_close(b, a)
         for n,g in wanted.items(): torch.testing.assert_close(found[n], g, rtol=1e-3, atol=1e-5)
 
 def test_the_trainer_compiles(tmp_path):
-    model,batch = compiled()
-    wanted = gradients(model.train(), model, batch, 'bw4')[0].item()
+    model,batch = compiled(names=SMOOTH)
+    wanted = gradients(model.train(), model, batch, 'w4')[0].item()
     rows = [{k:v[i] for k,v in batch.items()} for i in range(4)]
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, max_steps=2, torch_compile=True, use_cpu=True,
                              torch_compile_backend='aot_eager', report_to=[], logging_steps=1, save_strategy='no',
                              disable_tqdm=True, learning_rate=0.)
-    t = Trainer(model, args, train_dataset=rows, callbacks=[sl.SwitchCallback(fixed_profile('bw4'))])
+    t = Trainer(model, args, train_dataset=rows, callbacks=[sl.SwitchCallback(fixed_profile('w4'))])
     t.train()
     assert [h['loss'] for h in t.state.log_history if 'loss' in h]==pytest.approx([wanted]*2, rel=1e-3)

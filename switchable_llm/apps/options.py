@@ -214,7 +214,7 @@ def text_table(
     rows:list, # Rows of values; the first holds the heads
 )->str: # Lines, the first column to the left, the others to the right
     "Columns under each other."
-    rows = [[str(x) for x in r] for r in rows]
+    rows = [list(map(str, r)) for r in rows]
     widths = [max(map(len, c)) for c in zip(*rows)]
     def line(r): return '  '.join([r[0].ljust(widths[0]), *(x.rjust(w) for x,w in zip(r[1:], widths[1:]))]).rstrip()
     return '\n'.join(map(line, rows))
