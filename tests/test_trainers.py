@@ -8,7 +8,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import switchable_llm as sl
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.calibration import learn_ranges_
-from switchable_llm.core.switching import added_params, base_params, make_switchable_, refuse_save_, use_profile
+from switchable_llm.core.switching import added_params, base_params, make_switchable_, use_profile
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.data.encoding import collate, encode
 from switchable_llm.joint_training import all_profiles, batch_rows, fixed_profile, random_layers, random_profile, train
@@ -94,10 +94,6 @@ def test_so_they_are_with_activations_of_few_bits(how, tmp_path):
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
-def can_save(model):   # also where `save_pretrained` is refused
-    if 'save_pretrained' in model.__dict__: refuse_save_(model)
-    return model
-
 @pytest.mark.parametrize('act', ['per_token','per_tensor'])
 def test_a_run_that_was_stopped_goes_on(act, tmp_path):
     "With dropout, moments, learned ranges and the draw of the profiles as if it had not been stopped."
@@ -105,7 +101,7 @@ def test_a_run_that_was_stopped_goes_on(act, tmp_path):
         model,tok,data = switchable(dropout=.1, act=act)
         if act=='per_tensor': learn_ranges_(model)
         for p in added_params(model).values() if seed else (): torch.nn.init.normal_(p)   # all is to be read
-        return can_save(model), tok, data
+        return model, tok, data
     def run(at, model, tok, data, **kw):
         t = trainer(model, tok, data, at, SwitchCallback(random_profile(NAMES, 3)), save_strategy='steps', save_steps=3)
         t.train(**kw)
@@ -141,7 +137,7 @@ def test_evaluation_is_at_the_live_profile_or_at_each(tmp_path):
 
 def test_the_best_checkpoint_is_that_of_the_first_profile(tmp_path):
     model,tok,data = switchable()
-    t = trainer(can_save(model), tok, data, tmp_path, SwitchCallback(evaluate=['bw4','bw8']), evaluate=data[:8],
+    t = trainer(model, tok, data, tmp_path, SwitchCallback(evaluate=['bw4','bw8']), evaluate=data[:8],
                 eval_strategy='steps', eval_steps=2, save_strategy='steps', save_steps=2, load_best_model_at_end=True,
                 learning_rate=.05)
     t.train()
