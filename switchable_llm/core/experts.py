@@ -38,7 +38,7 @@ def expert_stacks(
         for n,p in m.named_parameters(recurse=False):
             stacked = p.ndim>2 and min(p.shape)>1
             flat = inside and p.ndim==2 and not isinstance(m, nn.Linear)   # all experts under one another
-            if stacked or flat: found[f'{name}.{n}'] = []
+            if stacked or flat: found[f'{name}.{n}'.lstrip('.')] = []
     return found
 
 # %% ../../nbs/core/experts.ipynb #0d3a7e65
@@ -110,12 +110,13 @@ class Experts(nn.Module):
     def _is_original(self):   # whether every layer is float and without an adapter; looked up once for each profile
         live = self.switch.now()
         if live.gate is not None: return False
-        if self.float_at is None or self.float_at[0] is not live.settings:
+        known = self.float_at       # another thread may put another one there
+        if known is None or known[0] is not live.settings:
             layers = [self[e][m] for e,m in self.slices()]
             mine = [live.settings[l.index] if hasattr(l, 'index') else None for l in layers]
             plain = all(s is not None and s.bits.is_float and s.adapter is None for s in mine)
-            self.float_at = live.settings,plain
-        return self.float_at[1]
+            self.float_at = known = live.settings,plain
+        return known[1]
 
     @torch.compiler.disable   # which experts are hit is data
     def _by_expert(self, x, index, weights):
