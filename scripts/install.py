@@ -9,6 +9,7 @@ from pathlib import Path
 from lock import LOCKS, LOWEST, TORCH, UV, requirements
 from project import ROOT
 
+SOURCE_ONLY = 'rouge-score','sqlitedict','word2number'   # lm-eval needs them; nobody has built them
 DRIVERS = (Path('/proc/driver/nvidia/version'), Path('/dev/nvidiactl'), Path('/dev/dxg'))   # the last one under WSL
 
 def pip(*args, **kw):
@@ -36,7 +37,8 @@ def install_torch(
     subprocess.run([*cmd, '--torch-backend', 'cpu', *which], cwd=ROOT, check=True)
 
 def from_lock(lock):
-    install('--no-deps', '--only-binary', ':all:', '--require-hashes', '--requirement', str(lock))
+    source = [a for n in SOURCE_ONLY for a in ('--no-binary', n)]
+    install('--no-deps', '--only-binary', ':all:', *source, '--require-hashes', '--requirement', str(lock))
     install_torch('--requirement', str(TORCH))
     install('--no-deps', '--no-build-isolation', '--editable', '.')
 
