@@ -215,8 +215,9 @@ def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypa
     for command in (['train', '--out'], [*export, 'float', '--overwrite', '--out']):
         refused(*command, 'file', says=['file', 'is a folder'])
         refused(*command, 'file/below', says='is a file, not a folder')
-    refused('train', '--out', 'notes', says=['diary.txt', 'is not a switchable checkpoint'])
-    refused('train', '--out', '.', says='is not a switchable checkpoint')
+    refused('train', '--out', 'notes', says=['diary.txt', 'is not a switchable model'])
+    refused('train', '--out', 'notes', '--adapters-only', says=['diary.txt', 'is not a switchable checkpoint'])
+    refused('train', '--out', '.', says='is not a switchable model')
     refused('train', '--out', 'x'*250, says='longer than 200 bytes')
     refused('freeze', mine/'mine', '--out', 'notes', says='is a file')
     for name in ('w.safetensors','file'):
@@ -230,7 +231,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypa
 def test_the_folder_in_which_one_stands_is_not_replaced_under_one(refused, tmp_path, monkeypatch):
     (tmp_path/'mine').mkdir()
     monkeypatch.chdir(tmp_path/'mine')
-    refused('train', '--out', '.', says='is where you are')
+    refused('train', '--adapters-only', '--out', '.', says='is where you are')
     assert list((tmp_path/'mine').iterdir())==[]
 
 BOUND = os.name=='posix' and hasattr(os, 'geteuid') and os.geteuid()!=0
@@ -355,7 +356,7 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint\n'
     assert not (tmp_path/'model').exists()
     assert cli(*argv, 'model')[0]==cli(*argv, 'other')[0]==0
-    assert (tmp_path/'model/adapters.safetensors').read_bytes()==(tmp_path/'other/adapters.safetensors').read_bytes()
+    assert (tmp_path/'model/model.safetensors').read_bytes()==(tmp_path/'other/model.safetensors').read_bytes()
 
 # --- checkpoints and packed files -------------------------------------------------------------------------------------
 
@@ -554,7 +555,7 @@ SERVE = ['check mine.safetensors', 'kernels', 'freeze mine --out b.safetensors',
 @pytest.mark.parametrize('line', SERVE)
 def test_without_the_extras_one_can_train_and_serve(line, without, tmp_path, mine, toy_folder):
     for name in ('mine','mine.safetensors'): (tmp_path/name).symlink_to(mine/name)
-    model = ['--model', toy_folder] if line.split()[0] in ('freeze','export','train') else []
+    model = ['--model', toy_folder] if line.split()[0]=='train' else []
     status,out,err = without(*line.split(), *model)
     assert status==0, err
 

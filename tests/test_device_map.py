@@ -87,3 +87,21 @@ def test_numbers_are_there_or_it_is_said(folder, tmp_path):
     with torch.device('meta'): empty = MODELS[folder[0]]()
     n,p = next(empty.named_parameters())
     with pytest.raises(ValueError, match='holds no numbers'): numbers_of(empty, n, p)
+
+def test_saved_and_opened_over_devices(folder, tmp_path):
+    "A model made switchable while it is loaded over devices; saved from there; opened over devices again."
+    kind,path = folder
+    table = load(folder, tmp_path/'first').hf_device_map
+    def spread(where, **kw):
+        return AutoModelForCausalLM.from_pretrained(where, device_map=table, offload_folder=str(tmp_path/'disk'), **kw)
+    here = load(folder); make_switchable_(here, NAMES, sl.QuantConfig(act='per_token')); add_adapters_(here)
+    away = spread(path, quantization_config=sl.SwitchableConfig(NAMES))
+    for m in (here, away):
+        torch.manual_seed(1)
+        for n,p in added_params(m).items(): torch.nn.init.normal_(p, std=.05)
+    assert any(p.is_meta for p in away.parameters())
+    away.save_pretrained(tmp_path/'m')
+    for m in (away, AutoModelForCausalLM.from_pretrained(tmp_path/'m'), spread(tmp_path/'m')):
+        for p in here.switch.profiles:
+            with torch.no_grad(), use_profile(m, p), use_profile(here, p):
+                assert torch.equal(m(IDS).logits, here(IDS).logits), p

@@ -165,7 +165,9 @@ def _examples(preset, corpus, model, tokenizer):   # to train on, what is learnt
     said = f'{len(data)} training questions ({left_out} longer than {preset.max_length} tokens left out)'
     return data, answering, said
 
-def _check_out(args): return (check_save_target if args.adapters_only else check_model_target)(args.out)
+def _check_out(args):
+    if args.adapters_only: return check_save_target(args.out)
+    return check_model_target(args.out, beside=False)
 
 def _train(args):
     preset,say,out = chosen_preset(args),teller(args),_check_out(args)

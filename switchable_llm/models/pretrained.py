@@ -7,7 +7,7 @@ __all__ = ['WHAT', 'check_settings', 'settings_of', 'digest', 'before_weights_',
            'holds_no_other_model', 'check_model_target', 'model_bytes', 'save_model', 'replace_files']
 
 # %% ../../nbs/models/pretrained.ipynb #ff2f7b76
-import hashlib, json, os
+import hashlib, os
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,10 +20,11 @@ from ..quantizers import QuantConfig
 from ..system.files import beside, check_target, named_errors
 from ..core.layers import ADDED
 from ..core.profiles import EXPERTS, Profile, as_profile, check_unique, find_sites
-from ..core.switching import make_switchable_, switch_of
+from ..core.switching import make_switchable_, numbers_of, switch_of
 from ..lora_routing import ROUTES, add_adapters_, lora_fault
 from .cards import is_our_card, model_card
 from .checkpoints import added_tensors, check_described, describe, rehearsed, was_checkpoint
+from .loading import is_saved, method_of
 from .quantizer import FORMAT_VERSION, METHOD, SwitchableConfig
 
 # %% ../../nbs/models/pretrained.ipynb #89fb401a
@@ -174,12 +175,8 @@ def holds_no_other_model(
 )->bool: # Whether it holds a model of that kind, or none at all
     "Whether a model can be saved in a folder."
     if was_checkpoint(folder): return True
-    config = folder/'config.json'
-    if not config.is_file(): return not any(map(_is_weights, folder.iterdir()))
-    try: d = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError): return False
-    settings = d.get('quantization_config') if isinstance(d, dict) else None
-    return isinstance(settings, dict) and settings.get('quant_method')==method
+    if not (folder/'config.json').is_file(): return not any(map(_is_weights, folder.iterdir()))
+    return method_of(folder)==method
 
 _TRAINERS = 'training_args.bin','optimizer.pt','optimizer.bin','scheduler.pt','scaler.pt'   # what Trainer writes beside
 
@@ -190,9 +187,13 @@ def _is_weights(p):
 def check_model_target(
     folder:str|Path,     # Where a model is to be saved
     space:int=1<<20,     # Bytes that must be free
+    beside:bool=True,    # Files of other kinds may stand there too; else only an older model of this library
 )->Path: # The folder, links followed
     "Raise an `OSError` that says what stands in the way: to be asked before training."
-    return check_target(folder, WHAT, holds_no_other_model, folder=True, space=space, stays=True)
+    ours = holds_no_other_model if beside else _holds_one_of_ours
+    return check_target(folder, WHAT, ours, folder=True, space=space, stays=True)
+
+def _holds_one_of_ours(folder): return is_saved(folder) or bool(was_checkpoint(folder))
 
 def model_bytes(
     model:nn.Module, # Any model
@@ -216,6 +217,8 @@ def save_model(
     starts = tuple(f'{s.name}.{part}.' for s in switch.sites for part in ADDED)
     added = None if state_dict is None else {k:t for k,t in state_dict.items() if k.startswith(starts)}
     settings = settings_of(model, added)
+    if state_dict is None and any(p.is_meta for p in model.parameters()):   # accelerate has offloaded some
+        state_dict = {k:numbers_of(model, k, t) for k,t in model.state_dict(keep_vars=True).items()}
     with beside(folder) as tmp:
         with _described(model, settings), named_errors(folder):
             type(model).save_pretrained(model, tmp, state_dict=state_dict and dict(state_dict), **kwargs)
