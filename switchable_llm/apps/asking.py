@@ -60,7 +60,7 @@ def generation(
 # %% ../../nbs/apps/asking.ipynb #f9897425
 def _generate_options(parser):
     add_checkpoint(parser, base=True)
-    add_profiles(parser, "the first of a packed file's, else float")
+    add_profiles(parser, 'the one that is live where the model is opened')
     add_device(parser)
     add_json(parser)
     work,text = parser.group('what to work on'),parser.group('what to write')

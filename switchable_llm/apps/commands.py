@@ -7,11 +7,12 @@ __all__ = ['TRAIN', 'COMMANDS', 'layer_table', 'add_policy', 'check_readable', '
            'add_checkpoint', 'add_profiles', 'page_code']
 
 # %% ../../nbs/apps/commands.ipynb #c35141d1
-import os, tempfile, torch
+import json, os, tempfile, torch
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib import import_module, util
 from pathlib import Path
+from zlib import crc32
 from torch import nn
 from ..system.files import check_target, claim
 from ..core.integer import KERNELS, try_kernel, native_report
@@ -26,6 +27,7 @@ from ..models.pretrained import check_model_target
 from ..study.records import PRESETS, Preset, save_record, check_name
 from ..data.chat import find_template
 from ..data.squad import load_squad
+from ..joint_training import high_to_low
 from ..profiles_eval import evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import check_packed, is_packed, load_packed, packed_size
@@ -183,17 +185,19 @@ def _train(args):
     with training_on(device):
         fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training',
             progress=not args.quiet)
-    switch_of(model).profile = next(n for n in switch_of(model).profiles if n!='float')   # live where it is opened
+    switch_of(model).profile = high_to_low(model, (n for n in switch_of(model).profiles if n!='float'))[0]   # live at first
     if args.adapters_only: save_switchable(model, out, base=preset.model)
     else:
-        if args.task=='chat': tokenizer.chat_template = find_template(tokenizer, args.chat_template)
+        if args.task=='chat' and args.chat_template: tokenizer.chat_template = find_template(tokenizer, args.chat_template)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     print(f'model  {args.out if Path(args.out).name==out.name else out}')
 
 # %% ../../nbs/apps/commands.ipynb #271b0b90
 def _check_there(path):
-    if not Path(path).exists(): raise FileNotFoundError(f"{path}: missing; give what `train`, `run` or `freeze` wrote")
+    if Path(path).exists(): return
+    raise FileNotFoundError(f"{path}: missing; give what `train`, `run` or `freeze` wrote, or a base model: "
+                            "a folder, a .gguf file, owner/name on the hub, or 'tiny'")
 
 def check_readable(
     path:str|Path, # A switchable checkpoint, or a packed file
@@ -282,9 +286,18 @@ def _evaluate_options(parser):
     output.add_argument('--into', default='checkpoints', help='folder in it (default: checkpoints)')
     output.add_argument('--name', help="name of the record (default: the checkpoint's)")
 
+def _free_name(name, config, out, into, seed):   # where a record of another evaluation has the name, a longer one
+    path = Path(out)/into/'evaluate'/f'{name}-s{seed}.json'
+    try: there = json.loads(path.read_bytes()).get('config')
+    except (OSError, ValueError, AttributeError): return name
+    return name if there==config else f'{name}-{crc32(json.dumps(config, sort_keys=True).encode()):08x}'
+
 def _evaluate(args):
     name = check_name(args.name or Path(args.checkpoint).resolve().name, '--name')
-    into,seed = check_name(args.into, '--into'),args.seed or 0
+    into,seed,data = check_name(args.into, '--into'),args.seed or 0,args.data or 'tiny'
+    config = dict(checkpoint=str(args.checkpoint), data=data, n=args.n, seed=args.seed)
+    if args.task!='squad': config['task'] = args.task
+    if not args.name: name = _free_name(name, config, args.out, into, seed)
     check_record(args.out, into, 'evaluate', name, seed=seed)
     device,corpus = chosen_device(args.device),chosen_corpus(args, args.n)
     if corpus and args.seed is not None:
@@ -292,12 +305,9 @@ def _evaluate(args):
     model,tokenizer = _load_scored(args.checkpoint, args.model)
     known = switch_of(model).profiles if hasattr(model, 'switch') else {}
     profiles = named_profiles(args.profiles, known, of=args.checkpoint) if args.profiles else None
-    data = args.data or 'tiny'
     examples = corpus or load_squad(data, 'validation', args.n, args.seed)
     teller(args)(f"a record of this goes to {Path(args.out)/into/'evaluate'/name}-s{seed}.json")
     e = evaluate(model.to(device), tokenizer, examples, profiles, args.max_length, progress=not args.quiet)
-    config = dict(checkpoint=str(args.checkpoint), data=data, n=args.n, seed=args.seed)
-    if corpus: config['task'] = args.task
     if Path(args.checkpoint).is_dir(): update_card(args.checkpoint, e, of=f'`{data}`')
     record = dict(preset=into, experiment='evaluate', name=name, seed=seed, config=config, evaluation=e.to_dict())
     path = save_record(record, args.out)

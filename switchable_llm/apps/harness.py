@@ -19,7 +19,7 @@ from ..system.progress import tqdm
 from ..core.switching import switch_of, use_profile
 from ..models.loading import optional
 from ..search.costs import profiles_of
-from ..study.runs import COUNT
+from ..study.runs import COUNT, Number
 from .cli import teller
 from .commands import add_checkpoint, add_profiles, open_model
 from .options import add_device, add_json, chosen_device, option_type, show, text_table
@@ -168,7 +168,7 @@ def _lm_eval_options(parser):
     work.add_argument('--tasks', nargs='+', required=True, metavar='TASK', help="names of tasks or groups, also with '*'")
     work.add_argument('--include-path', metavar='FOLDER', help='where your own tasks are')
     how.add_argument('--limit', type=option_type(COUNT), metavar='N', help='only the first N examples of each task')
-    how.add_argument('--num-fewshot', type=option_type(COUNT), metavar='N',
+    how.add_argument('--num-fewshot', type=option_type(Number(0)), metavar='N',
                      help='examples in the prompt (default: as the task says)')
     how.add_argument('--batch-size', type=option_type(COUNT), metavar='N', default=1,
                      help='examples in a forward pass (default: 1)')

@@ -187,9 +187,9 @@ class Chat:
         with quiet(datasets):
             table = rows.table.map(_encoded, batched=True, fn_kwargs=how, features=kind,
                                    remove_columns=rows.table.column_names)
-        out = len(rows.table)-len(table)
-        if not len(table): raise ValueError(f"{rows.name}: none of {out} conversations fits in max_length={max_length} tokens")
-        return Conversations(table, f'{rows.name}, {rows.said}; {out} longer than {max_length} tokens left out')
+        out = f'longer than {max_length} tokens, or without a word of the assistant'
+        if not len(table): raise ValueError(f"{rows.name}: all {len(rows.table)} conversations are {out}")
+        return Conversations(table, f'{rows.name}, {rows.said}; {len(rows.table)-len(table)} left out ({out})')
 
     def _key_of(self, rows): return partial(_what_is_said, column=self._column(rows))
 

@@ -117,7 +117,11 @@ def _in_memory(datasets, rows, n):
         taken = rows.take(n) if hasattr(rows, 'take') else islice(rows, n)
         return datasets.Dataset.from_generator(_rows_of, cache_dir=folder, gen_kwargs=dict(rows=[_Taken(taken)]))
     if not len(rows): raise ValueError(f"{source_name(rows)}: is empty")
-    return datasets.Dataset.from_list([_as_row(r, i) for i,r in enumerate(rows)])
+    try: return datasets.Dataset.from_list([_as_row(r, i) for i,r in enumerate(rows)])
+    except Exception as e:   # pyarrow has kinds of its own
+        if isinstance(e, ValueError) and str(e).startswith('row '): raise
+        raise ValueError(f"{source_name(rows)}: its rows do not fit together, since a column holds values of several kinds "
+                         f"({' '.join(str(e).split()):.200}); write them to a .jsonl file with such values as JSON texts") from e
 
 class _Taken:   # keeps `datasets` from hashing a stream: its folder is its own
     def __init__(self, rows): self.rows = rows

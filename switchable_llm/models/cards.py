@@ -14,7 +14,7 @@ from ..core.switching import added_params, switch_of
 
 # %% ../../nbs/models/cards.ipynb #f0905d83
 _OURS,_BEGIN,_END = '<!-- switchable_llm -->','<!-- measured -->','<!-- /measured -->'
-_NOTHING = "Nothing was measured yet: `switchable-llm evaluate FOLDER --data ...` fills this in."
+_NOTHING = "Nothing was measured yet: `switchable-llm evaluate` of this folder fills this in."
 
 def is_our_card(
     path:Path, # A README.md
@@ -37,7 +37,8 @@ def _rules(p):   # a profile in words
 
 def model_card(
     model:nn.Module,     # A model after `make_switchable_`
-    settings:Any,        # Its `SwitchableConfig`
+    route:str|None,      # How its layers find their adapters
+    profile:str,         # What is live where it is opened
     evaluation:Any=None, # What `evaluate` gave
 )->str: # Markdown, with the head that the hub reads
     "The model card of a switchable model."
@@ -49,10 +50,10 @@ def model_card(
     rows = [f'| `{p.name}` | {_rules(p)} |' for p in switch.profiles.values()]
     made = f"{'`'+base+'`' if hub else 'A '+type(model).__name__} with {len(switch.layers)} layers whose bits can be switched"
     return '\n'.join([*head, '', '# A language model at many precisions', '',
-        f"{made}, and {size:,} parameters of adapters that the bits choose from (route: {settings.route}).", '',
+        f"{made}, and {size:,} parameters of adapters that the bits choose from (route: {route}).", '',
         '| profile | weight and activation bits |', '|:--|:--|', *rows, '',
         '```python', 'import switchable_llm', 'from transformers import AutoModelForCausalLM, AutoTokenizer',
-        "model = AutoModelForCausalLM.from_pretrained('FOLDER')    # at profile `" + settings.profile + '`',
+        "model = AutoModelForCausalLM.from_pretrained('FOLDER')    # at profile `" + profile + '`',
         f"model.switch.profile = '{next(reversed(switch.profiles))}'", '```', '',
         '## What was measured', '', measured(evaluation), ''])
 

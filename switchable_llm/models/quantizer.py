@@ -34,7 +34,9 @@ class SwitchableConfig(QuantizationConfigMixin):
         saved=None,           # Of a folder that was saved: adapters, gates, what is frozen
         format_version=FORMAT_VERSION, # Of these settings
         quant_method=METHOD,  # Always this
+        **unknown,            # An error
     ):
+        if unknown: raise ValueError(f"{next(iter(unknown))!r} is no setting of {METHOD}: install a newer switchable_llm?")
         self.quant_method,self.format_version = METHOD,format_version
         self.profiles,self.quantizer,self.sites = profiles,quantizer,sites
         self.route,self.r,self.alpha,self.dropout = route,r,alpha,dropout
@@ -45,9 +47,12 @@ class PackedConfig(QuantizationConfigMixin):
     "Marks a folder whose weights are a packed file, which says all about itself; the profiles are told to readers."
     def __init__(self,
         profiles=(),     # Names of the profiles in the file
-        format_version=FORMAT_VERSION,
-        quant_method=PACKED_METHOD,
-    ): self.quant_method,self.format_version,self.profiles = PACKED_METHOD,format_version,list(profiles)
+        profile=None,    # The one that is live at first; by default the first
+        format_version=FORMAT_VERSION, # Of these settings
+        quant_method=PACKED_METHOD,    # Always this
+    ):
+        self.quant_method,self.format_version = PACKED_METHOD,format_version
+        self.profiles,self.profile = list(profiles),profile
 
 # %% ../../nbs/models/quantizer.ipynb #0a3a118f
 class _Quantizer(HfQuantizer):   # what both have: the work is done in another room

@@ -8,8 +8,10 @@ __all__ = ['WHAT', 'before_weights_', 'after_weights_', 'save_packed_model']
 # %% ../../nbs/serving/hub.ipynb #160b5df6
 import os, shutil
 from pathlib import Path
+from typing import Any
 from transformers import PreTrainedModel
 from ..system.files import beside, check_target, named_errors
+from ..models.cards import is_our_card, model_card
 from ..models.pretrained import holds_no_other_model, replace_files, unmark_
 from ..models.quantizer import PACKED_METHOD, PackedConfig
 from .packed import load_packed, load_packed_tokenizer
@@ -39,7 +41,11 @@ def after_weights_(
     made = read_head(file).d['model_class']
     if made!=type(model).__name__:
         raise ValueError(f"{file}: holds a {made}, and config.json asks for a {type(model).__name__}")
+    said,live = getattr(model, 'generation_config', None),quantizer.quantization_config.profile
     load_packed(file, *devices[:1], into=model).to(quantizer.dtype)
+    model.config.dtype = model.dtype
+    if said is not None and (Path(file).parent/'generation_config.json').exists(): model.generation_config = said
+    if live is not None: model.switch.profile = live
     unmark_(model)
 
 # %% ../../nbs/serving/hub.ipynb #1fc5c424
@@ -51,6 +57,7 @@ def save_packed_model(
     is_main_process:bool=True, # Of several processes: whether this is the one that writes
     state_dict:dict|None=None, # Not here: the file has everything
     push_to_hub:bool=False, # Not here: `model.push_to_hub(name)` does it
+    evaluation:Any=None,    # What `evaluate` gave: goes into the model card
     **kwargs,               # What transformers' `save_pretrained` takes; a packed file has no use for it
 ):
     "What `model.save_pretrained` does: the packed file, in a folder that `AutoModelForCausalLM.from_pretrained` opens."
@@ -63,11 +70,16 @@ def save_packed_model(
     with beside(folder) as tmp, named_errors(folder):
         _same_file(file, tmp/'model.safetensors', model)
         cfg = model.config.__class__.from_dict(model.config.to_dict())
-        cfg.architectures,cfg.quantization_config = [type(model).__name__],PackedConfig(model.switch.profiles)
+        cfg.architectures,cfg.quantization_config = [type(model).__name__],PackedConfig(model.switch.profiles, _live(model.switch))
         cfg.save_pretrained(tmp)
         if getattr(model, 'generation_config', None) is not None: model.generation_config.save_pretrained(tmp)
         if read_head(file).d['tokenizer']: load_packed_tokenizer(file).save_pretrained(tmp)
+        card,live = folder/'README.md',_live(model.switch) or next(iter(model.switch.profiles))
+        if not card.exists() or is_our_card(card):
+            (tmp/'README.md').write_text(model_card(model, model.switch.route_name, live, evaluation), encoding='utf-8')
         replace_files(tmp, folder)
+
+def _live(switch): return switch.profile.name if switch.profile.name in switch.profiles else None
 
 def _same_file(file, new, model):   # linked where it can be; compared with what the model was loaded from
     try: os.link(file, new)

@@ -155,11 +155,15 @@ class SwitchCallback(TrainerCallback):
         how = dict(eval_dataset=eval_dataset, ignore_keys=ignore_keys, **kwargs)
         if self._evaluating or not self._serves(): return plain(metric_key_prefix=metric_key_prefix, **how)
         metrics,self._evaluating = {},True   # of several data sets, the trainer calls this again for each
+        handler = self.trainer.callback_handler
+        tell,handler.on_evaluate = handler.on_evaluate,lambda args, state, control, metrics: control   # once, with all
         try:
             for p in self.evaluate:
                 at = f'{metric_key_prefix}_{p}'
                 with use_profile(self.model, p): found = plain(metric_key_prefix=at, **how)
                 if not metrics: metrics = {k.replace(at, metric_key_prefix, 1):v for k,v in found.items()}
                 metrics |= found
-        finally: self._evaluating = False
+        finally: self._evaluating,handler.on_evaluate = False,tell
+        t = self.trainer
+        t.control = handler.on_evaluate(t.args, t.state, t.control, metrics)
         return metrics
