@@ -3,7 +3,7 @@ import re
 import pytest, torch
 from safetensors.torch import load_file
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import switchable_llm as sl
 from switchable_llm.core.profiles import Profile
@@ -257,3 +257,19 @@ def test_trl_does_not_pass_by_a_head_that_is_switchable(tmp_path):
     args = SFTConfig(**settings(tmp_path, max_length=64))
     t = SFTTrainer(model, args, train_dataset=Dataset.from_list(talks()), processing_class=tok, callbacks=[SwitchCallback()])
     with pytest.raises(ValueError, match='output head'): t.train()
+
+def test_other_callbacks_hear_of_an_evaluation_once(tmp_path):
+    "With the numbers of all profiles, so that early stopping finds its own."
+    class Heard(TrainerCallback):
+        def __init__(self): self.metrics = []
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            self.metrics.append(sorted(k for k in metrics if k.endswith('loss')))
+    model,tok,data = switchable()
+    heard,stop = Heard(),EarlyStoppingCallback(2)
+    t = trainer(model, tok, data, tmp_path, SwitchCallback(evaluate=['bw4','bw8']), evaluate=data[:8], eval_strategy='steps',
+                eval_steps=1, save_strategy='steps', save_steps=1, max_steps=8, learning_rate=0., load_best_model_at_end=True,
+                metric_for_best_model='eval_loss')
+    for c in (heard, stop): t.add_callback(c)
+    t.train()
+    assert heard.metrics==[['eval_bw4_loss','eval_bw8_loss','eval_loss']]*t.state.global_step
+    assert t.state.global_step==3   # nothing was learnt: the second evaluation without a better loss is the third
