@@ -89,7 +89,7 @@ def test_no_answer_is_cut(tok):
     for size in sorted(everything.lengths)[::9]:
         found = chat(ROWS, 'all', chat_template='chatml').training(tok, size)
         assert [e.ids for e in found]==[e.ids for e in everything if len(e.ids)<=size]
-        assert f'{len(ROWS)-len(found)} longer than {size} tokens left out' in found.said
+        assert f'{len(ROWS)-len(found)} left out (longer than {size} tokens' in found.said
 
 # --- train, evaluate --------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ def test_training_teaches_the_assistants_words(tok, model):
     ([dict(messages=TALK[2:])], dict(chat_template='chatml'), 'begins with the assistant'),
     ([dict(messages='hello')], dict(chat_template='chatml'), "messages is 'hello'"),
     ([dict(messages=TALK)], dict(chat_template="{{ messages[-1].content }}"), 'writes the beginning of a conversation otherwise'),
-    ([dict(messages=[turn('user', 'word '*600), TALK[2]])], dict(chat_template='chatml'), 'none of 1 conversations fits in max_length=256'),
+    ([dict(messages=[turn('user', 'word '*600), TALK[2]])], dict(chat_template='chatml'), 'all 1 conversations are longer than 256 tokens'),
     ([dict(prompt='a', completion=3)], {}, 'needs two texts, or two lists of messages')])
 def test_what_cannot_be_learnt_is_said(rows, kw, says, tok, model):
     sl.make_switchable(model, ['bw8'])

@@ -64,9 +64,9 @@ def map_of_chapters():
     book,*parts = PARTS
     rows = [f'| [{label(p)}]({name_of(p)}) | {heading(p).partition(": ")[2]} |'
             for p in (NBS/f'{r}.ipynb' for r in book.rooms)]
-    lines = [f"- [{p.title}]({p.folder}/{p.rooms[0]}.ipynb): {p.what}" for p in parts]
+    links = ', '.join(f'[{p.folder}]({p.folder}/{p.rooms[0]}.ipynb)' for p in parts)
     table = '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows])
-    return f'{table}\n\nThe parts that the chapters stand on, each a folder of short notebooks:\n\n' + '\n'.join(lines)
+    return f'{table}\n\nThey stand on parts, folders of short notebooks: {links}.'
 
 def finish():
     """What nbdev leaves to do: the map of the chapters, exported values that are no function or class, and names that it

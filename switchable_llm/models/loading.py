@@ -20,7 +20,7 @@ from ..core.families import check_causal
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(
-    name:str,   # Name of the package, which is the name of the extra too, with `-` for `_`
+    name:str,   # Name of the package, which is the name of the extra too, dashes for underscores
     what:str,   # What needs it
 )->Any: # The module
     "Import a package that is not always installed; an `ImportError` names the extra."
