@@ -4,6 +4,7 @@ import pytest, torch
 from transformers import AutoConfig, DynamicCache
 from fuzz_packed import joined, make_healthy, parts
 from switchable_llm.apps.cli import main
+from switchable_llm.serving.parts import native_calls
 from switchable_llm.serving.generating import LeanCache
 from switchable_llm.serving.lean import live_of
 from switchable_llm.serving.packed import load_packed, load_packed_tokenizer
@@ -80,6 +81,7 @@ def model(healthy, tmp_path):
     (tmp_path/'m.safetensors').write_bytes(healthy['llama'])
     return load_packed(tmp_path/'m.safetensors')
 
+@pytest.mark.skipif(native_calls() is None, reason='the cache of native steps needs the kernels')
 def test_a_layer_that_is_held_keeps_its_buffer(model):
     out = model.generate(ids(), return_dict_in_generate=True, **G)
     layer = next(getattr(out, n) for n in ('cache','past_key_values') if getattr(out, n, None) is not None).layers[0]

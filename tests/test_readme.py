@@ -37,7 +37,7 @@ print('done')'''
 def test_commands_run_in_their_order(tmp_path, child_env):
     "All but the explorer, which serves until it is stopped (tests/test_page.py runs it)."
     (tmp_path/'my_mix.yaml').write_text(blocks('yaml')[0])
-    questions = tiny_squad(120)
+    questions = tiny_squad(600)
     (tmp_path/'corpus.txt').write_text('\n\n'.join(q['context'] for q in questions))
     talks = ([dict(role='user', content=q['question']), dict(role='assistant', content=q['answers']['text'][0])]
              for q in questions)
