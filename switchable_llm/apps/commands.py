@@ -7,12 +7,11 @@ __all__ = ['TRAIN', 'COMMANDS', 'layer_table', 'add_policy', 'check_readable', '
            'add_checkpoint', 'add_profiles', 'page_code']
 
 # %% ../../nbs/apps/commands.ipynb #c35141d1
-import json, os, tempfile, torch
+import os, tempfile, torch
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib import import_module, util
 from pathlib import Path
-from zlib import crc32
 from torch import nn
 from ..system.files import check_target, claim
 from ..core.integer import KERNELS, try_kernel, native_report
@@ -37,7 +36,7 @@ from ..study.runs import COUNT, POLICIES, SEED, Number, calibration_batches, fit
 from .cli import add_command, complain, one_line, teller
 from .front_door import load, training_data
 from .options import (
-    SAID, add_device, add_json, add_preset_options, check_record, chosen_device, chosen_preset, named_profiles,
+    SAID, add_device, add_json, add_preset_options, check_record, chosen_device, chosen_preset, free_name, named_profiles,
     option_type, show, text_table, training_on, wants_json, add_task, chosen_corpus)
 from ..data.tasks import answering
 
@@ -286,18 +285,12 @@ def _evaluate_options(parser):
     output.add_argument('--into', default='checkpoints', help='folder in it (default: checkpoints)')
     output.add_argument('--name', help="name of the record (default: the checkpoint's)")
 
-def _free_name(name, config, out, into, seed):   # where a record of another evaluation has the name, a longer one
-    path = Path(out)/into/'evaluate'/f'{name}-s{seed}.json'
-    try: there = json.loads(path.read_bytes()).get('config')
-    except (OSError, ValueError, AttributeError): return name
-    return name if there==config else f'{name}-{crc32(json.dumps(config, sort_keys=True).encode()):08x}'
-
 def _evaluate(args):
     name = check_name(args.name or Path(args.checkpoint).resolve().name, '--name')
     into,seed,data = check_name(args.into, '--into'),args.seed or 0,args.data or 'tiny'
     config = dict(checkpoint=str(args.checkpoint), data=data, n=args.n, seed=args.seed)
     if args.task!='squad': config['task'] = args.task
-    if not args.name: name = _free_name(name, config, args.out, into, seed)
+    if not args.name: name = free_name(name, config, args.out, into, seed)
     check_record(args.out, into, 'evaluate', name, seed=seed)
     device,corpus = chosen_device(args.device),chosen_corpus(args, args.n)
     if corpus and args.seed is not None:
