@@ -3,8 +3,7 @@ import json
 import pytest
 from matplotlib import pyplot as plt
 from switchable_llm.apps.cli import main
-from switchable_llm.apps.options import check_record, is_record
-from switchable_llm.study.records import save_record
+from switchable_llm.study.records import is_record, record_target, save_record
 from switchable_llm.study.figures import is_figure, save_figure
 
 def figure():
@@ -31,7 +30,7 @@ def test_what_is_no_record_stays(what, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(THEIRS[what])
     assert not is_record(path)
-    with pytest.raises(FileExistsError, match='stays as it is'): check_record(tmp_path, 'tiny', 'joint', 'mine')
+    with pytest.raises(FileExistsError, match='stays as it is'): record_target(tmp_path, 'tiny', 'joint', 'mine', 0)
     assert path.read_bytes()==THEIRS[what]
 
 def test_an_older_one_of_ours_is_replaced(tmp_path):
@@ -41,8 +40,8 @@ def test_an_older_one_of_ours_is_replaced(tmp_path):
     record = dict(preset='tiny', experiment='joint', name='mine', seed=0)
     path = save_record(record, tmp_path)
     assert is_record(path)
-    check_record(tmp_path, 'tiny', 'joint', 'mine')
-    check_record(tmp_path, 'tiny', 'joint', 'another')   # nothing there
+    record_target(tmp_path, 'tiny', 'joint', 'mine', 0)
+    record_target(tmp_path, 'tiny', 'joint', 'another', 0)   # nothing there
 
 def test_a_folder_and_a_missing_file_are_neither(tmp_path):
     assert not any(f(p) for f in (is_figure, is_record) for p in (tmp_path, tmp_path/'nowhere'))

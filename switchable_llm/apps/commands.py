@@ -23,7 +23,7 @@ from ..models.cards import update_card
 from ..models.checkpoints import check_save_target, read_switchable, save_switchable
 from ..models.loading import is_saved
 from ..models.pretrained import check_model_target
-from ..study.records import PRESETS, Preset, save_record, check_name
+from ..study.records import PRESETS, Preset, save_record, check_name, free_name, record_target
 from ..data.chat import find_template
 from ..data.squad import load_squad
 from ..joint_training import high_to_low
@@ -36,7 +36,7 @@ from ..study.runs import COUNT, POLICIES, SEED, Number, calibration_batches, fit
 from .cli import add_command, complain, one_line, teller
 from .front_door import load, training_data
 from .options import (
-    SAID, add_device, add_json, add_preset_options, check_record, chosen_device, chosen_preset, free_name, named_profiles,
+    SAID, add_device, add_json, add_preset_options, chosen_device, chosen_preset, named_profiles,
     option_type, show, text_table, training_on, wants_json, add_task, chosen_corpus)
 from ..data.tasks import answering
 
@@ -215,9 +215,10 @@ def load_checkpoint(
     _check_base(folder, model)
     return load(folder, base=model)
 
-def _load_scored(source, model):   # a base model can be scored too; a mistyped folder is no name on the hub
+def _load_any(source, model):   # also a base model; a mistyped folder is no name on the hub
     known = {p.model for p in PRESETS.values()}
     base = Path(source).exists() or '/' in source or source in known
+    _check_base(source, model)
     return load(source, base=model) if base else load_checkpoint(source, model)
 
 def _check_base(path, model):
@@ -230,8 +231,7 @@ def open_model(
     device='cpu',          # Where to
 )->tuple: # Model, tokenizer, profiles; a base model is float, or made switchable for the profiles that are asked for
     "Open whatever can be asked, and look up its profiles."
-    _check_base(source, model)
-    m,tokenizer = load(source, base=model)
+    m,tokenizer = _load_any(source, model)
     own = switch_of(m).profiles if hasattr(m, 'switch') else {}
     profiles = named_profiles(names or own or ['float'], own, of=source)
     more = [p for p in profiles if not (own or p.name=='float')]
@@ -290,12 +290,12 @@ def _evaluate(args):
     into,seed,data = check_name(args.into, '--into'),args.seed or 0,args.data or 'tiny'
     config = dict(checkpoint=str(args.checkpoint), data=data, n=args.n, seed=args.seed)
     if args.task!='squad': config['task'] = args.task
-    if not args.name: name = free_name(name, config, args.out, into, seed)
-    check_record(args.out, into, 'evaluate', name, seed=seed)
+    if not args.name: name = free_name(args.out, into, 'evaluate', name, seed, config)
+    record_target(args.out, into, 'evaluate', name, seed)
     device,corpus = chosen_device(args.device),chosen_corpus(args, args.n)
     if corpus and args.seed is not None:
         raise ValueError(f"--seed: draws questions; --task {args.task} takes the first --n: leave it out")
-    model,tokenizer = _load_scored(args.checkpoint, args.model)
+    model,tokenizer = _load_any(args.checkpoint, args.model)
     known = switch_of(model).profiles if hasattr(model, 'switch') else {}
     profiles = named_profiles(args.profiles, known, of=args.checkpoint) if args.profiles else None
     examples = corpus or load_squad(data, 'validation', args.n, args.seed)

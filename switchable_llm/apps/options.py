@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'SAID', 'TASKS', 'named_profiles', 'devices', 'chosen_device', 'add_device', 'training_on', 'option_type',
-           'add_preset_options', 'chosen_preset', 'add_task', 'chosen_corpus', 'is_record', 'check_record', 'free_name',
-           'text_table', 'add_json', 'wants_json', 'show']
+           'add_preset_options', 'chosen_preset', 'add_task', 'chosen_corpus', 'text_table', 'add_json', 'wants_json',
+           'show']
 
 # %% ../../nbs/apps/options.ipynb #e6cb5945
 import argparse, json, math, os, torch, inspect
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from zlib import crc32
 from typing import Any, Callable, Iterable
 from fastcore.docments import docments
-from ..system.files import check_target
 from ..core.profiles import PROFILES, Profile, read_profiles
 from ..study.records import PRESETS, Preset
 from ..study.runs import NUMBERS, WORDS, Number, check_preset
@@ -192,35 +190,6 @@ def chosen_corpus(
     return make(args.data, n=n, **given)
 
 def _option(names): return '--'+next(iter(names)).replace('_', '-')
-
-# %% ../../nbs/apps/options.ipynb #edcac5a7
-def is_record(
-    path:Path, # A file
-)->bool: # Whether it can be replaced by a record
-    "Whether a file is a record of this project: JSON that names its preset, experiment, name and seed."
-    try: found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError): return False
-    return isinstance(found, dict) and found.keys()>={'preset','experiment','name','seed'}
-
-def check_record(
-    root:str|Path,  # Folder of records
-    *parts:str,     # Preset, experiment and name of the record
-    seed:int=0,     # Of the run
-):
-    "Raise an error that says why a record cannot be written; a file there that is no record stays."
-    check_target(Path(root).joinpath(*parts[:-1], f'{parts[-1]}-s{seed}.json'), 'a record', ours=is_record)
-
-def free_name(
-    name:str,        # Of a record
-    config:dict,     # What the record is of
-    root:str|Path,   # Folder of records
-    into:str,        # Folder in it
-    seed:int=0,      # Of the run
-)->str: # The name; a longer one where a record of something else has it
-    "A name for a record of `evaluate` that takes the place of no other evaluation."
-    path = Path(root)/into/'evaluate'/f'{name}-s{seed}.json'
-    if not is_record(path) or json.loads(path.read_bytes()).get('config')==config: return name
-    return f'{name}-{crc32(json.dumps(config, sort_keys=True).encode()):08x}'
 
 # %% ../../nbs/apps/options.ipynb #69622470
 def text_table(

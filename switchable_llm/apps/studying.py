@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from ..quantizers import Bits
 from ..system.files import check_target, claim
-from ..study.records import load_records, check_name
+from ..study.records import load_records, check_name, record_target
 from ..study.experiments import run_spans, ARMS, run_calibration, run_objectives
 from ..findings.comparisons import span_reports, calibration_verdict, gate_verdict, objective_verdicts
 from ..study.searches import run_allocation
@@ -26,7 +26,7 @@ from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..findings.defences import robustness_verdicts
 from ..findings.verdicts import profile_labels, unequal_exposure
 from .cli import teller
-from .options import add_preset_options, check_record, chosen_preset, option_type, text_table
+from .options import add_preset_options, chosen_preset, option_type, text_table
 from .commands import add_policy, check_readable
 
 # %% ../../nbs/apps/studying.ipynb #d81d3c62
@@ -47,8 +47,8 @@ def _run_options(parser):
 
 def _check_run(args, preset):   # what is drawn -> where, if all that is to be written can be
     name = run_name(preset, args.policy, args.objective) if args.name is None else check_name(args.name)
-    check_record(args.out, preset.name, 'joint', name, seed=preset.seed)
-    if not args.no_ablation: check_record(args.out, preset.name, 'ablation', 'untrained', seed=preset.seed)
+    record_target(args.out, preset.name, 'joint', name, preset.seed)
+    if not args.no_ablation: record_target(args.out, preset.name, 'ablation', 'untrained', preset.seed)
     drawn = ['profiles', 'cost', 'curve'] + ['ablation']*(not args.no_ablation)
     files = {k:Path(args.out)/preset.name/'figures'/f'{name}-s{preset.seed}-{k}.svg' for k in drawn}
     for f in files.values(): check_target(f, 'a figure of switchable_llm', is_figure)
@@ -149,7 +149,7 @@ def _each_seed(args):
     if bad: raise RuntimeError(f"seed {bad}: stopped by an error, which is said above; the others are done")
 
 def _check_experiment(args, preset):   # what can be known before a model is loaded
-    for e in args.experiment: check_record(args.out, preset.name, e, 'name')
+    for e in args.experiment: record_target(args.out, preset.name, e, 'name', 0)
     if args.checkpoint: check_readable(args.checkpoint)
     for b in args.mix: Bits.parse(b)
     for e,arms in (('objectives',ARMS), ('cpt',CPT_ARMS)):
