@@ -939,6 +939,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                      'switchable_llm/data/sources.py'),
                                              'switchable_llm.data.sources.Source._none': ( 'data/sources.html#source._none',
                                                                                            'switchable_llm/data/sources.py'),
+                                             'switchable_llm.data.sources.Source._opened': ( 'data/sources.html#source._opened',
+                                                                                             'switchable_llm/data/sources.py'),
                                              'switchable_llm.data.sources.Source._part': ( 'data/sources.html#source._part',
                                                                                            'switchable_llm/data/sources.py'),
                                              'switchable_llm.data.sources.Source._pick': ( 'data/sources.html#source._pick',

@@ -192,3 +192,12 @@ def test_the_command_trains_and_scores_text(cli, corpus):
 def test_mistakes_of_the_command(argv, says, cli, corpus):
     status,out,err = cli(*argv, '--quiet')
     assert status==1 and says in err and err.startswith('error: ') and len(err.splitlines())==1, err
+
+def test_a_stream_is_read_once_for_both(tok):
+    "Training and scoring take the two parts of the same rows, whether or not the stream had more."
+    want = text(DOCUMENTS[:60])
+    for more,n in ((60, 1000), (len(DOCUMENTS), 60)):
+        stream = text((d for d in DOCUMENTS[:more]), n=n)
+        a,b = stream.training(tok, 64),stream.scoring(tok, 64)
+        assert [e.ids for e in a]==[e.ids for e in want.training(tok, 64)]
+        assert [e.ids for e in b]==[e.ids for e in want.scoring(tok, 64)]

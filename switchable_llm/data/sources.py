@@ -181,6 +181,7 @@ class Source:
         if self.by not in BY: raise ValueError(f"by={self.by!r}: choose one of {', '.join(BY)}")
         if not 0<self.held_out<1: raise ValueError(f"held_out={self.held_out!r}: needs a share between 0 and 1")
         for w in (self.where, self.validation): check_source(w)
+        object.__setattr__(self, '_taken', {})   # rows of streams, by the stream: each is read once
 
     def rows(self,
         part:str,     # 'train' or 'validation': what is wanted where `split` names nothing
@@ -189,7 +190,7 @@ class Source:
         "Read the rows of a split."
         split,where = self.split or part,self.where
         if self.validation is not None and split=='validation': where = self.validation
-        found,name = _open(where, self.config, self.by, self.n),source_name(where)
+        found,name = self._opened(where),source_name(where)
         table,hold = self._pick(found, split, name)
         if not hasattr(table, '__len__'): table = _in_memory(datasets_package('reading rows'), table, self.n)
         whole = Rows(table, name, f'split {split}')
@@ -198,6 +199,12 @@ class Source:
         kept = kept.select(range(min(self.n or len(kept), len(kept))))
         way = f'{100*self.held_out:.3g} % of the rows held out, by a hash of each (seed {self.seed})'
         return Rows(kept, name, f'split {split}; {way}') if hold else whole._replace(table=kept)
+
+    def _opened(self, where):   # training and scoring take parts of the same rows
+        stream = not isinstance(where, str|Path) and not hasattr(where, '__len__')
+        if not stream: return _open(where, self.config, self.by, self.n)
+        if id(where) not in self._taken: self._taken[id(where)] = _open(where, self.config, self.by, self.n)
+        return self._taken[id(where)]
 
     def _pick(self, found, split, name):   # the table, and whether a part of it is to be found by hashes
         own = isinstance(found, dict)
