@@ -484,7 +484,8 @@ def test_a_mistake_is_one_line(refused, cli, mine, tmp_path):
         refused(*command, says='nowhere: missing')
     for verb in (['answer',*ASK], ['generate','--prompt','x'], ['lm-eval','--tasks','x']):
         for path in ('nowhere.safetensors', './nowhere', 'one/two/three'):     # the hub is not asked for a path
-            if verb[0]!='lm-eval': refused(verb[0], path, *verb[1:], says=[path, 'no such file or folder'])
+            says = 'missing; give what' if path.endswith('.safetensors') else 'no such file or folder'
+            if verb[0]!='lm-eval': refused(verb[0], path, *verb[1:], says=[path, says])
         refused(verb[0], 'tiny', *verb[1:], '--device', 'cuda:99', says='--device cuda:99: not on this machine, which has cpu')
     refused('train', '--out', 'x', '--device', 'gpu', says='--device gpu: not on this machine, which has cpu')
     refused('evaluate', mine/'mine', '--data', 'nowhere.json', says='nowhere.json')
