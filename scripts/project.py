@@ -26,7 +26,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
-    ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed hub exports formats'),
+    ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed exports formats gguf_file'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),

@@ -7,8 +7,8 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm.models.loading import gguf_overrides, load_model
 from switchable_llm.data.embedded import tiny_tokenizer
-from switchable_llm.serving.formats import (
-    GGUF_DTYPES, LinearWithLoRA, export_gguf, export_torchao, logit_gap, use_weights_only)
+from switchable_llm.serving.formats import LinearWithLoRA, export_torchao, logit_gap, use_weights_only
+from switchable_llm.serving.gguf_file import GGUF_DTYPES, adapter_file, block_type, export_gguf, gguf_blocks, nearest_q8
 from switchable_llm.serving.exports import export_float, merge, merged_weight
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_
 from switchable_llm.models.checkpoints import base_hash

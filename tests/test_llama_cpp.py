@@ -1,7 +1,7 @@
 "GGUF files where they are to run: in llama.cpp itself, where `xllamacpp` is installed."
 import json, urllib.request
 import pytest, torch
-from switchable_llm.serving.formats import export_gguf
+from switchable_llm.serving.gguf_file import adapter_file, export_gguf
 from switchable_llm.serving.exports import merge
 from test_exports import NEWER, TEXTS, around, bpe, switchable
 
