@@ -71,7 +71,7 @@ class SwitchableQuantizer(_Quantizer):
 
 class PackedQuantizer(_Quantizer):
     "Puts the layers of a packed file in the place of a model's."
-    room = 'switchable_llm.serving.hub'
+    room = 'switchable_llm.serving.formats'
 
 def register(
 )->list[str]: # The methods
