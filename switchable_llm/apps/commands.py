@@ -338,8 +338,7 @@ def _export_options(parser):
                         help="of the matrices in a GGUF file (default: auto, the profile's own codes)")
     for end in ('embedding','head'):
         output.add_argument(f'--{end}-dtype', choices=list(GGUF_DTYPES[1:]), help=f'of the {end}, in a GGUF file')
-    output.add_argument('--adapter', choices=('file','merged'),
-                        help='in a GGUF file: beside it, or added to the weights (default: beside codes)')
+    output.add_argument('--adapter', choices=('file','merged'), help='of a GGUF file: beside it, or added (default: beside codes)')
     output.add_argument('--no-tokenizer', action='store_true', help='leave the tokenizer out')
     output.add_argument('--overwrite', action='store_true', help='replace an older export')
     output.add_argument('--out', required=True, help='where to')
@@ -351,9 +350,8 @@ def _check_export(args):   # what an older export is, the writer knows
         raise FileExistsError(f"{args.out}: exists already; choose another path, or --overwrite")
 
 def _export_gguf(args, model, p, tokenizer):
-    ends = dict(embedding_dtype=args.embedding_dtype, head_dtype=args.head_dtype)
-    file = export_gguf(model, p, args.out, args.dtype, tokenizer, overwrite=args.overwrite, adapter=args.adapter, **ends)
-    print(f'model  {file}')
+    given = {k:getattr(args, k) for k in ('overwrite','adapter','embedding_dtype','head_dtype')}
+    print(f'model  {(file := export_gguf(model, p, args.out, args.dtype, tokenizer, **given))}')
     if (args.adapter or adapter_goes(model, p, args.dtype))=='file': print(f'adapters  {adapter_file(file)}')
 
 def _export(args):
