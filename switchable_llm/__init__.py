@@ -25,7 +25,7 @@ WHERE = dict(
     SwitchCallback='training.callback', reference_model='training.callback', lm_eval='apps.harness',
     save_switchable='models.checkpoints', SwitchableConfig='models.quantizer', update_card='models.cards',
     import_peft='lora_routing', export_peft='lora_routing', freeze='serving.exports', check_packed='serving.packed',
-    export_float='serving.exports', export_torchao='serving.formats', export_gguf='serving.formats')
+    export_float='serving.exports', export_torchao='formats.torchao', export_gguf='formats.gguf_file')
 _THERE = dict(squad='load_squad')
 _STUDY = 'scipy','torchmetrics','matplotlib','datasets'   # what the extra `study` brings
 

@@ -21,7 +21,8 @@ from switchable_llm.search.costs import profile_cost
 from switchable_llm.search.groups import find_groups
 from switchable_llm.search.strategies import Strategy, use_strategy
 from switchable_llm.serving.exports import export_float, freeze, merge
-from switchable_llm.serving.formats import export_gguf, export_torchao
+from switchable_llm.formats.torchao import export_torchao
+from switchable_llm.formats.gguf_file import export_gguf
 from switchable_llm.serving.packed import check_packed, load_packed
 from switchable_llm.training.settings import TrainConfig
 

@@ -7,12 +7,13 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm.models.loading import gguf_overrides, load_model
 from switchable_llm.data.embedded import tiny_tokenizer
-from switchable_llm.serving.formats import (
-    GGUF_DTYPES, LinearWithLoRA, export_gguf, export_torchao, logit_gap, use_weights_only)
+from switchable_llm.formats.torchao import LinearWithLoRA, export_torchao, logit_gap, use_weights_only
+from switchable_llm.formats.gguf_blocks import block_type, gguf_blocks, nearest_q8
+from switchable_llm.formats.gguf_file import GGUF_DTYPES, adapter_file, export_gguf
 from switchable_llm.serving.exports import export_float, merge, merged_weight
 from switchable_llm.lora_routing import LoRA, adapter_params, add_adapters_
 from switchable_llm.models.checkpoints import base_hash
-from switchable_llm.quantizers import Bits, QuantConfig
+from switchable_llm.quantizers import Bits, QuantConfig, dequantize_weight, quantize_weight
 from switchable_llm.core.profiles import PROFILES, Profile, Rule, load_profiles
 from switchable_llm.core.layers import QuantLayer, Setting
 from switchable_llm.core.calibration import calibrate_
@@ -149,7 +150,7 @@ def test_quantized_ends(kind, tmp_path):
             assert logit_gap(m, p, again, [BATCH]).largest<1e-4
             assert m.config.tie_word_embeddings
             assert logit_gap(m, p, export_torchao(m, p), [BATCH]).largest<1e-4
-            path = export_gguf(m, p, tmp_path/f'{p}{adapters}.gguf')
+            path = export_gguf(m, p, tmp_path/f'{p}{adapters}.gguf', 'F32')
             assert torch.equal(read(path)(**BATCH).logits, plain(**BATCH).logits)
 
 def test_gap_in_training_mode_and_of_a_padded_batch():
@@ -219,7 +220,7 @@ def test_bad_input(tmp_path):
         with pytest.raises(ValueError, match=why): export_gguf(model, p, tmp_path/'x.gguf')
         with pytest.raises(ValueError, match=why): logit_gap(model, p, m, [BATCH])
     for dtype in ('Q4_0','f32','float32',None,torch.float32):
-        with pytest.raises(ValueError, match='choose one of F32'): export_gguf(m, 'bw4', tmp_path/'x.gguf', dtype)
+        with pytest.raises(ValueError, match='choose one of auto, F32'): export_gguf(m, 'bw4', tmp_path/'x.gguf', dtype)
     with pytest.raises(ValueError, match='ends in .gguf'): export_gguf(m, 'bw4', tmp_path)
     (tmp_path/'file').write_text('')
     with pytest.raises(OSError): export_float(m, 'bw4', tmp_path/'file'/'x')
@@ -334,7 +335,7 @@ families = [('gpt2', {}), ('gpt2', dict(n_inner=96)), ('llama', {}), ('llama', d
 def test_gguf_f32_is_exact(kind, kw, tied, tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     m = switchable(kind, tied=tied, **kw)
-    plain,path = merge(m, 'bw4'),export_gguf(m, 'bw4', tmp_path/'sub'/'m.gguf')
+    plain,path = merge(m, 'bw4'),export_gguf(m, 'bw4', tmp_path/'sub'/'m.gguf', 'F32')
     back = read(path)
     assert back.config.model_type==('llama' if kind=='mistral' else kind)
     assert (back.get_input_embeddings().weight is back.get_output_embeddings().weight)==tied
@@ -355,7 +356,7 @@ NEWER = [('qwen3', {}), ('qwen3', dict(tied=False)), ('phi3', {}), ('phi3', dict
 @torch.no_grad()
 def test_newer_families_are_read_by_transformers(kind, kw, tmp_path):
     m = switchable(kind, **kw)
-    plain,back = merge(m, 'bw4'),read(export_gguf(m, 'bw4', tmp_path/'m.gguf'))
+    plain,back = merge(m, 'bw4'),read(export_gguf(m, 'bw4', tmp_path/'m.gguf', 'F32'))
     assert back.config.model_type==kind
     for k,v in plain.state_dict().items(): torch.testing.assert_close(back.state_dict()[k], v, rtol=0, atol=1e-6)
     torch.testing.assert_close(back(**BATCH).logits, plain(**BATCH).logits, rtol=1e-4, atol=1e-4)
@@ -387,7 +388,7 @@ def test_gguf_types(kind, base_dtype, codes, tmp_path):
     # the base's own type
     if base_dtype==torch.bfloat16:
         assert torch.equal(read(tmp_path/'BF16.gguf')(**BATCH).logits, want)
-    sizes = {d:(tmp_path/f'{d}.gguf').stat().st_size for d in GGUF_DTYPES}
+    sizes = {d:(tmp_path/f'{d}.gguf').stat().st_size for d in GGUF_DTYPES[1:]}
     assert sizes['Q8_0']<sizes['F16']==sizes['BF16']<sizes['F32']
 
 def test_gguf_odd_rows_and_large_numbers(tmp_path):
@@ -439,15 +440,15 @@ def test_gguf_unknown_family(tmp_path):
 
 def test_gguf_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
     gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
-    m = switchable('gpt2'); path = export_gguf(m, 'bw8', tmp_path/'m.gguf'); was = path.read_bytes()
+    m = switchable('gpt2'); path = export_gguf(m, 'bw8', tmp_path/'m.gguf', 'F32'); was = path.read_bytes()
     with pytest.raises(FileExistsError, match='overwrite=True'): export_gguf(m, 'bw4', path)
     def broken(*a, **k): raise OSError('disk full')
     for what in ('write_header_to_file','write_kv_data_to_file','write_tensors_to_file','add_tensor'):
         with monkeypatch.context() as mp:
             mp.setattr(gguf.GGUFWriter, what, broken)
-            with pytest.raises(OSError, match='disk full'): export_gguf(m, 'bw4', path, overwrite=True)
+            with pytest.raises(OSError, match='disk full'): export_gguf(m, 'bw4', path, 'F32', overwrite=True)
         assert path.read_bytes()==was and len(list(tmp_path.iterdir()))==1
-    export_gguf(m, 'bw4', path, overwrite=True)
+    export_gguf(m, 'bw4', path, 'F32', overwrite=True)
     assert path.read_bytes()!=was and len(list(tmp_path.iterdir()))==1
     (tmp_path/'d.gguf').mkdir()
     with pytest.raises(FileExistsError, match='d.gguf: is a folder'):
@@ -460,6 +461,118 @@ def test_gguf_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match=f'{f}: is there already and is not a file that export_gguf wrote'):
             export_gguf(m, 'bw4', tmp_path/f, overwrite=True)
         assert (tmp_path/f).read_bytes()==was
+
+# --- its codes ------------------------------------------------------------------------------------------------------
+
+WIDTHS = [Profile(f'w{b}', Bits(b)) for b in range(2, 9)]
+CONFIGS = [QuantConfig(), QuantConfig(codes='independent'), QuantConfig(codes='independent', weight_symmetric=False),
+           QuantConfig(weight='per_tensor'), QuantConfig(weight='per_group', group_size=32),
+           QuantConfig(weight='per_group', group_size=64)]
+
+def layer_values(layer, bits, cfg):
+    "Code times scale, and the largest that the scale can stand for in its row or group; (out, in)."
+    q,qp = quantize_weight(layer.weight, bits, cfg, layer.axis)
+    w = dequantize_weight(q, qp, cfg, layer.axis)
+    far = torch.maximum((qp.zero_point-qp.qmin).abs().float(), (qp.qmax-qp.zero_point).abs().float())*qp.scale
+    n = cfg.group_size if cfg.weight=='per_group' else max(w.shape)
+    far = far.repeat_interleave(n, 1).squeeze(-1)[:, :layer.in_features].expand(layer.out_features, -1)
+    return (w.T if layer.axis==1 else w), far
+
+@pytest.mark.parametrize('cfg', CONFIGS, ids=str)
+@pytest.mark.parametrize('kind', ['gpt2','llama'])
+def test_gguf_blocks_hold_code_times_scale(kind, cfg):
+    "gguf's own reader gives back what was trained, up to the rounding of scale and offset to float16."
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    m = switchable(kind, WIDTHS, cfg)
+    for layer in m.switch.layers:
+        for b in range(2, 9):
+            name,data = gguf_blocks(layer, b)
+            got = torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[name]))
+            want,far = layer_values(layer, b, cfg)
+            exact = block_type(quantize_weight(layer.weight, b, cfg, layer.axis)[1])
+            if exact: assert ((got-want).abs()<=2**-11*far*(2 if name.endswith('1') else 1)*1.01+1e-8).all(), (b, name)
+            else: assert b==8 and name=='Q8_0' and ((got-want).abs()<=far/127*.58+1e-7).all()
+            if cfg.codes=='nested':
+                assert name=={2:'Q4_1', 3:'Q4_1', 4:'Q4_0', 5:'Q5_1'}.get(b, 'Q8_0') and (exact is None)==(b==8)
+            elif cfg.weight_symmetric: assert name=={5:'Q5_0'}.get(b, 'Q4_0' if b<5 else 'Q8_0') and exact
+
+def test_the_nearest_q8_is_nearer_than_the_usual():
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    kind,w = gguf.GGMLQuantizationType.Q8_0,torch.randn(64, 320, generator=torch.Generator().manual_seed(0))
+    back = lambda d: torch.from_numpy(gguf.quants.dequantize(d, kind))
+    usual,ours = back(gguf.quants.quantize(w.numpy(), kind)),back(nearest_q8(w).numpy())
+    assert (ours-w).square().mean()<.99*(usual-w).square().mean()
+    assert torch.equal(back(nearest_q8(torch.zeros(2, 32)).numpy()), torch.zeros(2, 32))
+    with pytest.raises(ValueError, match='layer x: its scale .* is too large'): nearest_q8(torch.full((1, 32), 1e9), name='x')
+
+@pytest.mark.parametrize('adapters', [False, True])
+@pytest.mark.parametrize('kind', ['gpt2','llama','qwen2','qwen3'])
+@torch.no_grad()
+def test_gguf_codes_are_read_back(kind, adapters, tmp_path):
+    "Through transformers' reader the file is the model; adapters stand beside it, and add up to the profile."
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    m = switchable(kind, [*WIDTHS[2:], 'mixed8648'], adapters=adapters)
+    for p in ('w4','w5','w6','w8','mixed8648'):
+        path = export_gguf(m, p, tmp_path/f'{p}.gguf')
+        plain,back = merge(m, p, adapters=False),read(path)
+        for k,v in plain.state_dict().items():
+            far = v.abs().amax(0 if kind=='gpt2' and '.h.' in k else -1, keepdim=True) if v.ndim>1 else v.abs()
+            assert ((back.state_dict()[k]-v).abs()<=far*(.006 if p in ('w8','mixed8648') else .0015)+1e-6).all(), k
+        gap = (back(**BATCH).logits-plain(**BATCH).logits).std()/plain(**BATCH).logits.std()
+        assert gap<(.03 if p in ('w8','mixed8648') else .008), (p, gap)
+        assert adapter_file(path).exists()==adapters
+        kinds = {t.name:t.tensor_type.name for t in gguf.GGUFReader(str(path)).tensors}
+        if p!='mixed8648': assert kinds['blk.0.ffn_up.weight']==dict(w4='Q4_0', w5='Q5_1').get(p, 'Q8_0')
+        assert kinds['token_embd.weight']=='F32'
+        if adapters: assert_adds_up(gguf, m, p, path, kind)
+
+def assert_adds_up(gguf, m, p, path, kind):
+    "By hand, as llama.cpp does it: weight + alpha/r * b a is the merged weight."
+    r = gguf.GGUFReader(str(adapter_file(path)))
+    get = lambda k: r.fields[k].contents()
+    assert (get('general.type'),get('adapter.type'),get('adapter.lora.alpha'))==('adapter','lora',16)
+    assert get('general.architecture')==gguf.GGUFReader(str(path)).fields['general.architecture'].contents()
+    parts = {t.name:torch.from_numpy(t.data.copy()) for t in r.tensors}
+    whole = export_gguf(m, p, path.with_name('f32.gguf'), 'F32', overwrite=True)
+    base = export_gguf(m, p, path.with_name('base.gguf'), 'F32', overwrite=True, adapter='file')
+    w,b = ({t.name:torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(str(f)).tensors} for f in (whole, base))
+    assert {k.rpartition('.')[0] for k in parts}=={k for k in w if k.startswith('blk') and w[k].ndim==2}
+    for k in w:
+        delta = parts[f'{k}.lora_b']@parts[f'{k}.lora_a']*16/len(parts[f'{k}.lora_a']) if f'{k}.lora_a' in parts else 0
+        torch.testing.assert_close(b[k]+delta, w[k], rtol=1e-5, atol=1e-6)
+
+def test_gguf_merged_codes_and_ends(tmp_path):
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    m = switchable('llama', [Profile('w4', Bits(4)), 'bw4'], tied=False)
+    path = export_gguf(m, 'w4', tmp_path/'m.gguf', adapter='merged', embedding_dtype='F16', head_dtype='Q8_0')
+    kinds = {t.name:t.tensor_type.name for t in gguf.GGUFReader(str(path)).tensors}
+    assert [kinds[k] for k in ('token_embd.weight','output.weight','blk.1.ffn_down.weight')]==['F16','Q8_0','Q8_0']
+    assert not adapter_file(path).exists() and logit_gap(m, 'w4', read(path), [BATCH]).relative<.03
+    none = switchable('llama', ['bw4'], adapters=False)
+    with pytest.raises(ValueError, match="adapter='file': the profile has no adapters"):
+        export_gguf(none, 'bw4', tmp_path/'n.gguf', adapter='file')
+    with pytest.raises(ValueError, match="head_dtype='Q4_0': choose one of F32"):
+        export_gguf(none, 'bw4', tmp_path/'n.gguf', head_dtype='Q4_0')
+    with pytest.raises(ValueError, match="embedding_dtype='F16'"): export_gguf(none, 'bw4', tmp_path/'n.gguf', head_dtype='F16')
+    for kw,cfg,why in ((dict(intermediate_size=72), QuantConfig(), r'layers\.0\.mlp\.down_proj: 72 inputs are no multiple of 32'),
+                       ({}, QuantConfig(weight='per_group', group_size=16), r'q_proj: group_size=16 is no multiple of 32')):
+        with pytest.raises(ValueError, match=why+".*choose dtype='F16'"):
+            export_gguf(switchable('llama', ['bw4'], cfg, adapters=False, **kw), 'bw4', tmp_path/'n.gguf')
+    assert [f.name for f in tmp_path.iterdir()]==['m.gguf']
+    float_only = switchable('llama', ['bw4'], dtype=torch.bfloat16)
+    kinds = {t.name:t.tensor_type.name for t in gguf.GGUFReader(str(export_gguf(float_only, 'float', tmp_path/'f.gguf'))).tensors}
+    assert kinds['blk.0.ffn_up.weight']=='BF16'
+
+def test_gguf_quantized_ends_keep_their_codes(tmp_path):
+    gguf = pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    parts = Profile('parts', Bits(8), (Rule(Bits(4), site=('lm_head',)),))
+    for p,kinds in ((Profile('w6', Bits(6)), {'token_embd.weight':'Q8_0'}),
+                    (parts, {'token_embd.weight':'Q8_0', 'output.weight':'Q4_0'})):
+        m = switchable('llama', [p], ends=True, adapters=False)
+        path = export_gguf(m, p, tmp_path/f'{p.name}.gguf')
+        found = {t.name:t.tensor_type.name for t in gguf.GGUFReader(str(path)).tensors}
+        assert {k:v for k,v in found.items() if k in ('token_embd.weight','output.weight')}==kinds
+        assert logit_gap(m, p, read(path), [BATCH]).relative<.03
 
 # --- its tokenizer --------------------------------------------------------------------------------------------------
 
@@ -561,13 +674,18 @@ def changed(change, split='gpt2'):
     tok = bpe(split); change(tok)
     return tok
 
+def word_list(normalizer=None):
+    tok = tiny_tokenizer()
+    if normalizer is not None: tok.backend_tokenizer.normalizer = normalizer
+    return tok
+
 def test_gguf_tokenizers_that_cannot_be_written(tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     m = switchable('llama', vocab_size=400)
     lower = changed(lambda t: setattr(t.backend_tokenizer, 'normalizer', normalizers.Lowercase()))
     strips = changed(lambda t: t.add_tokens([AddedToken('<mask>', lstrip=True)]))
     whole_words = changed(lambda t: setattr(t.backend_tokenizer.model, 'ignore_merges', True))
-    for tok,match in ((tiny_tokenizer(), 'WordLevel'), (bpe('prefix'), 'without prefix space'),
+    for tok,match in ((word_list(normalizers.Lowercase()), 'WordLevel'), (bpe('prefix'), 'without prefix space'),
                       (bpe('other'), "as `pre`"), (object(), 'object'), (lower, 'Lowercase'), (strips, "'<mask>' is found with lstrip"),
                       (whole_words, 'as `pre`'), (around(bpe(), '<|pad|> $A'), r"puts '<\|pad\|>' before")):
         with pytest.raises(ValueError, match=match): export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok)
@@ -581,7 +699,7 @@ def test_gguf_tokenizers_that_cannot_be_written(tmp_path):
 def test_a_gguf_export_is_read_by_load_model(tmp_path):
     pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
     tok = bpe(); m = switchable('llama', vocab_size=len(tok))
-    back,said = load_model(export_gguf(m, 'bw4', tmp_path/'m.gguf', tokenizer=tok))
+    back,said = load_model(export_gguf(m, 'bw4', tmp_path/'m.gguf', 'F32', tokenizer=tok))
     ids = dict(input_ids=torch.tensor([tok(TEXTS[1]).input_ids]))
     assert torch.equal(back(**ids).logits, merge(m, 'bw4')(**ids).logits)
     assert said(TEXTS[0]).input_ids==tok(TEXTS[0]).input_ids

@@ -6,7 +6,7 @@ from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from transformers import AutoModelForCausalLM
 from switchable_llm.serving.exports import export_float, merge
-from switchable_llm.serving.formats import export_torchao
+from switchable_llm.formats.torchao import export_torchao
 from switchable_llm.core.gates import add_gates_
 from switchable_llm.lora_routing import adapter_params, add_adapters_
 from switchable_llm.models.checkpoints import load_switchable, save_switchable

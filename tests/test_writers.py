@@ -5,7 +5,8 @@ from safetensors import SafetensorError
 from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.serving.exports import export_float, merge, freeze
-from switchable_llm.serving.formats import export_gguf, export_torchao, save_torchao
+from switchable_llm.formats.gguf_file import export_gguf
+from switchable_llm.formats.torchao import export_torchao, save_torchao
 from switchable_llm.system.files import named_errors
 from switchable_llm.lora_routing import adapter_params, add_adapters_, export_peft
 from switchable_llm.models.checkpoints import check_save_target, save_switchable

@@ -31,13 +31,14 @@ from ..profiles_eval import evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import check_packed, is_packed, load_packed, packed_size
 from ..serving.exports import freeze, export_float
-from ..serving.formats import GGUF_DTYPES, export_gguf, save_torchao
+from ..formats.gguf_file import GGUF_DTYPES, export_gguf, adapter_file, adapter_goes
+from ..formats.torchao import save_torchao
 from ..study.runs import COUNT, POLICIES, SEED, Number, calibration_batches, fit, study_data, study_model
 from .cli import add_command, complain, one_line, teller
 from .front_door import load, training_data
 from .options import (
-    SAID, add_device, add_json, add_preset_options, chosen_device, chosen_preset, named_profiles,
-    option_type, show, text_table, training_on, wants_json, add_task, chosen_corpus)
+    SAID, add_device, add_json, add_preset_options, chosen_device, chosen_preset, named_profiles, option_type,
+    show, text_table, training_on, wants_json, add_task, chosen_corpus)
 from ..data.tasks import answering
 
 # %% ../../nbs/apps/commands.ipynb #7f488ef2
@@ -338,8 +339,11 @@ def _export_options(parser):
     work.add_argument('--profile', required=True, help='which one: a name, or a file of one profile')
     output.add_argument('--format', required=True, choices=('float','gguf','torchao'),
                         help='a transformers folder, a GGUF file, or the state dict of a model with torchao tensors')
-    output.add_argument('--dtype', choices=list(GGUF_DTYPES), default='F32',
-                        help='of the matrices in a GGUF file (default: F32)')
+    output.add_argument('--dtype', choices=list(GGUF_DTYPES), default='auto',
+                        help="of the matrices in a GGUF file (default: auto, the profile's own codes)")
+    for end in ('embedding','head'):
+        output.add_argument(f'--{end}-dtype', choices=list(GGUF_DTYPES[1:]), help=f'of the {end}, in a GGUF file')
+    output.add_argument('--adapter', choices=('file','merged'), help='of a GGUF file: beside it, or added (default: beside codes)')
     output.add_argument('--no-tokenizer', action='store_true', help='leave the tokenizer out')
     output.add_argument('--overwrite', action='store_true', help='replace an older export')
     output.add_argument('--out', required=True, help='where to')
@@ -350,6 +354,11 @@ def _check_export(args):   # what an older export is, the writer knows
     if out.exists() and not args.overwrite and not (folder and not any(out.iterdir())):
         raise FileExistsError(f"{args.out}: exists already; choose another path, or --overwrite")
 
+def _export_gguf(args, model, p, tokenizer):
+    given = {k:getattr(args, k) for k in ('overwrite','adapter','embedding_dtype','head_dtype')}
+    print(f'model  {(file := export_gguf(model, p, args.out, args.dtype, tokenizer, **given))}')
+    if (args.adapter or adapter_goes(model, p, args.dtype))=='file': print(f'adapters  {adapter_file(file)}')
+
 def _export(args):
     _check_export(args)
     model,tokenizer = _float_checkpoint(args)
@@ -357,7 +366,7 @@ def _export(args):
     (p,*more),out,over = _profiles_of(args, model, [args.profile]),args.out,args.overwrite
     if more: raise ValueError(f"--profile {args.profile}: holds {1+len(more)} profiles: an export has one")
     if args.format=='float': print(f'model  {export_float(model, p, out, tokenizer, over)}')
-    if args.format=='gguf': print(f'model  {export_gguf(model, p, out, args.dtype, tokenizer, overwrite=over)}')
+    if args.format=='gguf': _export_gguf(args, model, p, tokenizer)
     if args.format=='torchao': print(f'state dict  {save_torchao(model, p, out, overwrite=over)}')
 
 def _check_options(parser):

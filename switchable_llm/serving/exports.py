@@ -297,9 +297,11 @@ def untie_(
 def merge(
     model:nn.Module,       # A model after `make_switchable_`; not changed
     profile:'str|Profile', # A profile, or the name of one that the model has
+    adapters:bool=True,    # Add its adapters to the weights; False leaves them out
 )->nn.Module: # A plain transformers model in evaluation mode, in the base's type; activations are float
     "The model of one profile, without anything of this library in it."
     _,rows = layers_at(model, profile)
+    if not adapters: rows = [(s, l, Setting(t.bits, None)) for s,l,t in rows]
     return _retie(model, copy_with(model, rows, _plain_layer))
 
 # %% ../../nbs/serving/exports.ipynb #729299bb
