@@ -25,7 +25,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
-    ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
+    ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies gptq extraction'),
     ('serving', 'Serving', 'kernels, one file, exports', 'kernels parts lean generating packed_file packed hub exports formats'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',

@@ -15,7 +15,7 @@ from typing import Iterable, NamedTuple
 from torch import nn, Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 from transformers.pytorch_utils import Conv1D
-from ..quantizers import Bits, quantize_weight
+from ..quantizers import Bits
 from ..system.files import write_whole
 from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile
@@ -114,7 +114,7 @@ def torchao_weight(
         raise ValueError(f"layer {name}: torchao's tensors hold at most 8 bits, not w{bits}: "
                          "give the layer 8 bits or float in the profile, or use merge")
     tensor = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
-    q,qp = quantize_weight(layer.weight, bits, layer.switch.cfg, layer.axis)
+    q,qp = layer.codes_at(bits)
     q,cfg = (q.T if layer.axis==1 else q).short(),layer.switch.cfg
     scale,zero = qp.scale.float(),qp.zero_point.float().expand_as(qp.scale)
     block = (q.shape[0]//scale.shape[0], q.shape[1]//scale.shape[1])
