@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'MIN_TOKENS', 'weights_of', 'fitted_step', 'nearest_code', 'read_at', 'factor', 'compensated_codes',
            'settled_codes', 'Chosen', 'quantize_', 'drop_codes_']
 
-# %% ../../nbs/search/gptq.ipynb #63592d3a
+# %% ../../nbs/search/gptq.ipynb #0b8504c9
 from typing import Iterable, NamedTuple
 import torch
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from ..quantizers import Bits, QuantConfig, blocks, check_bits, unblocks
 from ..core.layers import QuantLayer, Setting
 from ..core.switching import check_unfrozen
 
-# %% ../../nbs/search/gptq.ipynb #5c59f97b
+# %% ../../nbs/search/gptq.ipynb #ee8a93f8
 WIDTHS = 4, 6, 8   # that one code is made for, unless others are asked for
 
 def weights_of(
@@ -61,7 +61,7 @@ def read_at(
     part = 2**(8-bits)
     return (torch.floor(code/part)+.5)*part-120
 
-# %% ../../nbs/search/gptq.ipynb #14a1b194
+# %% ../../nbs/search/gptq.ipynb #4c27d7c2
 def factor(
     h:Tensor,            # Sum of products of the inputs, (in, in)
     damping:float=.01,   # Of its mean diagonal, added to each
@@ -126,7 +126,7 @@ def compensated_codes(
         moved[:, i+block:].sub_(u[i:i+block, i+block:].T @ errors)
     return c.back(codes)
 
-# %% ../../nbs/search/gptq.ipynb #a1f2d8ce
+# %% ../../nbs/search/gptq.ipynb #60e11bc9
 @torch.no_grad()
 def settled_codes(
     w:Tensor,             # Weight, (out, in)
@@ -162,7 +162,7 @@ def _cost(c, codes):   # of each row
     gap = c.gaps(codes)
     return ((gap*(c.h@gap)).sum(1)*c.weights[:, 0]).sum(0)
 
-# %% ../../nbs/search/gptq.ipynb #93836670
+# %% ../../nbs/search/gptq.ipynb #a816be69
 _FLOAT = Setting(Bits(), None)
 MIN_TOKENS = 512   # of calibration: with fewer, errors are made up for on what these texts happen to hold
 
