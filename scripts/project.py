@@ -25,13 +25,13 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
-    ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies extraction'),
+    ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies gptq extraction'),
     ('serving', 'Serving', 'kernels, one file', 'kernels parts lean generating packed_file packed hub exports'),
     ('formats', 'Formats', 'files for other programs', 'torchao gguf_blocks gguf_words gguf_file'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands asking harness studying tools'),
+    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands quantizing asking harness studying tools'),
     ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
 
 

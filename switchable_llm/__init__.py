@@ -16,7 +16,7 @@ from sys import meta_path as _meta_path, modules as _modules
 
 # What people need most, and the module that has it; `squad` has another name there.
 WHERE = dict(
-    load='apps.front_door', make_switchable='apps.front_door', train='apps.front_door',
+    load='apps.front_door', make_switchable='apps.front_door', train='apps.front_door', quantize='apps.front_door',
     squad='data.squad', text='data.text', chat='data.chat',
     evaluate='profiles_eval', compare='profiles_eval', answer='profiles_eval', profile_cost='search.costs',
     use_profile='core.switching', kernel_report='core.switching', calibrate_='core.calibration',

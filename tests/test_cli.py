@@ -97,7 +97,7 @@ def commands(parser, path=()):
 COMMANDS = dict(commands(make_parser()))
 
 def test_the_commands(cli):
-    verbs = ('run train experiment evaluate answer generate lm-eval profiles presets freeze export check kernels '
+    verbs = ('run train experiment evaluate answer generate lm-eval profiles presets quantize freeze export check kernels '
              'explore').split()
     assert set(ALL)==set(verbs) and set(COMMANDS)=={*verbs, *(f'profiles {c}' for c in ('list','show','check'))}
     status,out,err = cli('--help')

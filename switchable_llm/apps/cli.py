@@ -100,6 +100,12 @@ COMMANDS = dict(
         'explore my-model my-model.safetensors',
         'explore my-model.safetensors --port 9000 --max-sessions 1',
         'explore --preset smollm2 --model SmolLM2-135M-Instruct.Q4_1.gguf']),
+    quantize=Command('quantizing', 'choose the codes of a model from a few texts, so that few bits are good without '
+                     'training; write a switchable model', [
+        'quantize tiny --data tiny --task squad --out my-model',
+        'quantize ./my-gpt2 --data corpus.txt --out my-model',
+        'quantize my-trained-model --data corpus.txt --n 64 --out better',
+        'quantize ./my-gpt2 --data corpus.txt --weight per_group --group-size 32 --profiles bw8 bw4 --out my-model']),
     freeze=Command('commands', 'write one file that serves every profile of a checkpoint trained on nested codes', [
         'freeze my-model --out my-model.safetensors',
         'freeze my-model --out small.safetensors --profiles bw4 bw6 --embedding 8 --lm-head 8']),

@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'block_type', 'nearest_q8', 'block_fault', 'gguf_blocks']
 import torch
 import numpy as np
 from torch import Tensor
-from ..quantizers import QParams, quantize_weight
+from ..quantizers import QParams
 from ..core.layers import QuantLayer
 
 # %% ../../nbs/formats/gguf_blocks.ipynb #242f87cd
@@ -84,7 +84,7 @@ def gguf_blocks(
 )->tuple[str,Tensor]: # Name of the type; its bytes, (out, bytes)
     "A layer's own codes in a type of llama.cpp, only the scale rounded (to float16); Q8_0 at the nearest where none holds them."
     if why := block_fault(layer): raise ValueError(f"layer {name}: {why}: choose dtype='F16', or leave it float in the profile")
-    q,qp = quantize_weight(layer.weight, bits, layer.switch.cfg, layer.axis)
+    q,qp = layer.codes_at(bits)
     q = q.T if layer.axis==1 else q
     scale,zero = (_in_blocks(t, q.shape, layer.switch.cfg) for t in (qp.scale, qp.zero_point))
     q = q.float().unflatten(1, (-1, BLOCK))

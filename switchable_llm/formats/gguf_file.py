@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
-from ..quantizers import quantize_weight
 from ..system.files import write_whole
 from ..core.profiles import Profile
 from ..models.loading import optional
@@ -158,7 +157,7 @@ def _checked_blocks(gguf, layer, bits, name):   # that what is written is the la
     kind,data = gguf_blocks(layer, bits, name)
     got = torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
     want = layer.weight_at(bits).detach().float().cpu()
-    want,most = (want.T if layer.axis==1 else want),quantize_weight(layer.weight, bits, layer.switch.cfg, layer.axis)[1].scale.max()
+    want,most = (want.T if layer.axis==1 else want),layer.codes_at(bits)[1].scale.max()
     if (got-want).abs().max()>1.2*most+1e-7:   # at w8, asymmetric, rounded again, a step can be missed
         raise ValueError(f"layer {name}: its weight at w{bits} is no code times a scale, under {layer.switch.cfg}: choose dtype='F16'")
     return kind, data

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Iterable, NamedTuple
 from torch import nn, Tensor
-from ..quantizers import Bits, quantize_weight
+from ..quantizers import Bits
 from ..system.files import write_whole
 from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile
@@ -111,7 +111,7 @@ def torchao_weight(
         raise ValueError(f"layer {name}: torchao's tensors hold at most 8 bits, not w{bits}: "
                          "give the layer 8 bits or float in the profile, or use merge")
     tensor = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
-    q,qp = quantize_weight(layer.weight, bits, layer.switch.cfg, layer.axis)
+    q,qp = layer.codes_at(bits)
     q,cfg = (q.T if layer.axis==1 else q).short(),layer.switch.cfg
     scale,zero = qp.scale.float(),qp.zero_point.float().expand_as(qp.scale)
     block = (q.shape[0]//scale.shape[0], q.shape[1]//scale.shape[1])

@@ -24,7 +24,7 @@ from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tenso
 from ..core.experts import expert_stacks
 
 # %% ../../nbs/models/checkpoints.ipynb #14b5e8dd
-FORMAT_VERSION = 2   # 1: adapters and observers only; written still where there is no more
+FORMAT_VERSION = 3   # 1: adapters and observers only; 2: no codes; written still where there is no more
 
 def base_hash(
     model:nn.Module,          # A model, switchable or not
@@ -108,8 +108,9 @@ def describe(
     return d | (dict(trained=trained) if trained else {})
 
 def _oldest_that_holds(d, state):   # the first format has neither gates, nor learned ranges, nor a trained base
+    if any(k.endswith('.codes.nested.codes') for k in state): return FORMAT_VERSION
     later = d.get('trained') or d['gates'] or any(k.endswith('.log_ratio') for k in state)
-    return FORMAT_VERSION if later else 1
+    return 2 if later else 1
 
 def _base(model, trained): return dict(dtype=str(model.dtype), sha256=base_hash(model, trained))
 
@@ -281,6 +282,7 @@ def _fill(model, d, state):   # what layers have beside the original ones
         if key: ranges.setdefault(layer, []).append(key)
     for n,l in byname.items():
         l.match_observers(ranges.get(n, ()))
+        if f'{n}.codes.nested.codes' in state: l.hold_codes_()
         for part in ADDED: getattr(l, part).train(l.training)
     want = added_tensors(model)
     _check_tensors(want, state)

@@ -151,7 +151,7 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its
     d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed,
              codes=owner.setdefault((id(p), number), s.name), shape=list(w.shape[::-1] if axis else w.shape),
              adapters=[], ranges=[])
-    if d['codes']==s.name: tensors |= _codes(w, switch.cfg, axis, d)
+    if d['codes']==s.name: tensors |= _codes(layer, switch.cfg, d)
     if s.site!='embedding':
         planes = Planes(*(tensors[f"{d['codes']}.{k}"] for k in ('high','middle','low')), *d['shape'])
         tensors |= {f"{d['codes']}.sums{b}":code_sums(planes, b) for b in widths}
@@ -159,9 +159,10 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its
     if fixed is not None: return d
     return d | _learned(layer, s, [switch.bound[n][layer.index].adapter for n in names], tensors)
 
-def _codes(w, cfg, axis, d):   # the planes of a weight, and their step
-    codes,step = nested_codes(blocks(w.detach(), cfg, axis))
+def _codes(layer, cfg, d):   # the planes of a weight, and their step
     n,k = d['shape']
+    if isinstance(layer, QuantLayer): codes,step = layer.nested_parts()
+    else: codes,step = nested_codes(blocks(layer.weight.detach(), cfg))   # an end that no profile has
     planes = pack_planes(codes.reshape(n, -1)[:, :k].contiguous())
     parts = dict(zip(('high','middle','low'), planes)) | dict(step=step[..., 0].expand(n, -1))
     return {f"{d['name']}.{p}":t for p,t in parts.items()}
