@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from switchable_llm.core.integer import ReferenceKernel, signed_codes
 from switchable_llm.core.switching import make_switchable_, switch_of, use_profile
 from switchable_llm.models.checkpoints import load_switchable, save_switchable
-from switchable_llm.quantizers import QuantConfig, nested_at, nested_codes
+from switchable_llm.quantizers import QuantConfig, nested_codes
 from switchable_llm.search.gptq import compensated_codes, drop_codes_, fitted_step, quantize_, read_at, settled_codes, weights_of
 from switchable_llm.serving.packed import load_packed
 

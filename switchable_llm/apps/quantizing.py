@@ -6,8 +6,6 @@
 __all__ = ['COMMANDS']
 
 # %% ../../nbs/apps/quantizing.ipynb #46633f39
-from pathlib import Path
-from ..core.profiles import Profile
 from ..core.switching import switch_of
 from ..data.squad import load_squad
 from ..models.pretrained import check_model_target

@@ -12,7 +12,7 @@ import torch
 from torch import nn, Tensor
 from ..system.progress import tqdm
 from ..quantizers import Bits, QuantConfig, blocks, check_bits, unblocks
-from ..core.layers import QuantLayer, Setting
+from ..core.layers import Setting
 from ..core.switching import check_unfrozen
 
 # %% ../../nbs/search/gptq.ipynb #ee8a93f8
