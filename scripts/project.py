@@ -31,7 +31,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands quantizing asking harness studying tools'),
+    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands packing asking harness studying tools'),
     ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
 
 
