@@ -9,7 +9,7 @@ __all__ = ['MIN_BITS', 'MAX_BITS', 'check_bits', 'Bits', 'qrange', 'QParams', 'q
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
 import re, warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
@@ -139,6 +139,7 @@ class QuantConfig:
     act:str='per_tensor'        # Range: 'per_tensor' is static, from calibration; 'per_token' is each token's own
     act_symmetric:bool=False    # Asymmetric activations: a GELU's output is one-sided
     momentum:float=0.1          # Share of a new batch in the running range of `act='per_tensor'`
+    rotate:bool|tuple[str,...]=False # Rotate what layers multiply before it is quantized: True, or the sites where
 
     def __post_init__(self):
         for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('codes',('independent','nested')),
@@ -150,6 +151,15 @@ class QuantConfig:
         if self.codes=='nested' and not self.weight_symmetric:
             raise ValueError("codes='nested' are symmetric: leave weight_symmetric=True, or choose codes='independent'")
         if not 0<self.momentum<=1: raise ValueError(f"momentum={self.momentum!r}: needs 0 < momentum <= 1")
+        if isinstance(self.rotate, list): object.__setattr__(self, 'rotate', tuple(self.rotate))   # as JSON has it
+        some = isinstance(self.rotate, tuple) and self.rotate and all(isinstance(s, str) for s in self.rotate)
+        if not isinstance(self.rotate, bool) and not some:
+            raise ValueError(f"rotate={self.rotate!r}: needs True, False, or sites, like ('mlp_out','attn_out')")
+
+    def to_dict(self)->dict: # As `QuantConfig(**d)` reads it, and JSON holds it
+        "The settings; `rotate` only where there is some, so that earlier versions read the rest."
+        d = asdict(self)
+        return d if self.rotate else {k:v for k,v in d.items() if k!='rotate'}
 
 # %% ../nbs/00_quantizers.ipynb #ce40e426
 def blocks(
