@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_ORDER', 'sylvester', 'paley', 'Rotation', 'rotation_of', 'rotate_plain', 'rotate', 'rotated_layers']
 
-# %% ../../nbs/core/rotation.ipynb #76cfbd49
+# %% ../../nbs/core/rotation.ipynb #3437a2af
 import ctypes
 from functools import lru_cache
 from typing import Iterable, NamedTuple
@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from .integer import library
 
-# %% ../../nbs/core/rotation.ipynb #a069b902
+# %% ../../nbs/core/rotation.ipynb #27aee168
 MOST_ORDER = 1024   # rows of a Paley matrix: each number then takes so many additions
 
 def _is_prime(q): return q>1 and all(q%d for d in range(2, int(q**.5)+1))
@@ -52,7 +52,7 @@ def paley(
     core[1:, 0] = -1
     return core+one
 
-# %% ../../nbs/core/rotation.ipynb #5fd618c5
+# %% ../../nbs/core/rotation.ipynb #772cf31c
 class Rotation(NamedTuple):
     "An orthogonal matrix R of n rows: signs, then in each block the product of a Paley and a Sylvester matrix."
     n:int           # Features
@@ -88,7 +88,7 @@ def rotation_of(
     signs = _signs(n)*block**-.5
     return Rotation(n, block, order, signs, matrix, None if matrix is None else matrix.T.contiguous())
 
-# %% ../../nbs/core/rotation.ipynb #6786aefc
+# %% ../../nbs/core/rotation.ipynb #ecb96e2d
 _TYPES = {torch.float32:0, torch.bfloat16:1, torch.float16:2}
 
 @lru_cache
@@ -156,7 +156,7 @@ def rotate(
     "Rotate the last axis, with gradient."
     return _Rotate.apply(x, back) if x.requires_grad and torch.is_grad_enabled() else _turn(x, back)
 
-# %% ../../nbs/core/rotation.ipynb #59cf5ede
+# %% ../../nbs/core/rotation.ipynb #ded99951
 def rotated_layers(
     model:nn.Module,  # A causal language model of transformers, not changed yet
     sites:Iterable,   # Its `Site`s
