@@ -378,6 +378,10 @@ def _snap(x, scale, zp, qmin, qmax):
     q,lo,hi = (x.float()*(1/scale)).round(),qmin-zp,qmax-zp
     return (q.clamp(lo, hi)*scale).to(x.dtype), (q>=lo) & (q<=hi)
 
+# torch keeps compiled code on disk and does not ask which instructions it was made for: read back under others, it
+# returns anything.
+torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or torch.backends.cpu.get_cpu_capability()
+
 class _Compiled:
     "A function through `torch.compile`, or itself where that fails."
     def __init__(self, f): self.plain,self.f = f,None
