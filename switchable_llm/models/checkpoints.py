@@ -8,7 +8,6 @@ __all__ = ['FORMAT_VERSION', 'base_hash', 'was_checkpoint', 'check_save_target',
 
 # %% ../../nbs/models/checkpoints.ipynb #429ef9bc
 import copy, hashlib, json, reprlib, torch
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable
@@ -24,7 +23,7 @@ from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tenso
 from ..core.experts import expert_stacks
 
 # %% ../../nbs/models/checkpoints.ipynb #14b5e8dd
-FORMAT_VERSION = 3   # 1: adapters and observers only; 2: no codes; written still where there is no more
+FORMAT_VERSION = 4   # 1: adapters and observers only; 2: no codes; 3: no rotation; written still where there is no more
 
 def base_hash(
     model:nn.Module,          # A model, switchable or not
@@ -102,13 +101,15 @@ def describe(
             loras.append(dict(layer=s.name, key=k, r=m.r, alpha=m.alpha, dropout=m.dropout.p))
         for k,m in l.gates.items(): gates.append(dict(layer=s.name, key=k, type=type(m).__name__, spec=m.spec()))
     trained = [n for n,p in base_params(model).items() if p.requires_grad]
-    d = dict(profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=asdict(switch.cfg),
+    d = dict(profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=switch.cfg.to_dict(),
              route=switch.route_name, sites=[[s.name, s.site] for s in switch.sites], adapters=loras, gates=gates,
              frozen=[n for n,p in added_params(model).items() if not p.requires_grad])
     return d | (dict(trained=trained) if trained else {})
 
 def _oldest_that_holds(d, state):   # the first format has neither gates, nor learned ranges, nor a trained base
-    if any(k.endswith('.codes.nested.codes') for k in state): return FORMAT_VERSION
+    rules = (r for p in d['profiles'] for r in p.get('rules', ()))
+    if 'rotate' in d['quantizer'] or any('rotate' in r for r in rules): return FORMAT_VERSION
+    if any(k.endswith('.codes.nested.codes') for k in state): return 3
     later = d.get('trained') or d['gates'] or any(k.endswith('.log_ratio') for k in state)
     return 2 if later else 1
 

@@ -310,7 +310,7 @@ def _half(name, p, second):   # of a layer's outputs, where they lie
     planes = Planes(*(t[blocks] for t in p.planes[:3]), n, p.planes.k)
     if lora is not None: lora = lora[0],lora[1].T[at],lora[2]
     sums = None if p.sums is None else p.sums[at]
-    return LinearPlan(planes, p.bits, p.scale[at], sums, bias, p.act, lora)
+    return LinearPlan(planes, p.bits, p.scale[at], sums, bias, p.act, lora, p.rotation is not None)
 
 def _multiplier(name, m, plan_of):   # LinearPlan or Dense
     if isinstance(m, Half): return _half(name, _multiplier(name, m.layer, plan_of), m.second)
