@@ -7,7 +7,7 @@ __all__ = ['SITES', 'FAMILIES', 'EXPERTS', 'MOST_LAYERS', 'PROFILES', 'MOST_BYTE
            'as_profile', 'load_profiles', 'read_profiles', 'check_unique', 'save_profiles']
 
 # %% ../../nbs/core/profiles.ipynb #86779ff9
-import json, reprlib, yaml
+import json, re, reprlib, yaml
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -245,9 +245,11 @@ class Profile:
     def bits(self,
         sites:Iterable[Site], # Layers of a model, from `find_sites`
     )->dict[str,Bits]: # Module name -> bits
-        "Bits of each layer; a rule that matches none of them is a `ValueError`."
+        """Bits of each layer, those of a cache at the layers that make keys; a rule that matches none of them is a
+        `ValueError`."""
         sites = list(sites)
-        out = {s.name:self.default for s in sites}
+        keyed = {s.name for s in sites if s.site=='attn_qkv'}
+        out = {s.name:self.default if s.name in keyed else self.default.layer for s in sites}
         blocks = {s.layer for s in sites}
         for r in self.rules:
             rule = f"profile {self.name!r}: rule {_brief(r)}"
@@ -256,8 +258,35 @@ class Profile:
             by_name = r.glob in out and r.site is None and r.layers is None
             hit = [r.glob] if by_name else [s.name for s in sites if r.matches(s)]
             if not hit: raise ValueError(f"{rule} matches no layer; {_describe(sites)}")
-            for n in hit: out[n] = r.bits
+            if r.bits!=r.bits.layer and keyed.isdisjoint(hit):
+                raise ValueError(f"{rule} gives {r.bits.cache} to a cache, and matches no layer that makes keys: "
+                                 f"write {r.bits.layer} here, and {r.bits.cache} for site attn_qkv")
+            for n in hit: out[n] = r.bits if n in keyed else r.bits.layer
         return out
+
+    @property
+    def caches(self)->bool:
+        "Whether it speaks of cache bits."
+        return any(b!=b.layer for b in (self.default, *(r.bits for r in self.rules)))
+
+    def cache_bits(self,
+        sites:Iterable[Site], # Layers of a model, from `find_sites`
+    )->tuple[Bits|None,...]: # Of each block, `None` for a float cache; empty where all are
+        "Bits of keys and values, which are those of the layers that make queries, keys and values."
+        if not self.caches: return ()
+        sites,found = list(sites),{}
+        bits = self.bits(sites)
+        for s in sites:
+            if s.site!='attn_qkv' or s.layer is None: continue
+            b = found.setdefault(s.layer, bits[s.name].cache)
+            if b!=bits[s.name].cache:
+                raise ValueError(f"profile {self.name!r}: block {s.layer} has one cache, and its layers ask for {b} and for "
+                                 f"{bits[s.name].cache} ({s.name}): give all of site attn_qkv the same k and v")
+        if not found:
+            raise ValueError(f"profile {self.name!r} speaks of cache bits, and no layer of site attn_qkv is switchable; "
+                             f"{_describe(sites)}")
+        of_block = [found.get(i, Bits()) for i in range(max(found)+1)]
+        return () if set(of_block)=={Bits()} else tuple(None if b==Bits() else b for b in of_block)
 
 def _brief(rule):   # a rule for an error: a range of layers as it was written
     d = rule.to_dict()
@@ -281,13 +310,14 @@ PROFILES = {p['name']:Profile.from_dict(p) for p in (
         dict(site='mlp_in', bits='w4a8')]))}
 
 def as_profile(
-    p:'str|Profile', # A profile, or the name of a built-in one
+    p:'str|Profile', # A profile, the name of a built-in one, or bits for all layers like 'w4a8k8v4'
 )->Profile: # The profile
     "Look up a built-in profile; a `ValueError` lists the names."
     if isinstance(p, Profile): return p
     if p in PROFILES: return PROFILES[p]
+    if isinstance(p, str) and re.fullmatch(r'([wakv]\d+)+', p): return Profile(p, p)
     raise ValueError(f"profile {p!r}: unknown; built in are {', '.join(PROFILES)}. "
-                     "Give a Profile, or read a file with load_profiles")
+                     "Give bits like 'w4a8k8v4', a Profile, or read a file with load_profiles")
 
 # %% ../../nbs/core/profiles.ipynb #aef3a3af
 MOST_BYTES = 1_000_000   # of a file of profiles

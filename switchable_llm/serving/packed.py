@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, fake_quant
+from ..attention.attending import cache_obstacle
 from ..core.experts import Experts, expert_stacks, share_of, unstack_
 from ..core.layers import LAYERS, Setting, Bank
 from ..core.profiles import Profile, Site
@@ -137,8 +138,9 @@ class PackedSwitch(Switch):
             'for others freeze the switchable model again')
     fixed,stored = {},{}   # name of an end -> its bits; name of a layer -> most bits it has
     floats = ()            # sites that are float layers
+    asked_sites = property(lambda self: [*(s for s in self.sites if s.name not in self.fixed), *self.floats])
     def bind(self, profile):
-        bits = profile.bits([*(s for s in self.sites if s.name not in self.fixed), *self.floats])|self.fixed
+        bits = profile.bits(self.asked_sites)|self.fixed
         where = f"profile {profile.name!r}: layer"
         for n in (s.name for s in self.floats):
             if not (b := bits.pop(n)).is_float:
@@ -151,7 +153,8 @@ class PackedSwitch(Switch):
             if b.w>self.stored.get(n, 8):
                 raise ValueError(f"{where} {n} at {b}: this file holds its first {self.stored[n]} bits, "
                                  "which was enough for the profiles that were frozen")
-        return tuple(Setting(bits[s.name], self._adapter(i, profile, bits[s.name])) for i,s in enumerate(self.sites))
+        each = enumerate(bits[s.name].layer for s in self.sites)
+        return tuple(Setting(b, self._adapter(i, profile, b)) for i,b in each)
 
     def _adapter(self, i, profile, bits):   # key of a layer's adapter, or None
         if not self.route or self.sites[i].name in self.fixed: return None
@@ -347,6 +350,7 @@ def _put_float(model, names, tensors):   # one tensor, under all names that shar
 def _put_layers(model, d, tensors):
     sites = [Site(l['name'], l['site'], l['layer']) for l in d['layers']]
     switch = PackedSwitch(sites, QuantConfig(**d['quantizer']))
+    switch.no_cache = cache_obstacle(model.config)
     switch.stored = {l['name']:l['stored'] for l in d['layers']}
     switch.floats = tuple(Site(*s) for s in d['float_layers'])
     switch.fixed = {l['name']:Bits(l['fixed']) for l in d['layers'] if l['fixed'] is not None}
