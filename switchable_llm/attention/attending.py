@@ -48,7 +48,12 @@ class Lens:
         seen:Seen, # How it is seen
     ): self.cache,self.seen = cache,seen
     def __getattr__(self, name): return getattr(self.__dict__['cache'], name)
-    def update(self, k, v, *args, **kwargs):
+    def update(self,
+        k:Tensor,  # New keys, (batch, heads, tokens, channels)
+        v:Tensor,  # New values
+        *args, **kwargs, # As the cache takes them
+    )->tuple[Tensor,Tensor]: # For the attention
+        "All keys and values so far, as they are seen."
         if self.cache is not None: k,v = self.cache.update(k, v, *args, **kwargs)
         return self.seen.keys_values(k, v)
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
+from ..attention.attending import row_starts
 from .kept import Cache
 from .parts import NotLean, native_calls, parts_of
 from .lean import LiveStep, live_of
@@ -61,7 +62,7 @@ class LeanLayer(DynamicLayer):
             raise NotImplementedError(f"a batch of {b}: this cache holds one sequence; pass a DynamicCache()")
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise NotImplementedError("no gradient goes through this cache: pass a DynamicCache()")
-        if n==self.store.length: self.store.check_cut()
+        if self.i==0: self.store.length = n; self.store.check_cut()
         self.store.reserve(n+q)
         if self.store.kept: return self._keep(key_states, value_states)
         self.store.keys[self.i, :, n:n+q],self.store.values[self.i, :, n:n+q] = key_states[0],value_states[0]
@@ -235,7 +236,8 @@ def lean_class(
             record,ids = _RUNNING.get(),kw.get('input_ids')
             if record is not None and record.model is not self: record = None
             cache,why = _given_cache(kw),record and record.off
-            if isinstance(cache, LeanCache): cache.begin_in(self.switch.live.cache)
+            if isinstance(cache, LeanCache):   # modules alone take padding, and count groups behind it
+                cache.begin_in(() if row_starts(kw.get('attention_mask')) is not None else self.switch.live.cache)
             if not why: why = 'arguments without their names' if args else _hindrance(self, cache, kw)
             try: step = cache.step.now() if why is None else None
             except NotLean as e: why = str(e)

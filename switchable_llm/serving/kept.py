@@ -45,7 +45,7 @@ def _longer(t, n, axis=1):   # with room for n along an axis
     return new
 
 def _in_bytes(t): return t.contiguous().view(torch.uint8)
-def _halves(b): return b.contiguous().view(torch.float16)
+def _halves(b): return b.clone(memory_format=torch.contiguous_format).view(torch.float16)   # at an even address
 
 class Kept:
     "Keys and values of one block in few bits."
