@@ -2947,8 +2947,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                     'switchable_llm/serving/kept.py'),
                                              'switchable_llm.serving.kept.Cache.__init__': ( 'serving/kept.html#cache.__init__',
                                                                                              'switchable_llm/serving/kept.py'),
-                                             'switchable_llm.serving.kept.Cache._reserve_kept': ( 'serving/kept.html#cache._reserve_kept',
-                                                                                                  'switchable_llm/serving/kept.py'),
                                              'switchable_llm.serving.kept.Cache.adopt': ( 'serving/kept.html#cache.adopt',
                                                                                           'switchable_llm/serving/kept.py'),
                                              'switchable_llm.serving.kept.Cache.begin': ( 'serving/kept.html#cache.begin',
