@@ -194,10 +194,10 @@ class Cache:
         if tokens>self.context:
             raise ValueError(f"{tokens} tokens: the cache holds {self.context}; give it a larger context")
         if tokens<=self.capacity: return
-        if self.kept: room = self._reserve_kept(tokens)
-        else:
-            room = min(max(tokens, 2*self.capacity, self.FIRST), self.context)
-            self.keys,self.values = _longer(self.keys, room, 2),_longer(self.values, room, 2)
+        room = min(max(tokens, self.capacity+self.capacity//4, self.FIRST), self.context)   # in steps of a quarter
+        if self.kept: room = -(-room//GROUP)*GROUP
+        for k in self.kept: k.reserve(room)
+        self.keys,self.values = (t if self.kept else _longer(t, room, 2) for t in (self.keys, self.values))
         if self.parts.rotary is not None: self.cos,self.sin = self.parts.rotary.upto(room)
         self.capacity = room
         places = 0 if self.cos is None else self.cos.shape[1]
@@ -208,12 +208,6 @@ class Cache:
             self.native.kept,self.native.kept_len = ctypes.addressof(self.held),len(self.kept)
         else: point(self.native, keys=self.keys, values=self.values)
         self.ref = ctypes.byref(self.native)
-
-    def _reserve_kept(self, tokens):   # in steps of a quarter, whole groups
-        room = max(tokens, self.capacity+self.capacity//4, min(self.FIRST, self.context))
-        room = -(-room//GROUP)*GROUP
-        for k in self.kept: k.reserve(room)
-        return room
 
     def put(self,
         i:int,     # Block
