@@ -25,6 +25,7 @@ static inline bool holds_or_none(const void *p, i64 len, i64 need) { return !p |
 
 static int check_planes(const SlLinear *d) {
     if (!within(d->bits, 2, 8) || !within(d->group, 0, 65536) || d->group % 16) return RANGE;
+    if (d->step_type != 0 && !(d->group && d->step_type == 2)) return RANGE;
     const i64 unit = times((d->n + 15) >> 4, d->kp >> 4)*64;
     if (!holds(d->high, d->len[HIGH], 2*unit)) return BUFFER;
     if (d->bits > 4 && !holds(d->middle, d->len[MIDDLE], unit)) return BUFFER;

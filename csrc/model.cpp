@@ -70,10 +70,9 @@ static void embed_row(const SlLinear *d, i64 id, float *y) {   // row `id` of th
     if (d->dense) { add_row(d->dense, (int)d->dense_type, id, d->k, true, y); return; }
     const i64 units = d->kp >> 4, base = (id >> 4)*units, lane = (id & 15)*4;
     const i64 groups = d->group ? groups_of(d) : 0;
-    const float *steps = d->scale + (id >> 4)*groups*16 + (id & 15);   // of a row in groups
-    float s = groups ? 0 : d->scale[id];
+    float s = groups ? 0 : ((const float*)d->scale)[id];
     for (i64 i = 0; i < d->k; i++) {
-        if (groups && i % d->group == 0) s = steps[i/d->group*16]*(float)(1 << (8 - d->bits));
+        if (groups && i % d->group == 0) s = _mm512_cvtss_f32(load16(d->scale, (int)d->step_type, ((id >> 4)*groups + i/d->group)*16 + (id & 15), 1))*(float)(1 << (8 - d->bits));
         const i64 u = base + (i >> 4), v = (i >> 2) & 3, at = lane + (i & 3);
         int c = (d->high[u*128 + (v >> 1)*64 + at] >> (v & 1)*4 & 15) << 4;
         if (d->bits > 4) c |= (d->middle[u*64 + at] >> 2*v & 3) << 2;

@@ -31,7 +31,7 @@ struct SlLinear {               // mirrored by kernels._Linear
     i64 size;
     const uint8_t *high, *middle, *low;
     const void *dense;          // float weight instead of planes, or null
-    const float *scale;         // (n) step of a row; with groups (n/16,groups,16) step of the eight-bit code
+    const void *scale;          // (n) step of a row, float32; with groups (n/16,groups,16) step of the eight-bit code
     const int32_t *sums;        // (n) sum of a row's codes; null for float activations and groups, which need none
     const float *bias;          // (n) or null
     const float *lora_a;        // (r,k) or null
@@ -43,7 +43,7 @@ struct SlLinear {               // mirrored by kernels._Linear
     i64 dense_columns;          // 0: the float weight is (n,k); 1: (k,n)
     i64 act_mode;               // 0 float, 1 static range, 2 range per token
     i64 act_bits, act_symmetric, act_zero;
-    i64 group;                  // inputs that share a step, a multiple of 16; 0 for all
+    i64 group, step_type;       // inputs that share a step, a multiple of 16, 0 for all; 0 float32, 2 float16
     double act_scale, zero, lora_scale;
 };
 

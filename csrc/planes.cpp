@@ -171,7 +171,7 @@ static inline Channels channels(const SlLinear *d, i64 nb) {
     const i64 n0 = nb*16;
     const unsigned shift = 8 - (unsigned)d->bits;
     c.m = head(d->n - n0);
-    wide(_mm512_maskz_loadu_ps(c.m, d->scale + n0), c.scale);
+    wide(_mm512_maskz_loadu_ps(c.m, (const float*)d->scale + n0), c.scale);
     wide(d->bias ? _mm512_maskz_loadu_ps(c.m, d->bias + n0) : _mm512_setzero_ps(), c.bias);
     const __m512i sums = d->act_mode ? _mm512_maskz_loadu_epi32(c.m, d->sums + n0) : _mm512_setzero_si512();
     const __m512i s = _mm512_slli_epi32(sums, shift);
@@ -460,7 +460,7 @@ void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, 
     if (d->group) {
         int32_t *sums = (int32_t*)(o->bytes + 3*d->kp);
         float v[16] __attribute__((aligned(64)));
-        const groups_fn f = groups_table(d, D)[0];
+        const groups_fn f = (D == 3 ? groups_table(d)->wide : groups_table(d)->one)[0][0];
         group_sums(d, o->bytes, D, sums);
         for (i64 nb = b0; nb < b1; nb++) {
             f(d, nb, o->bytes, sums, v);

@@ -2394,6 +2394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                             'switchable_llm/quantizers.py'),
                                            'switchable_llm.quantizers.fused_fake_quant': ( 'quantizers.html#fused_fake_quant',
                                                                                            'switchable_llm/quantizers.py'),
+                                           'switchable_llm.quantizers.half_up': ('quantizers.html#half_up', 'switchable_llm/quantizers.py'),
                                            'switchable_llm.quantizers.nested_at': ( 'quantizers.html#nested_at',
                                                                                     'switchable_llm/quantizers.py'),
                                            'switchable_llm.quantizers.nested_codes': ( 'quantizers.html#nested_codes',

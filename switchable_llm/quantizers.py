@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_BITS', 'MAX_BITS', 'check_bits', 'Bits', 'qrange', 'QParams', 'qparams', 'quantize', 'dequantize', 'fake_quant',
-           'QuantConfig', 'blocks', 'unblocks', 'weight_qparams', 'nested_codes', 'nested_at', 'quantize_weight',
-           'dequantize_weight', 'fake_quant_weight', 'EMAObserver', 'LearnedRange', 'token_qparams', 'fused_fake_quant']
+           'QuantConfig', 'blocks', 'unblocks', 'weight_qparams', 'nested_codes', 'half_up', 'nested_at',
+           'quantize_weight', 'dequantize_weight', 'fake_quant_weight', 'EMAObserver', 'LearnedRange', 'token_qparams',
+           'fused_fake_quant']
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
 import re, warnings
@@ -195,8 +196,18 @@ def nested_codes(
     "The 8-bit codes that hold every width from 2 to 8 bits in their top bits."
     lo,hi = _weight_range(b)
     step = torch.maximum(-lo, hi).float()/112
+    if b.shape[1]>1: step = half_up(step)
     inverse = torch.where(step>0, 1/step.clamp_min(torch.finfo(torch.float32).tiny), 0)
     return (torch.floor(b.detach().float()*inverse) + 120).clamp_(0, 239).to(torch.uint8), step
+
+def half_up(
+    step:Tensor, # Positive, float32
+)->Tensor: # float32; as they are beyond float16's range
+    "The next numbers of float16: steps of groups are many, and take two bytes each."
+    half = step.half()
+    bits = half.view(torch.int16) + (half.float()<step).to(torch.int16)
+    half = bits.view(torch.float16).float()
+    return torch.where(half.isfinite(), half, step)
 
 def nested_at(
     codes:Tensor,  # 8-bit codes of `nested_codes`

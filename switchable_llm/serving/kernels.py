@@ -140,7 +140,7 @@ class ActQuant(NamedTuple):
             raise ValueError(f"activation zero point {self.zero}: {self.bits} bits need {lo} to {hi}")
 
 _BUFFERS = 'high middle low dense scale sums bias lora_a lora_bt totals'.split()
-_NUMBERS = 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero group'.split()
+_NUMBERS = 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero group step_type'.split()
 FLOAT_TYPES = {torch.float32:0, torch.bfloat16:1, torch.float16:2}
 
 class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.h
@@ -215,7 +215,7 @@ def _check_shape(name, t, *shape):
 
 class GroupSteps(NamedTuple):
     "Steps of a weight that has one for each group of inputs."
-    steps:Tensor  # Of the eight-bit code, float32 (ceil(n/16), groups, 16): 16 channels lie together, as codes do
+    steps:Tensor  # Of the eight-bit code, float16 or float32 (ceil(n/16), groups, 16): 16 channels lie together
     size:int      # Inputs of a group, a multiple of `GROUP_UNIT`
 
     def rows(self,
@@ -223,18 +223,21 @@ class GroupSteps(NamedTuple):
         n:int,     # Outputs
     )->Tensor: # float32 (n, groups)
         "Steps at these bits, row by row."
-        return self.steps.transpose(1, 2).flatten(0, 1)[:n]*2**(8-bits)
+        return self.steps.transpose(1, 2).flatten(0, 1)[:n].float()*2**(8-bits)
 
 GROUP_UNIT = 16   # inputs that lie together
 
 def group_steps(
     step:Tensor,  # Steps of the eight-bit codes, (outputs, groups)
     size:int,     # Inputs of a group
-)->GroupSteps: # The same for the kernels
+)->GroupSteps: # The same for the kernels, in half the bytes where float16 holds them exactly
     "Lay the steps of groups out, once for all widths."
     if size<1 or size%GROUP_UNIT:
         raise ValueError(f"groups of {size} inputs: the kernels take multiples of {GROUP_UNIT}, as group_size=32")
-    def make(): return F.pad(step.detach().float(), (0, 0, 0, -len(step)%16)).unflatten(0, (-1, 16)).mT.contiguous()
+    def make():
+        s,half = step.detach().float(),step.detach().half()
+        if torch.equal(half.float(), s): s = half
+        return F.pad(s, (0, 0, 0, -len(s)%16)).unflatten(0, (-1, 16)).mT.contiguous()
     return GroupSteps(_once(step, 'groups', make), size)
 
 def _check_steps(scale, n, k):
@@ -242,9 +245,9 @@ def _check_steps(scale, n, k):
         if scale.shape==(n,): return as_floats(scale)
         raise ValueError(f"scale of shape {tuple(scale.shape)}: needs one number for each of {n} outputs")
     need = -(-n//16),-(-k//scale.size),16
-    if scale.size%GROUP_UNIT or scale.steps.shape!=need or scale.steps.dtype!=torch.float32:
+    if scale.size%GROUP_UNIT or scale.steps.shape!=need or scale.steps.dtype not in (torch.float16, torch.float32):
         raise ValueError(f"steps of groups of {scale.size}: {scale.steps.dtype} of shape {tuple(scale.steps.shape)}; "
-                         f"needs float32 of shape {need}")
+                         f"needs float16 or float32 of shape {need}")
     return scale
 
 class LinearPlan:
@@ -277,7 +280,7 @@ class LinearPlan:
     )->Tensor: # float32, for all its inputs or each of them
         "Steps of one row."
         if not self.grouped: return self.scale[row]
-        s = self.scale.steps[row//16, :, row%16]*2**(8-self.bits)
+        s = self.scale.steps[row//16, :, row%16].float()*2**(8-self.bits)
         return s.repeat_interleave(self.scale.size)[:self.planes.k]
 
     def __call__(self, x:Tensor)->Tensor: return plane_linear(x, self)
@@ -297,17 +300,18 @@ def _totals(planes, bits, scale):   # sum of each row's weights, which the zero 
 
 def _describe(p):   # the plan as the kernels read it
     scale,group = (p.scale.steps, p.scale.size) if p.grouped else (p.scale, 0)
+    numbers = dict(group=group, step_type=FLOAT_TYPES[scale.dtype])
     buffers = dict(zip(('high','middle','low'), p.planes), scale=scale, sums=p.sums, bias=p.bias, totals=p.totals)
-    a,numbers = p.act,{}
+    a = p.act
     if p.lora is not None:
         buffers |= dict(lora_a=p.lora[0], lora_bt=p.lora[1])
-        numbers = dict(r=len(p.lora[0]), lora_scale=p.lora[2])
+        numbers |= dict(r=len(p.lora[0]), lora_scale=p.lora[2])
     if a is not None:
         numbers |= dict(act_mode=2 if a.scale is None else 1, act_bits=a.bits, act_symmetric=a.symmetric,
                         act_zero=a.zero, act_scale=a.scale or 0.)
     elsewhere = [t.device for t in buffers.values() if t is not None and not t.is_cpu]
     if elsewhere: raise ValueError(f"a layer is half on {elsewhere[0]}, half on the CPU: move the model as a whole")
-    return linear_entry(buffers, p.planes.n, p.planes.k, bits=p.bits, zero=p.zero, group=group, **numbers)
+    return linear_entry(buffers, p.planes.n, p.planes.k, bits=p.bits, zero=p.zero, **numbers)
 
 def plane_linear(
     x:Tensor,     # Input, float32, bfloat16 or float16 (..., inputs)
