@@ -205,7 +205,7 @@ class QuantLayer(Opaque):
         "The 8-bit codes of the weight that hold all its widths, and their steps."
         if len(self.codes): q,step = self.codes['nested'].codes,self.codes['nested'].step
         else:
-            q,step = nested_codes(blocks(self.base.weight.detach(), self.switch.cfg, self.axis))
+            q,step = nested_codes(blocks(self.base.weight.detach(), self.switch.cfg, self.axis), self.switch.cfg.weight_range)
             q = unblocks(q, self.base.weight.shape, self.axis)
         return q.T if self.axis else q, step
 

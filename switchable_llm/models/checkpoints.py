@@ -8,7 +8,6 @@ __all__ = ['FORMAT_VERSION', 'base_hash', 'was_checkpoint', 'check_save_target',
 
 # %% ../../nbs/models/checkpoints.ipynb #429ef9bc
 import copy, hashlib, json, reprlib, torch
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable
@@ -102,7 +101,7 @@ def describe(
             loras.append(dict(layer=s.name, key=k, r=m.r, alpha=m.alpha, dropout=m.dropout.p))
         for k,m in l.gates.items(): gates.append(dict(layer=s.name, key=k, type=type(m).__name__, spec=m.spec()))
     trained = [n for n,p in base_params(model).items() if p.requires_grad]
-    d = dict(profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=asdict(switch.cfg),
+    d = dict(profiles=[p.to_dict() for p in switch.profiles.values()], quantizer=switch.cfg.to_dict(),
              route=switch.route_name, sites=[[s.name, s.site] for s in switch.sites], adapters=loras, gates=gates,
              frozen=[n for n,p in added_params(model).items() if not p.requires_grad])
     return d | (dict(trained=trained) if trained else {})

@@ -8,7 +8,7 @@ __all__ = ['MOST_RANK', 'WHAT', 'check_settings', 'settings_of', 'digest', 'befo
 
 # %% ../../nbs/models/pretrained.ipynb #ff2f7b76
 import hashlib, json, os, re
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from stat import S_IMODE
 from typing import Any
@@ -47,7 +47,7 @@ def check_settings(
     cfg.profiles = [p.to_dict() for p in check_unique(read)]
     names = {'float', *(p.name for p in read)}
     if cfg.profile not in names: raise ValueError(f"profile={cfg.profile!r}: choose one of {', '.join(sorted(names))}")
-    cfg.quantizer = asdict(_quant_config(cfg.quantizer))
+    cfg.quantizer = _quant_config(cfg.quantizer).to_dict()
     if cfg.route not in ROUTES: raise ValueError(f"route={cfg.route!r}: choose one of {', '.join(ROUTES)}")
     if fault := lora_fault(cfg.r, cfg.alpha, cfg.dropout): raise ValueError(fault)
     if cfg.r>MOST_RANK: raise ValueError(f"r={cfg.r}: a rank above {MOST_RANK:,} is more than any layer has features")

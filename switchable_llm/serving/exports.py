@@ -8,7 +8,6 @@ __all__ = ['freeze', 'tokenizer_parts', 'layers_at', 'merged_weight', 'copy_with
 
 # %% ../../nbs/serving/exports.ipynb #fc9f34bc
 import copy, json, tempfile, transformers
-from dataclasses import asdict
 from pathlib import Path
 from typing import Callable, Iterable
 import torch
@@ -91,7 +90,7 @@ def _describe(model, switch, names, layers):   # what the file says of itself, b
         config=json.loads(model.config.to_json_string(use_diff=False)),
         dtype=str(model.dtype).removeprefix('torch.'),
         generation=_generation(generation) if generation else None,
-        quantizer=asdict(switch.cfg), route=switch.route_name,
+        quantizer=switch.cfg.to_dict(), route=switch.route_name,
         profiles=[switch.profiles[n].to_dict() for n in names],
         layers=layers, float_layers=[s for s in switch.sites if s.name not in packed], tokenizer=None)
 
@@ -162,7 +161,7 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its
 def _codes(layer, cfg, d):   # the planes of a weight, and their step
     n,k = d['shape']
     if isinstance(layer, QuantLayer): codes,step = layer.nested_parts()
-    else: codes,step = nested_codes(blocks(layer.weight.detach(), cfg))   # an end that no profile has
+    else: codes,step = nested_codes(blocks(layer.weight.detach(), cfg), cfg.weight_range)   # an end that no profile has
     planes = pack_planes(codes.reshape(n, -1)[:, :k].contiguous())
     parts = dict(zip(('high','middle','low'), planes)) | dict(step=step[..., 0].expand(n, -1))
     return {f"{d['name']}.{p}":t for p,t in parts.items()}

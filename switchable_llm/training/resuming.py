@@ -10,7 +10,6 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'STATE', 'TENSORS', 'random_state', 'set_
 # %% ../../nbs/training/resuming.ipynb #04d2d45b
 import hashlib, json, math, random, re, shutil
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -247,7 +246,7 @@ def model_facts(
     if not hasattr(model, 'switch'): return weights
     s,profiles = model.switch,{n:p.to_dict() for n,p in model.switch.profiles.items()}
     added = {f'{k}: {m!r}' for l in s.layers for part in (l.adapters, l.gates) for k,m in part.items()}
-    settings = dict(profiles=profiles, quantizer=asdict(s.cfg), kernel=str(s.kernel), route=s.route_name)
+    settings = dict(profiles=profiles, quantizer=s.cfg.to_dict(), kernel=str(s.kernel), route=s.route_name)
     return settings | dict(added=sorted(added)) | weights
 
 def _difference(a, b, at=''):   # where two values of JSON differ first
