@@ -50,12 +50,22 @@ static int check_activations(const SlLinear *d) {
     if (!within(d->act_zero, d->act_symmetric ? 1 - top : 0, top - 1)) return RANGE;
     return d->act_mode == 1 && !(d->act_scale > 0 && d->act_scale <= 3.4e38) ? RANGE : FINE;
 }
+static int check_rotation(const SlLinear *d) {
+    if (!d->order) return FINE;
+    if (d->dense || !within(d->order, 1, 1024) || !within(d->block, 4, d->k)) return RANGE;
+    if (d->k % d->block || d->block % d->order || (d->order > 1 && d->order % 4)) return RANGE;
+    const i64 width = d->block/d->order;
+    if (width & (width - 1)) return RANGE;
+    if (!holds(d->signs, d->len[SIGNS], d->k)) return BUFFER;
+    return d->order == 1 || holds(d->matrix, d->len[MATRIX], d->order*d->order) ? FINE : BUFFER;
+}
 int check_linear(const SlLinear *d) {
     if (!d || d->size != (i64)sizeof *d) return STRUCT;
     if (!within(d->n, 1, MOST) || !within(d->k, 1, 65536) || !within(d->r, 0, 65536)) return RANGE;
     if (d->kp != ((d->k + 63) & ~(i64)63)) return RANGE;
     if (int fault = check_activations(d)) return fault;
     if (int fault = d->dense ? check_dense(d) : check_planes(d)) return fault;
+    if (int fault = check_rotation(d)) return fault;
     if (!holds_or_none(d->bias, d->len[BIAS], d->n)) return BUFFER;
     if (!d->r) return FINE;
     if (!holds(d->lora_a, d->len[LORA_A], times(d->r, d->k))) return BUFFER;
@@ -92,6 +102,7 @@ static int check_ends(const SlModel *M, i64 *part) {
     *part = 7;
     if (int fault = check_linear(M->embedding)) return fault;
     if (M->embedding->k != M->dim || M->embedding->dense_columns) return SHAPES;
+    if (M->embedding->order) return RANGE;
     *part = 8;
     if (int fault = check_linear(M->head)) return fault;
     if (M->head->k != M->dim) return SHAPES;

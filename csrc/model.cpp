@@ -171,6 +171,7 @@ static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, co
 // x += product, or x += norm(product) where there is such a norm; y holds a product meanwhile.
 static void add_product(const SlModel *M, const SlLinear *d, const float *in, const float *w, float *x, float *y,
                         const Own *o, int me, int all) {
+    o->of = nullptr;
     share(d, in, w ? y : x, !w, o, me, all);
     #pragma omp barrier
     if (!w) return;
@@ -179,6 +180,7 @@ static void add_product(const SlModel *M, const SlLinear *d, const float *in, co
     #pragma omp barrier
 }
 static const float *before(const SlModel *M, const SlLayer *L, int which, const float *x, const Own *o) {
+    o->of = nullptr;
     if (!L->before) return x;
     normalize(x, L->norm[2*which], L->norm[2*which + 1], M->dim, M->rms, M->eps, o->norm);
     return o->norm;
@@ -216,7 +218,7 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
     const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
     const size_t score = round64(pos + 17);
-    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 2*head_dim);
+    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 2*head_dim) + round64(turned_room(kp));
     const size_t common = 4*(2*dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
     char *p = arena.get(common + own*threads + 64);
@@ -235,10 +237,11 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
         Own o;
         o.bytes = (int8_t*)q; o.h = (float*)(q + input_bytes(kp));
         o.norm = o.h + round64(r); o.scores = o.norm + dim;
-        o.q = o.scores + score; o.k = o.q + head_dim;
+        o.q = o.scores + score; o.k = o.q + head_dim; o.turned = o.k + head_dim;
         for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, &room, &o, me, all);
         if (logits) {
             normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, o.norm);
+            o.of = nullptr;
             share(M->head, o.norm, logits, false, &o, me, all);
         }
     }
@@ -336,7 +339,8 @@ static thread_local Arena prompt_arena;
 // Logits of one token, by all threads.
 static int finish_token(const SlModel *M, const float *x, float *norm, float *logits, int threads) {
     normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, norm);
-    const size_t bytes = input_bytes(M->head->kp), own = bytes + 4*round64(M->head->r);
+    const size_t bytes = input_bytes(M->head->kp), turned = bytes + 4*round64(M->head->r);
+    const size_t own = turned + round64(turned_room(M->head->kp));
     char *p = arena.get(own*threads + 64);
     if (!p) return NO_MEMORY;
     #pragma omp parallel num_threads(threads)
@@ -347,7 +351,7 @@ static int finish_token(const SlModel *M, const float *x, float *norm, float *lo
         const int all = 1;
 #endif
         Own o = {};
-        o.bytes = (int8_t*)p + own*thread_id(); o.h = (float*)(o.bytes + bytes);
+        o.bytes = (int8_t*)p + own*thread_id(); o.h = (float*)(o.bytes + bytes); o.turned = (float*)(o.bytes + turned);
         share(M->head, norm, logits, false, &o, thread_id(), all);
     }
     return FINE;

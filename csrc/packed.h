@@ -26,7 +26,7 @@ typedef int64_t i64;
 // Every struct begins with its own size, as the caller knows it, and every buffer comes with the count of numbers
 // that it holds. The calls compare both with what they are going to read, and return a fault instead of reading
 // past an end.
-enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, TOTALS, BUFFERS };
+enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, TOTALS, SIGNS, MATRIX, BUFFERS };
 struct SlLinear {               // mirrored by kernels._Linear
     i64 size;
     const uint8_t *high, *middle, *low;
@@ -37,6 +37,7 @@ struct SlLinear {               // mirrored by kernels._Linear
     const float *lora_a;        // (r,k) or null
     const float *lora_bt;       // (r,n)
     const float *totals;        // (n) sum of a row's weights, for groups; null for float activations
+    const float *signs, *matrix; // of the rotation of the input (rotation.h), or null
     i64 len[BUFFERS];           // of the buffers above, in their order
     i64 n, k, kp, r, bits;
     i64 dense_type;             // 0 float32, 1 bfloat16, 2 float16
@@ -44,6 +45,7 @@ struct SlLinear {               // mirrored by kernels._Linear
     i64 act_mode;               // 0 float, 1 static range, 2 range per token
     i64 act_bits, act_symmetric, act_zero;
     i64 group, step_type;       // inputs that share a step, a multiple of 16, 0 for all; 0 float32, 2 float16
+    i64 block, order;           // of the rotation; 0 for none. The adapter sees the input as it comes
     double act_scale, zero, lora_scale;
 };
 
@@ -96,7 +98,11 @@ int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 po
 
 // ---- planes.cpp ----
 static inline i64 groups_of(const SlLinear *d) { return (d->k + d->group - 1)/d->group; }
-struct Own { int8_t *bytes; float *h, *norm, *scores, *q, *k; };   // scratch of one thread
+struct Own {                    // scratch of one thread
+    int8_t *bytes; float *h, *norm, *scores, *q, *k, *turned;
+    mutable const float *of;    // the input that `turned` is made of; null when its numbers have changed
+};
+size_t turned_room(i64 kp);     // bytes of `turned` for a layer of so many inputs
 void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, int me, int all);
 void tokens_linear(const SlLinear *d, const float *x, i64 m, float *y, i64 stride);
 

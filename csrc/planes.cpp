@@ -1,5 +1,6 @@
 // Products with planes and with float weights, for few tokens (vectors) and many (tiles).
 #include "packed.h"
+#include "rotation.h"
 
 #ifdef SL_HERE
 #include "vectors.h"
@@ -85,6 +86,15 @@ static void quantize_row(const SlLinear *d, const void *x, int type, int8_t *out
     }
     row->sum = wide ? (double)_mm512_reduce_add_epi64(_mm512_add_epi64(sum, sum2))
                     : (double)_mm512_reduce_add_epi32(sum);
+}
+
+// The input in the basis of the codes: x, or a turned copy of its type in `room`.
+size_t turned_room(i64 kp) { return 4*(size_t)(3*kp + 64); }
+static const void *turned(const SlLinear *d, const void *x, int type, float *room) {
+    if (!d->order) return x;
+    const SlRotation r = {d->signs, d->matrix, d->k, d->block, d->order};
+    turn_row(&r, 0, x, type, room, room + d->kp);
+    return room;
 }
 
 // R rows of A at once.
@@ -324,15 +334,20 @@ static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int 
     const int D = digits_of(d);
     const i64 blocks = (d->n + 15) >> 4;
     const i64 far = d->group ? (D + 1)*groups_of(d) : 0;   // what a token's groups add up to
-    size_t rows_at = round64((size_t)m*D*d->kp), h_at = rows_at + round64(m*sizeof(Row));
-    size_t sums_at = h_at + round64((size_t)m*d->r*4);
-    char *p = arena.get(sums_at + round64((size_t)m*far*4) + 64);
+    int threads = max_threads();
+    if (m*blocks*d->kp < 8192) threads = 1;
+    if (threads > blocks) threads = (int)blocks;
+    const size_t rows_at = round64((size_t)m*D*d->kp), h_at = rows_at + round64(m*sizeof(Row));
+    const size_t sums_at = h_at + round64((size_t)m*d->r*4), room_at = sums_at + round64((size_t)m*far*4);
+    const size_t room = d->order ? turned_room(d->kp) : 0;
+    char *p = arena.get(room_at + room*threads + 64);
     if (!p) return NO_MEMORY;
     int8_t *xs = (int8_t*)p; Row *rows = (Row*)(p + rows_at); float *h = (float*)(p + h_at);
     int32_t *sums = (int32_t*)(p + sums_at);
     const i64 w = (i64)width(type);
-    auto prepare = [&](i64 t) {
-        quantize_row(d, x + t*xstride*w, type, xs + t*D*d->kp, 64, d->kp, rows + t);
+    auto prepare = [&](i64 t, int me) {
+        const void *turn = turned(d, x + t*xstride*w, type, (float*)(p + room_at + room*me));
+        quantize_row(d, turn, type, xs + t*D*d->kp, 64, d->kp, rows + t);
         if (d->group) group_sums(d, xs + t*D*d->kp, D, sums + t*far);
         adapter_row(d, x + t*xstride*w, type, h + t*d->r);
     };
@@ -340,18 +355,15 @@ static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int 
         if (d->group) groups_range(d, xs, sums, rows, h, m, b0, b1, y, ystride, type);
         else gemv_range(d, xs, rows, h, m, b0, b1, y, ystride, type);
     };
-    int threads = max_threads();
-    if (m*blocks*d->kp < 8192) threads = 1;
-    if (threads > blocks) threads = (int)blocks;
     const bool shared = m*d->kp*(D + d->r) < 65536;   // few rows: one thread prepares them, else all do
-    if (shared || threads == 1) for (i64 t = 0; t < m; t++) prepare(t);
+    if (shared || threads == 1) for (i64 t = 0; t < m; t++) prepare(t, 0);
     if (threads == 1) { multiply(0, blocks); return 0; }
     #pragma omp parallel num_threads(threads)
     {
         const int me = thread_id();
         if (!shared) {
             #pragma omp for schedule(static)
-            for (i64 t = 0; t < m; t++) prepare(t);
+            for (i64 t = 0; t < m; t++) prepare(t, me);
         }
 #ifdef _OPENMP
         const int all = omp_get_num_threads();
@@ -368,7 +380,7 @@ static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int
     const i64 tiles = (m + 15) >> 4, tile = d->kp*16, blocks = (d->n + 15) >> 4, pairs = (blocks + 1) >> 1;
     const i64 w = (i64)width(type);
     int threads = max_threads();
-    const size_t own = round64(2*tile) + 6*2048;
+    const size_t room = d->order ? turned_room(d->kp) : 0, own = round64(2*tile) + 6*2048 + room;
     const size_t rows_at = round64((size_t)tiles*D*tile), h_at = rows_at + round64(m*sizeof(Row));
     const size_t own_at = h_at + round64((size_t)m*d->r*4);
     char *p = arena.get(own_at + own*threads + 64);
@@ -380,11 +392,12 @@ static int linear_many(const SlLinear *d, const char *x, i64 m, i64 xstride, int
     {
         uint8_t *b = (uint8_t*)p + own_at + own*thread_id();
         int32_t *c = (int32_t*)(b + round64(2*tile));
+        float *spare = (float*)((char*)c + 6*2048);
         #pragma omp for schedule(static)
         for (i64 t = 0; t < tiles*16; t++) {
             int8_t *o = a + (t >> 4)*D*tile + (t & 15)*64;
             if (t < m) {
-                quantize_row(d, x + t*xstride*w, type, o, 1024, tile, rows + t);
+                quantize_row(d, turned(d, x + t*xstride*w, type, spare), type, o, 1024, tile, rows + t);
                 adapter_row(d, x + t*xstride*w, type, h + t*d->r);
             }
             else for (int g = 0; g < D; g++)
@@ -456,7 +469,8 @@ void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, 
     }
     Row row;
     const int D = digits_of(d);
-    quantize_row(d, x, 0, o->bytes, 64, d->kp, &row);
+    if (d->order && o->of != x) { turned(d, x, 0, o->turned); o->of = x; }
+    quantize_row(d, d->order ? o->turned : x, 0, o->bytes, 64, d->kp, &row);
     if (d->group) {
         int32_t *sums = (int32_t*)(o->bytes + 3*d->kp);
         float v[16] __attribute__((aligned(64)));

@@ -16,7 +16,7 @@ DEADLINE = time.time() + 78*60   # for everything; what still runs then has hung
 TASK_LIMIT = 30*60               # seconds for one task: many times what it needs, for a machine may be busy
 METHOD = 'fork' if sys.platform=='linux' else 'spawn'
 WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft',
-        'nbdev.test', 'pytest', 'switchable_llm.apps.commands', 'switchable_llm.apps.studying')
+        'nbdev.test', 'pytest', 'switchable_llm.apps.packing', 'switchable_llm.apps.studying')
 LONGEST = ('test_cli.py', 'test_explorer.py', 'apps/studying.ipynb')
 
 class Task(NamedTuple):

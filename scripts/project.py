@@ -20,8 +20,8 @@ class Part(NamedTuple):
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('system', 'System', 'writing files, saying how far', 'files progress'),
-    ('core', 'Core', 'layers that switch', 'opaque integer families profiles layers experts switching calibration gates'),
+    ('system', 'System', 'writing files, saying how far, telling weights apart', 'files progress digests'),
+    ('core', 'Core', 'layers that switch', 'opaque integer rotation profiles layers experts switching calibration gates'),
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
@@ -31,7 +31,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),
-    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands quantizing asking harness studying tools'),
+    ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands packing asking harness studying tools'),
     ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
 
 

@@ -18,7 +18,6 @@ from torch import nn, Tensor
 from .system.files import writing_folder
 from .core.switching import base_params, check_unfrozen, switch_of
 from .core.experts import QuantExpert
-from .core.layers import Setting
 
 # %% ../nbs/01_lora_routing.ipynb #00241f98
 def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -167,7 +166,7 @@ def use_adapter(
     if key is not None and key not in adapter_keys(model):
         raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model))}")
     rows = zip(switch.settings, switch.layers)
-    settings = tuple(Setting(s.bits, key if key in l.adapters else None) for s,l in rows)
+    settings = tuple(s._replace(adapter=key if key in l.adapters else None) for s,l in rows)
     with switch.block(settings=settings): yield model
 
 # %% ../nbs/01_lora_routing.ipynb #8932317a

@@ -141,6 +141,7 @@ class QuantConfig:
     act_symmetric:bool=False    # Asymmetric activations: a GELU's output is one-sided
     momentum:float=0.1          # Share of a new batch in the running range of `act='per_tensor'`
     weight_range:str='minmax'   # 'minmax' clips no weight; 'mse' clips where the squared error is least
+    rotate:bool|tuple[str,...]=False # Rotate what layers multiply before it is quantized: True, or the sites where
 
     def __post_init__(self):
         for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('codes',('independent','nested')),
@@ -152,10 +153,14 @@ class QuantConfig:
         if self.codes=='nested' and not self.weight_symmetric:
             raise ValueError("codes='nested' are symmetric: leave weight_symmetric=True, or choose codes='independent'")
         if not 0<self.momentum<=1: raise ValueError(f"momentum={self.momentum!r}: needs 0 < momentum <= 1")
+        if isinstance(self.rotate, list): object.__setattr__(self, 'rotate', tuple(self.rotate))   # as JSON has it
+        some = isinstance(self.rotate, tuple) and self.rotate and all(isinstance(s, str) for s in self.rotate)
+        if not isinstance(self.rotate, bool) and not some:
+            raise ValueError(f"rotate={self.rotate!r}: needs True, False, or sites, like ('mlp_out','attn_out')")
 
     def to_dict(self)->dict: # As `QuantConfig(**d)` reads it, and JSON holds it
-        "The settings; `weight_range` only where it is not the default, so that earlier versions read the rest."
-        return {k:v for k,v in asdict(self).items() if (k, v)!=('weight_range', 'minmax')}
+        "The settings; `rotate` and `weight_range` only where they are not the default, so that earlier versions read the rest."
+        return {k:v for k,v in asdict(self).items() if (k, v) not in (('rotate', False), ('weight_range', 'minmax'))}
 
 # %% ../nbs/00_quantizers.ipynb #ce40e426
 def blocks(
@@ -420,6 +425,10 @@ def _snap_tokens(x, qmin, qmax):
 def _snap(x, scale, zp, qmin, qmax):
     q,lo,hi = (x.float()*(1/scale)).round(),qmin-zp,qmax-zp
     return (q.clamp(lo, hi)*scale).to(x.dtype), (q>=lo) & (q<=hi)
+
+# torch keeps compiled code on disk and does not ask which instructions it was made for: read back under others, it
+# returns anything.
+torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or torch.backends.cpu.get_cpu_capability()
 
 class _Compiled:
     "A function through `torch.compile`, or itself where that fails."

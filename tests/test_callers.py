@@ -261,7 +261,7 @@ def test_calibrated_ranges_that_are_set_by_hand():
     assert torch.equal(logits(m), logits(copy.deepcopy(m))) and not torch.equal(logits(m), before)
 
 def test_one_digest_for_equal_bytes_only():
-    from switchable_llm.core.layers import content_of
+    from switchable_llm.system.digests import content_of
     w = torch.randn(40, 30)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         a = w.to(dtype)

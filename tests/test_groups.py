@@ -81,17 +81,18 @@ def test_native_code_refuses_what_does_not_fit(wrong):
 FLOAT = [Profile(f'w{b}', Bits(b)) for b in (8, 6, 4)]
 IDS = torch.randint(1, 97, (1, 9), generator=torch.Generator().manual_seed(5))
 
-@pytest.mark.parametrize('size', [16, 32])
+@pytest.mark.parametrize('size,more', [(16, {}), (32, dict(act='per_token')), (32, dict(rotate=True)), (20, dict(rotate=True))], ids=str)
 @pytest.mark.parametrize('kind', CLASSES)
-def test_a_packed_model_is_as_in_training(kind, size, tmp_path):
-    model = switchable(kind, weight='per_group', group_size=size, act='per_token')
+def test_a_packed_model_is_as_in_training(kind, size, more, tmp_path):
+    model = switchable(kind, weight='per_group', group_size=size, **more)
     freeze(model, tmp_path/'m.safetensors')
     check_same(model, load_packed(tmp_path/'m.safetensors'))
 
-@pytest.fixture(scope='module', params=[(k, s) for k in CLASSES for s in (16, 32)], ids=str)
+@pytest.fixture(scope='module', params=[('gpt2', 16, True), ('llama', 32, False), ('llama_tied', 16, False),
+                                        ('llama_tied', 32, True), ('qwen2', 32, True)], ids=str)
 def packed(request, tmp_path_factory):   # 48 and 84 inputs: the last group is a short one
-    path = tmp_path_factory.mktemp('packed')/'m.safetensors'
-    freeze(switchable(request.param[0], profiles=FLOAT+['bw8'], weight='per_group', group_size=request.param[1]), path)
+    path,(kind,size,rotate) = tmp_path_factory.mktemp('packed')/'m.safetensors',request.param
+    freeze(switchable(kind, profiles=FLOAT+['bw8'], weight='per_group', group_size=size, rotate=rotate), path)
     return load_packed(path)
 
 @native

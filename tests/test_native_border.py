@@ -2,7 +2,7 @@
 import ctypes, os, random
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.serving.kernels import ActQuant, FAULTS, LinearPlan, _Linear, _native
+from switchable_llm.serving.kernels import ActQuant, FAULTS, LinearPlan, _Linear, _native, pack_planes
 from switchable_llm.serving.parts import Cache, Dense, Table, _Cache, _Layer, _Model, native_calls, parts_of
 from switchable_llm.serving.lean import Step, torch_step
 from switchable_llm.core.integer import native_features
@@ -70,6 +70,25 @@ def test_a_layer_that_lies(act, lora):
         sizes = 'n','k','kp','size'
         if {*sizes}&set(changed) and any(getattr(d, c)!=getattr(p.linear, c) for c in sizes): assert fault, changed
     assert {0, 5, 6, 7} <= seen
+
+@pytest.mark.parametrize('k', [64, 96, 140, 92])
+def test_a_rotation_that_lies(k):
+    rng,f,seen,m,n = random.Random(0),_native(),set(),9,33
+    planes,x = pack_planes(torch.randint(0, 240, (n, k), dtype=torch.uint8)),torch.randn(m, k)
+    for act in (None, ActQuant(8, False)):
+        p = LinearPlan(planes, 8, torch.rand(n), act=act, rotated=True)
+        for i in range(CASES//16):
+            d,y = clone(p.linear),torch.empty(m, n)
+            for _ in range(rng.choice((1, 1, 2))):
+                name = rng.choice(('block','order','signs','matrix','len','kp'))
+                if name in ('signs','matrix'): setattr(d, name, None)
+                elif name=='len': d.len[rng.choice((-1, -2))] = rng.choice(NUMBERS)
+                else: setattr(d, name, rng.choice([*NUMBERS, 4, 12, 20, k//2, k//4]))
+            fault = f(ctypes.addressof(d), x.data_ptr(), m, k, k, 0, y.data_ptr(), n)
+            assert 0<=fault<len(FAULTS)
+            seen.add(fault)
+            if not fault and d.order: assert d.block and k%d.block==0 and d.block%d.order==0 and d.signs
+    assert {6, 7} <= seen
 
 def test_arguments_that_lie():
     f,p = _native(),plan(33, 70, 8)

@@ -3,7 +3,8 @@ import copy
 import pytest, torch
 from torch.utils.checkpoint import checkpoint
 from switchable_llm.core import layers
-from switchable_llm.core.layers import content_of
+from switchable_llm.system import digests
+from switchable_llm.system.digests import content_of
 from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.data.encoding import encode
@@ -125,4 +126,4 @@ def test_a_run_goes_on_with_the_model_that_was_stopped(kind, tmp_path):
 def test_the_digest_of_other_devices_sees_where_numbers_stand(change):
     torch.manual_seed(0)
     w = torch.randint(-2**31, 2**31, (16, 16)).int()
-    assert layers._sum_of_places(w)!=layers._sum_of_places(change(w)) and layers._sum_of_places(w)==layers._sum_of_places(w.clone())
+    assert digests._sum_of_places(w)!=digests._sum_of_places(change(w)) and digests._sum_of_places(w)==digests._sum_of_places(w.clone())

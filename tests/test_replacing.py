@@ -64,7 +64,7 @@ def test_the_study_tells_before_the_work(there, content, tmp_path, monkeypatch, 
 
 def test_a_record_of_a_score_tells_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('switchable_llm.apps.commands.load_checkpoint', lambda *a: pytest.fail('a model was loaded'))
+    monkeypatch.setattr('switchable_llm.apps.commands.load', lambda *a, **kw: pytest.fail('a model was loaded'))
     path = tmp_path/'runs/checkpoints/evaluate/mine-s0.json'
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(dict(shopping=['milk'])))

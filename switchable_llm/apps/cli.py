@@ -100,21 +100,21 @@ COMMANDS = dict(
         'explore my-model my-model.safetensors',
         'explore my-model.safetensors --port 9000 --max-sessions 1',
         'explore --preset smollm2 --model SmolLM2-135M-Instruct.Q4_1.gguf']),
-    quantize=Command('quantizing', 'choose the codes of a model from a few texts, so that few bits are good without '
+    quantize=Command('packing', 'choose the codes of a model from a few texts, so that few bits are good without '
                      'training; write a switchable model', [
         'quantize tiny --data tiny --task squad --out my-model',
         'quantize ./my-gpt2 --data corpus.txt --out my-model',
         'quantize my-trained-model --data corpus.txt --n 64 --out better',
         'quantize ./my-gpt2 --data corpus.txt --weight per_group --group-size 32 --profiles bw8 bw4 --out my-model']),
-    freeze=Command('commands', 'write one file that serves every profile of a checkpoint trained on nested codes', [
+    freeze=Command('packing', 'write one file that serves every profile of a checkpoint trained on nested codes', [
         'freeze my-model --out my-model.safetensors',
         'freeze my-model --out small.safetensors --profiles bw4 bw6 --embedding 8 --lm-head 8']),
-    export=Command('commands', 'write one profile for other programs', [
+    export=Command('packing', 'write one profile for other programs', [
         'export my-model --profile bw8 --format float --out merged',
         'export my-model --profile bw4 --format gguf --dtype Q8_0 --out my-model.gguf']),
-    check=Command('commands', 'read packed files whole, and compare every byte with their checksums', [
+    check=Command('packing', 'read packed files whole, and compare every byte with their checksums', [
         'check my-model.safetensors']),
-    kernels=Command('commands', 'say which kernels run on this machine, and why others do not', [
+    kernels=Command('packing', 'say which kernels run on this machine, and why others do not', [
         'kernels',
         'kernels my-model.safetensors']),
     profiles=Command('commands', 'list, show or check precision profiles', [

@@ -87,8 +87,8 @@ def _calibrate(model, data, task, pad, batch_size, seed):   # from the first bat
 
 def _uncalibrated(switch):   # whether a static range is missing
     if switch.cfg.act=='per_token': return False
-    pairs = ((l, s.bits.a) for n in switch.profiles for l,s in zip(switch.layers, switch.bound[n]) if l.multiplies)
-    return any(a is not None and str(a) not in l.observers for l,a in pairs)
+    pairs = ((l, s) for n in switch.profiles for l,s in zip(switch.layers, switch.bound[n]) if l.multiplies)
+    return any(s.bits.a is not None and l.range_key(s.bits.a, s.plain) not in l.observers for l,s in pairs)
 
 def train(
     model:PreTrainedModel,       # A model after `make_switchable`; its adapters are trained in place

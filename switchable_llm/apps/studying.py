@@ -203,7 +203,7 @@ def _experiment_options(parser):
     scores.add_argument('--questions', type=option_type(COUNT), metavar='N',
                         help="validation questions to score (default: all of the preset's)")
     scores.add_argument('--search-questions', type=option_type(COUNT), metavar='N', default=128,
-                        help='training questions that `allocation` chooses by (default: 128)')
+                        help='training questions that `allocation` chooses by; twice as many others decide (default: 128)')
     scores.add_argument('--f1', action='store_true', help='`allocation` generates answers at the front too')
     work,output = parser.group('what to work on'),parser.group('output')
     work.add_argument('--checkpoint', help='trained model of `allocation` and `robustness` '

@@ -52,8 +52,8 @@ def learn_ranges_(
         raise ValueError("act='per_token': a dynamic range follows each token and has nothing to learn; "
                          "use QuantConfig(act='per_tensor')")
     for settings in switch.bound.values():
-        for l,(bits,_) in zip(switch.layers, settings):
-            if bits.a is not None and l.multiplies: l.act_qparams(bits.a)   # says which layer was never calibrated
+        for l,(bits,_,plain) in zip(switch.layers, settings):
+            if bits.a is not None and l.multiplies: l.act_qparams(bits.a, plain)   # says which layer was never calibrated
     found = [(s, l, b) for s,l in zip(switch.sites, switch.layers) for b in _to_learn(l)]
     if not found:
         raise ValueError("no range to learn: all calibrated ranges are learned already, "

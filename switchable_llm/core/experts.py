@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from ..quantizers import EMAObserver
-from .layers import QuantLayer, keep_names_
+from .layers import QuantLayer
+from .opaque import keep_names_
 
 # %% ../../nbs/core/experts.ipynb #3f6ad101
 def matrices_of(

@@ -231,13 +231,17 @@ class Gating:
         return float(sum(n*(c@cost) for n,c,cost in rows)/sum(n*c.sum() for n,c,_ in rows))
 
 # %% ../../nbs/core/gates.ipynb #17348e5a
+def _live_bits(switch):   # of each layer, by name, and the names of those whose rotation is left off
+    rows = list(zip(switch.sites, switch.settings))
+    return {s.name:t.bits for s,t in rows}, {s.name for s,t in rows if t.plain}
+
 def _own_profile(switch):   # what the gates choose without a look at tokens; other layers as they are
-    bits = {s.name:b for s,(b,_) in zip(switch.sites, switch.settings)}
+    bits,off = _live_bits(switch)
     for l,g in _rows(switch):
         if isinstance(g, LayerGate): chosen = g.bits[int(g.hard(g.logits))]
         else: chosen = max(g.bits, key=MEASURES['operations'])   # an upper bound
         bits[switch.sites[l.index].name] = chosen
-    return Profile.from_bits(GATED, bits)
+    return Profile.from_bits(GATED, bits, off-{switch.sites[l.index].name for l,_ in _rows(switch)})
 
 @contextmanager
 def use_gates(
@@ -324,9 +328,9 @@ def gate_profile(
                          "use_gates(model), within a budget by calibrate_gates_, or use gates per layer")
     picks = [int(g.hard(g.logits)) for _,g in rows]
     if budget is not None and _reach(switch, budget, measure): _fit(rows, picks, budget, measure, fill)
-    bits = {s.name:b for s,(b,_) in zip(switch.sites, switch.settings)}
+    bits,off = _live_bits(switch)
     chosen = {switch.sites[l.index].name:g.bits[k] for (l,g),k in zip(rows, picks)}
-    return Profile.from_bits(name, bits | chosen)
+    return Profile.from_bits(name, bits | chosen, off-set(chosen))
 
 def _fit(rows, picks, budget, measure, fill):   # in place, down to the budget and then, to fill it, up
     n,costs = [l.weight.numel() for l,_ in rows],[_costs(g, measure).tolist() for _,g in rows]

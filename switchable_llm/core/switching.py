@@ -17,6 +17,7 @@ from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 from ..quantizers import QuantConfig
 from .integer import KERNELS
+from .rotation import rotated_layers
 from .layers import ADDED, LAYERS, QuantLayer, Setting
 from .profiles import PROFILES, Profile, Site, as_profile, check_unique, find_sites
 from .experts import Experts, QuantExpert, Slice, expert_stacks, switchable_experts_
@@ -53,7 +54,7 @@ class Switch:
         sites:list[Site],   # The quantized layers, in order
         cfg:QuantConfig,    # How they quantize
     ):
-        self.sites,self.cfg,self.layers = sites,cfg,[]
+        self.sites,self.cfg,self.layers,self.rotated = sites,cfg,[],(False,)*len(sites)   # which layers have a rotation
         self._profiles,self._bound = {},{}   # name -> Profile, name -> tuple of Setting
         # (switch, index, profile, bits) -> adapter key, and the name of that: set by `add_adapters_`
         self.route,self.route_name = None,None
@@ -65,9 +66,9 @@ class Switch:
         profile:Profile, # A profile
     )->tuple[Setting,...]: # One for each layer
         "What each layer does under `profile`; a `ValueError` if it does not fit the model or its adapters."
-        bits = profile.bits(self.sites)
-        def adapter(i, b): return self.route and self.route(self, i, profile, b)
-        return tuple(Setting(bits[s.name], adapter(i, bits[s.name])) for i,s in enumerate(self.sites))
+        bits,off = profile.bits(self.sites),profile.unrotated(self.sites)
+        def setting(i, n, b): return Setting(b, self.route and self.route(self, i, profile, b), self.rotated[i] and n in off)
+        return tuple(setting(i, s.name, bits[s.name]) for i,s in enumerate(self.sites))
 
     def add(self,
         profile:'str|Profile', # A profile, or the name of a built-in one
@@ -351,17 +352,16 @@ def make_switchable_(
     if hasattr(model, 'switch'):
         raise ValueError("the model is switchable already: use model.switch.add(profile) to give it more profiles")
     check_plain(model)
-    found = find_sites(model, sites, embedding, lm_head, experts)
-    switch = Switch(found, cfg)
+    switch = Switch(found := find_sites(model, sites, embedding, lm_head, experts), cfg)
     switch.asked = dict(sites=sites, embedding=embedding, lm_head=lm_head, experts=experts)
+    stacks = {l for ls in expert_stacks(model).values() for l in ls}
+    switch.rotated = rotated_layers(model, found, cfg.rotate, stacks)
     switch.add(PROFILES['float']); switch.profile = 'float'
     for p in check_unique(map(as_profile, profiles)): switch.add(p)   # all is checked, then layers are replaced
-    stacks = {l for ls in expert_stacks(model).values() for l in ls}
     for i,s in enumerate(found):
         base = _slice(model, s.name, switch) if s.name in stacks else model.get_submodule(s.name)
-        kind = next(q for t,q in KINDS.items() if isinstance(base, t))
+        kind,(parent,_,leaf) = next(q for t,q in KINDS.items() if isinstance(base, t)),s.name.rpartition('.')
         switch.layers.append(kind(base, switch, i).train(base.training))
-        parent,_,leaf = s.name.rpartition('.')
         model.get_submodule(parent)._modules[leaf] = switch.layers[-1]
     switch.attach(model)
     model.save_pretrained = partial(_save_pretrained, model)
@@ -388,8 +388,8 @@ def check_unfrozen(
     "The switch of a model that can still change; a `ValueError` for one that was loaded from a packed file."
     switch = switch_of(model)
     if all(isinstance(l, QuantLayer) for l in switch.layers): return switch
-    raise ValueError("this model was loaded from a packed file and is frozen: "
-                     "go back to the switchable model, change that, and freeze it again")
+    raise ValueError("this model was loaded from a packed file and is frozen: go back to the switchable model, "
+                     "change that, and freeze it again")
 
 def added_params(
     model:nn.Module, # A model, switchable or not
@@ -443,9 +443,9 @@ def kernel_report(
     "Which kernel multiplies in each layer at a profile, and why."
     out = {}
     with use_profile(model, profile or model.switch.profile), torch.no_grad():
-        for l,s,(bits,_) in zip(model.switch.layers, model.switch.sites, model.switch.settings):
-            if bits.is_float: kernel,why = None,'the original layer'
-            else: kernel,why = l.kernel_for(bits, l.weight.dtype, l.device.type)
+        for l,s,(bits,_,plain) in zip(model.switch.layers, model.switch.sites, model.switch.settings):
+            kernel,why = None,'the original layer'
+            if not bits.is_float: kernel,why = l.kernel_for(bits, l.weight.dtype, l.device.type, plain)
             out.setdefault(f"{'float' if kernel is None else kernel.name}: {why}", []).append(s.name)
     return out
 

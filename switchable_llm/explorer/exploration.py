@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import nn, Tensor
 from ..quantizers import Bits
 from ..core.profiles import Profile, Site, as_profile
-from ..core.layers import QuantLayer, Setting
+from ..core.layers import QuantLayer
 from ..core.switching import switch_of, use_profile
 from ..lora_routing import adapter_keys
 from ..study.records import PRESETS, Preset
@@ -143,10 +143,11 @@ def _tail(x):   # an embedding gets token numbers
 @contextmanager
 def _watching(switch, outputs, errors):   # output of each layer; and, if `errors` is a dict, its error alone
     def look(l, args, y):
-        name,bits,x = switch.sites[l.index].name,switch.settings[l.index].bits,_tail(args[0])
+        name,setting,x = switch.sites[l.index].name,switch.settings[l.index],_tail(args[0])
         outputs[name] = _tail(y)
         if errors is None: return
-        errors[name] = 0. if bits.is_float else _relative(l.at(x, Setting(bits, None)), l.base(x))
+        alone = setting._replace(adapter=None)
+        errors[name] = 0. if setting.bits.is_float else _relative(l.at(x, alone), l.base(x))
     hooks = [l.register_forward_hook(look) for l in switch.layers]
     try: yield
     finally:

@@ -105,7 +105,7 @@ def bits_on_offer(
 )->list[str]: # 'float' first, where there is float
     "Bits that all layers of a model can have: its adapters, its calibrated ranges and what it stores allow no others."
     switch,widths = switch_of(model),(None, 8, 7, 6, 5, 4, 3, 2)
-    static = switch.cfg.act=='per_tensor' and {b.a for n in switch.profiles for b,_ in switch.bound[n]}
+    static = switch.cfg.act=='per_tensor' and {s.bits.a for n in switch.profiles for s in switch.bound[n]}
     def fits(b):
         try: bound = switch.bind(Profile('x', b))
         except ValueError: return False

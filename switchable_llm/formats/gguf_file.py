@@ -153,11 +153,11 @@ def _gguf_add(gguf, w, name, v, dtype):
     w.add_tensor(name, data, raw_dtype=kind)
     return kind.name if v.ndim>1 else None
 
-def _checked_blocks(gguf, layer, bits, name):   # that what is written is the layer's weight
-    kind,data = gguf_blocks(layer, bits, name)
+def _checked_blocks(gguf, layer, bits, plain, name):   # that what is written is the layer's weight
+    kind,data = gguf_blocks(layer, bits, name, plain)
     got = torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
-    want = layer.weight_at(bits).detach().float().cpu()
-    want,most = (want.T if layer.axis==1 else want),layer.codes_at(bits)[1].scale.max()
+    want = layer.weight_at(bits, plain).detach().float().cpu()
+    want,most = (want.T if layer.axis==1 else want),layer.codes_at(bits, plain)[1].scale.max()
     if (got-want).abs().max()>1.2*most+1e-7:   # at w8, asymmetric, rounded again, a step can be missed
         raise ValueError(f"layer {name}: its weight at w{bits} is no code times a scale, under {layer.switch.cfg}: choose dtype='F16'")
     return kind, data
@@ -220,7 +220,7 @@ def _gguf_write(w, path):
 
 class _Plan(NamedTuple):   # what goes where
     adapter:str|None    # 'merged', 'file' or nothing
-    exact:dict          # name of a weight -> layer and bits, whose codes are written
+    exact:dict          # name of a weight -> layer, bits, whether its rotation is left off: its codes are written
     types:dict          # name of a weight -> its type, where it is another than `rest`
     rest:str            # the type of the others
 
@@ -233,10 +233,10 @@ def _plan(model, profile, rows, dtype, adapter, ends):
     given = {k:ends[s.site] for k,(s,*_) in at.items() if ends.get(s.site)} | {
         k:ends[s] for s,k in _end_names(model).items() if ends[s]}
     if dtype!='auto': return _Plan(adapter, {}, given, dtype)
-    new = {k:(l, t.bits.w) for k,(_,l,t) in at.items() if (t.bits.w or 9)<=8 and k not in given}
+    new = {k:(l, t.bits.w, t.plain) for k,(_,l,t) in at.items() if (t.bits.w or 9)<=8 and k not in given}
     merged = {k for k in new if adapter=='merged' and at[k][2].adapter is not None}
     for k in [k for k in new if k not in merged]:
-        if why := block_fault(new[k][0]):
+        if why := block_fault(new[k][0], new[k][2]):
             raise ValueError(f"layer {at[k][0].name}: {why}: choose dtype='F16', or leave it float in the profile")
     return _Plan(adapter, {k:v for k,v in new.items() if k not in merged}, given | dict.fromkeys(merged, 'Q8_0'), own)
 

@@ -17,7 +17,7 @@ from ..system.files import write_whole
 from ..core.switching import refuse_save_, switch_of, use_profile
 from ..core.profiles import Profile
 from ..core.experts import QuantExpert
-from ..core.layers import QuantLayer, Setting
+from ..core.layers import QuantLayer
 from ..lora_routing import LoRA
 from ..models.loading import optional
 from ..serving.exports import (
@@ -32,7 +32,7 @@ def use_weights_only(
     "A `with` block at a profile without its activation bits; adapters as before."
     switch = switch_of(model)
     live = switch.find(profile)
-    live['settings'] = tuple(Setting(Bits(s.bits.w), s.adapter) for s in live['settings'])
+    live['settings'] = tuple(s._replace(bits=Bits(s.bits.w)) for s in live['settings'])
     with switch.block(**live): yield model
 
 class LogitGap(NamedTuple):
@@ -111,7 +111,7 @@ def torchao_weight(
         raise ValueError(f"layer {name}: torchao's tensors hold at most 8 bits, not w{bits}: "
                          "give the layer 8 bits or float in the profile, or use merge")
     tensor = importlib.import_module('torchao.quantization').IntxUnpackedToInt8Tensor
-    q,qp = layer.codes_at(bits)
+    q,qp = layer.codes_at(bits, True)   # none that is rotated comes here
     q,cfg = (q.T if layer.axis==1 else q).short(),layer.switch.cfg
     scale,zero = qp.scale.float(),qp.zero_point.float().expand_as(qp.scale)
     block = (q.shape[0]//scale.shape[0], q.shape[1]//scale.shape[1])
@@ -129,6 +129,9 @@ def _torchao_layer(site, layer, setting, memo, activations):
     if isinstance(layer, QuantExpert):
         raise ValueError(f"layer {site.name}: one of several experts, held in a stack, for which torchao has no tensors: "
                          "use merge or export_float")
+    if setting.bits.w is not None and layer.rotates and not setting.plain:
+        raise ValueError(f"layer {site.name}: its codes are of a rotated weight, and torchao turns no inputs: use merge or "
+                         "export_float, which turn it back, or leave the rotation off by a rule of the profile")
     bits,how = setting.bits.w,_torchao_activations(site, layer, setting.bits) if activations else None
     if bits is None: base = copy.deepcopy(layer.base, memo)
     else:
@@ -137,7 +140,7 @@ def _torchao_layer(site, layer, setting, memo, activations):
             weight = torchao_weight(layer, bits, site.name, how)
             memo[key] = nn.Parameter(weight, requires_grad=False)
         base = _torchao_base(layer, memo[key], memo)
-        want = layer.weight_at(bits)
+        want = layer.weight_at(bits, True)
         if not torch.equal(base.weight.dequantize(), want.T if layer.axis==1 else want):
             raise ValueError(f"layer {site.name}: torchao's w{bits} weight is not the model's, "
                              f"under {layer.switch.cfg}: use merge")

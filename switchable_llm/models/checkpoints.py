@@ -23,7 +23,7 @@ from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tenso
 from ..core.experts import expert_stacks
 
 # %% ../../nbs/models/checkpoints.ipynb #14b5e8dd
-FORMAT_VERSION = 3   # 1: adapters and observers only; 2: no codes; written still where there is no more
+FORMAT_VERSION = 4   # 1: adapters and observers only; 2: no codes; 3: no rotation; written still where there is no more
 
 def base_hash(
     model:nn.Module,          # A model, switchable or not
@@ -107,7 +107,9 @@ def describe(
     return d | (dict(trained=trained) if trained else {})
 
 def _oldest_that_holds(d, state):   # the first format has neither gates, nor learned ranges, nor a trained base
-    if any(k.endswith('.codes.nested.codes') for k in state): return FORMAT_VERSION
+    rules = (r for p in d['profiles'] for r in p.get('rules', ()))
+    if 'rotate' in d['quantizer'] or any('rotate' in r for r in rules): return FORMAT_VERSION
+    if any(k.endswith('.codes.nested.codes') for k in state): return 3
     later = d.get('trained') or d['gates'] or any(k.endswith('.log_ratio') for k in state)
     return 2 if later else 1
 

@@ -48,6 +48,8 @@ def check_settings(
     names = {'float', *(p.name for p in read)}
     if cfg.profile not in names: raise ValueError(f"profile={cfg.profile!r}: choose one of {', '.join(sorted(names))}")
     cfg.quantizer = _quant_config(cfg.quantizer).to_dict()
+    rules = [r for p in cfg.profiles for r in p.get('rules', ())]
+    cfg.format_version = 2 if 'rotate' in cfg.quantizer or any('rotate' in r for r in rules) else 1
     if cfg.route not in ROUTES: raise ValueError(f"route={cfg.route!r}: choose one of {', '.join(ROUTES)}")
     if fault := lora_fault(cfg.r, cfg.alpha, cfg.dropout): raise ValueError(fault)
     if cfg.r>MOST_RANK: raise ValueError(f"r={cfg.r}: a rank above {MOST_RANK:,} is more than any layer has features")

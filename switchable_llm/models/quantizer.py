@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # %% ../../nbs/models/quantizer.ipynb #64aab416
 METHOD,PACKED_METHOD = 'switchable_llm','switchable_llm_packed'   # `quant_method` of a folder
-FORMAT_VERSION = 1                                                # of `quantization_config`
+FORMAT_VERSION = 2   # of `quantization_config`, the newest that is read; 1 has no rotation, and is written where there is none
 
 class SwitchableConfig(QuantizationConfigMixin):
     "What `from_pretrained` makes of a model: its profiles, how its layers quantize, its adapters."

@@ -78,6 +78,13 @@ class Choices:
         bits = self.s.reference.bits(self.sites)
         for members,o in zip(self.members, choice): bits |= dict.fromkeys(members, self.options[o])
         return compact_profile(name, self.sites, bits)
+    def choice_of(self,
+        profile:Profile, # Any
+    )->tuple[int,...]|None: # `None` if it gives a group other bits than the options, or several
+        "The choice that a profile is."
+        bits,at = profile.bits(self.sites),{o:i for i,o in enumerate(self.options)}
+        found = [{at.get(bits[m]) for m in members} for members in self.members]
+        return tuple(f.pop() for f in found) if all(len(f)==1 and None not in f for f in found) else None
     def predicted(self,
         choice:Iterable[int], # Option of each group
     )->float: # Nats per token
@@ -142,6 +149,14 @@ class Step(NamedTuple):
     predicted:float        # Loss by the additive model, nats per token
     loss:float             # Measured
     cost:int               # What it costs
+    origin:str             # 'allocated', 'uniform', 'named' or 'searched'
+
+def _first(choices, start, profiles):   # what a search has to be better than: (choice, where it is from)
+    uniform = [(o,)*len(choices.members) for o in range(len(choices.options))]
+    named = filter(None, map(choices.choice_of, profiles))
+    every = [(start.choice, 'allocated'), *((c, 'uniform') for c in uniform), *((c, 'named') for c in named)]
+    fits = [(c, kind) for c,kind in every if choices.cost(c, start.of)<=start.budget]
+    return {c:next(kind for other,kind in fits if other==c) for c,_ in fits}
 
 def _children(choices, parents, budget, of, rng, counts, n=200):   # choices within the budget, and their expected loss
     rises,costs = choices.mean_rises(counts),choices.costs[of]
@@ -157,32 +172,46 @@ def search(
     meter:Meter,            # The examples of the sensitivity
     choices:Choices,        # The additive model
     start:Allocation,       # Where to begin, and the budget
-    evaluations:int=24,     # Profiles to measure
+    evaluations:int=24,     # Profiles to measure after the first generation
     seed:int=0,             # Of the proposals
+    profiles:Iterable[Profile]=(), # For the first generation, as far as they are choices within the budget
     progress:bool=False,    # Show a bar
 )->list[Step]: # What was measured, in order; `best` picks the winner
-    "Look for a better profile than an allocation, within its budget."
+    "Measure an allocation, uniform and named profiles, then look near the best of them, all within the budget."
     if evaluations<1: raise ValueError(f"evaluations={evaluations}: needs 1 or more")
     of,budget,history = start.of,start.budget,[]
-    def add(choice):
+    def add(choice, origin):
         loss = meter.loss(choices.profile(choice))
-        history.append(Step(choice, choices.predicted(choice), loss, choices.cost(choice, of)))
-    add(start.choice)
-    for i in tqdm(range(1, evaluations), 'search', disable=not progress):
+        history.append(Step(choice, choices.predicted(choice), loss, choices.cost(choice, of), origin))
+    for choice,origin in _first(choices, start, profiles).items(): add(choice, origin)
+    for i in tqdm(range(1, evaluations+1), 'search', disable=not progress):
         rng,known = np.random.default_rng([seed, i]),{s.choice for s in history}
         resample = lambda: rng.multinomial(len(meter.n), np.full(len(meter.n), 1/len(meter.n)))
         pool = [(allocate(choices, budget, of, resample()).choice, -np.inf)] if i%3==1 else []
         pool += _children(choices, sorted(history, key=lambda s: s.loss)[:4], budget, of, rng, resample())
         new = (c for c,_ in sorted(pool, key=lambda c: c[1]) if c not in known and choices.cost(c, of)<=budget)
         if (child := next(new, None)) is None: break   # nothing else fits
-        add(child)
+        add(child, 'searched')
     return history
 
 def best(
-    history:list[Step], # From `search`
-)->Step: # The winner
-    "The measured profile of least loss."
-    return min(history, key=lambda s: s.loss)
+    history:list[Step],  # From `search`
+    choices:Choices,     # As the search had them
+    meter:Meter,         # Examples that chose nothing so far
+    finalists:int=6,     # Of least loss so far; as many of the first generation come along
+)->Step: # The winner; its loss is what `meter` says
+    "The cheapest profile that is as good as the best, on new examples, by the one-standard-error rule."
+    losses = sorted(history, key=lambda s: s.loss)
+    final = dict.fromkeys(losses[:finalists]+[s for s in losses if s.origin!='searched'][:finalists])
+    nll = {s:meter(choices.profile(s.choice)) for s in final}
+    line = []   # the cheapest first, each better than all that cost less
+    for s in sorted(nll, key=lambda s: (s.cost, nll[s].sum())):
+        if not line or nll[s].sum()<nll[line[-1]].sum(): line.append(s)
+    def near(s):   # to the best one
+        d = crossed_mean([nll[s]-nll[line[-1]]], meter.n)
+        return d.value<=d.error
+    chosen = next(s for s in line if s is line[-1] or near(s))
+    return chosen._replace(loss=float(nll[chosen].sum()/sum(meter.n)))
 
 # %% ../../nbs/search/allocation.ipynb #ec1e272d
 @dataclass(frozen=True)

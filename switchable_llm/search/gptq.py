@@ -13,6 +13,7 @@ from torch import nn, Tensor
 from ..system.progress import tqdm
 from ..quantizers import Bits, QuantConfig, blocks, check_bits, least_error, unblocks, whole_step
 from ..core.layers import Setting
+from ..core.rotation import rotate
 from ..core.switching import check_unfrozen
 
 # %% ../../nbs/search/gptq.ipynb #ee8a93f8
@@ -235,7 +236,9 @@ def quantize_(
         for l in share: groups.setdefault(inputs.of.get(l.index, l.index), []).append(l)
         for i,group in groups.items():
             h = inputs.sums.pop(i, None)   # of an expert that no token reached: nothing
-            found |= _choose_codes(group, h, widths, passes, damping)
+            for turned in (False, True):   # inputs that are rotated where others are not, have another sum
+                some = [l for l in group if l.rotates==turned]
+                if some: found |= _choose_codes(some, _rotated_sum(h) if turned else h, widths, passes, damping)
             bar.update(len(group))
     bar.close()
     return {s.name:found[l.index] for l,s in zip(switch.layers, switch.sites) if l.index in found}
@@ -247,9 +250,12 @@ def _check_widths(widths):
         if check_bits(b, 'widths')>8: raise ValueError(f"widths={b}: nested codes hold 2 to 8 bits")
     return widths
 
+def _rotated_sum(h):   # of products of x R, from that of x
+    return None if h is None else rotate(rotate(h).T.contiguous()).T.contiguous()
+
 def _choose_codes(layers, h, widths, passes, damping):   # of layers with one input
     cfg = layers[0].switch.cfg
-    ws = [(l.weight.T if l.axis else l.weight).detach().float() for l in layers]
+    ws = [(w.T if l.axis else w).float() for l in layers for w in (l.rotated_weight().detach(),)]
     if h is None: h = torch.eye(ws[0].shape[1], device=ws[0].device)
     if not torch.isfinite(h).all():
         name = layers[0].switch.sites[layers[0].index].name

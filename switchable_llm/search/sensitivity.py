@@ -157,7 +157,7 @@ class Meter:
         if whole!=old: self.log.write_text(whole)
         with self.log.open('a') as f: f.write(json.dumps(dict(key=key, nll=nll))+'\n')
 
-def _key(settings): return hashlib.sha256(json.dumps([f'{b}/{a}' for b,a in settings]).encode()).hexdigest()[:16]
+def _key(settings): return hashlib.sha256(json.dumps([f'{s.bits}/{s.adapter}'+'/p'*s.plain for s in settings]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/search/sensitivity.ipynb #16a5c7b5
 def bit_options(
@@ -168,7 +168,7 @@ def bit_options(
     if switch.route_name=='profile':
         raise ValueError(f"route={switch.route_name!r}: the adapters go by the profile's name, so no other profile "
                          "finds them; add adapters with route='bits'")
-    used = {b for n in switch.profiles for b,_ in switch.bound[n]}
+    used = {s.bits for n in switch.profiles for s in switch.bound[n]}
     keys = [k for k in adapter_keys(model) if k.isdigit()]
     w,a = {int(k) for k in keys} or {b.w for b in used}-{None},{b.a for b in used}-{None}
     if switch.cfg.act=='per_tensor':   # calibrated in every layer

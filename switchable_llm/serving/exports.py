@@ -41,12 +41,12 @@ def freeze(
     switch = _unpacked_switch(model)
     path = check_target(path, 'a packed file', is_packed, space=sum(p.numel() for p in model.parameters())//2)
     names = _served(switch, profiles)
-    used,ends = _used_bits(switch, names),_own_ends(model, switch, dict(embedding=embedding, lm_head=lm_head))
+    used,off,ends = _used_bits(switch, names),_unrotated(switch, names),_own_ends(model, switch, dict(embedding=embedding, lm_head=lm_head))
     tensors,layers,owner = {},[],{}
     for l,s in list(zip(switch.layers, switch.sites))+ends:
         l,fixed = l if isinstance(l, tuple) else (l, None)
         widths = [fixed] if fixed else used.get(s.name)
-        if widths: layers.append(_pack_layer(l, fixed, s, widths, switch, tensors, owner, names))
+        if widths: layers.append(_pack_layer(l, fixed, s, widths, switch, tensors, owner, names, s.name in off))
     _drop_planes(layers, tensors)
     tensors |= _float_rest(model, {d['name'] for d in layers})
     d = _describe(model, switch, names, layers)
@@ -86,7 +86,7 @@ def _float_rest(model, packed):   # what no packed layer holds; what the configu
 def _describe(model, switch, names, layers):   # what the file says of itself, but for checksums
     packed,generation = {d['name'] for d in layers},getattr(model, 'generation_config', None)
     return dict(
-        format_version=PACKED_VERSION, model_class=type(model).__name__,
+        format_version=3 if any('rotated' in d for d in layers) else 2, model_class=type(model).__name__,
         config=json.loads(model.config.to_json_string(use_diff=False)),
         dtype=str(model.dtype).removeprefix('torch.'),
         generation=_generation(generation) if generation else None,
@@ -127,6 +127,16 @@ def _used_bits(switch, names):   # name of a layer -> widths it is packed at; no
         raise ValueError(f"profiles={names}: every layer is float in all of them; name one with quantized weights")
     return used
 
+def _unrotated(switch, names):   # names of layers whose rotation is left off: by all profiles, since there is one code
+    off = set()
+    for i,s in enumerate(switch.sites):
+        of = {n:switch.bound[n][i].plain for n in names}
+        if len(set(of.values()))<2: off |= {s.name}&{s.name for n in of if of[n]}; continue
+        one,other = (next(n for n in of if of[n]==plain) for plain in (True, False))
+        raise ValueError(f"layer {s.name}: profile {one!r} leaves its rotation off and {other!r} does not, and a packed file "
+                         "has one code for both: write the same `rotate` in their rules, or leave one out with profiles=[...]")
+    return off
+
 def _own_ends(model, switch, widths):   # [((module, bits), Site)] of ends packed at a width of their own
     found,sites = [],{id(l):s.site for l,s in zip(switch.layers, switch.sites)}
     ends = dict(embedding=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
@@ -140,7 +150,7 @@ def _own_ends(model, switch, widths):   # [((module, bits), Site)] of ends packe
         found.append(((module, widths[site]), Site(name, site, None)))
     return found
 
-def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its description; adds to `tensors`
+def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names, plain):   # its description; adds to `tensors`
     kind = type(getattr(layer, 'base', layer))
     if s.site=='embedding' and kind is not nn.Embedding:
         raise ValueError(f"embedding {s.name} is a {kind.__name__}, which does more than look up rows: leave it float "
@@ -150,25 +160,27 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names):   # its
     d = dict(name=s.name, site=s.site, layer=s.layer, widths=widths, fixed=fixed,
              codes=owner.setdefault((id(p), number), s.name), shape=list(w.shape[::-1] if axis else w.shape),
              adapters=[], ranges=[])
-    if d['codes']==s.name: tensors |= _codes(layer, switch.cfg, d)
+    if isinstance(layer, QuantLayer) and layer.rotates and not plain: d['rotated'] = True
+    if d['codes']==s.name: tensors |= _codes(layer, switch.cfg, d, plain)
     if s.site!='embedding':
         planes = Planes(*(tensors[f"{d['codes']}.{k}"] for k in ('high','middle','low')), *d['shape'])
         tensors |= {f"{d['codes']}.sums{b}":code_sums(planes, b) for b in widths}
     if getattr(layer, 'bias', None) is not None: tensors[f'{s.name}.bias'] = layer.bias.detach()
     if fixed is not None: return d
-    return d | _learned(layer, s, [switch.bound[n][layer.index].adapter for n in names], tensors)
+    return d | _learned(layer, s, [switch.bound[n][layer.index].adapter for n in names], tensors, plain)
 
-def _codes(layer, cfg, d):   # the planes of a weight, and their step
+def _codes(layer, cfg, d, plain):   # the planes of a weight, and their step
     n,k = d['shape']
-    if isinstance(layer, QuantLayer): codes,step = layer.nested_parts()
+    if isinstance(layer, QuantLayer): codes,step = layer.nested_parts(plain)
     else: codes,step = nested_codes(blocks(layer.weight.detach(), cfg), cfg.weight_range)   # an end that no profile has
     planes = pack_planes(codes.reshape(n, -1)[:, :k].contiguous())
     parts = dict(zip(('high','middle','low'), planes)) | dict(step=step[..., 0].expand(n, -1))
     return {f"{d['name']}.{p}":t for p,t in parts.items()}
 
-def _learned(layer, s, keys, tensors):   # adapters that the profiles use, and activation ranges
+def _learned(layer, s, keys, tensors, plain):   # adapters that the profiles use, and activation ranges
     keys = dict.fromkeys(k for k in keys if k is not None)
-    seen = {int(b):o for b,o in layer.observers.items() if o.seen}
+    own = {layer.range_key(b, plain):b for b in range(2, 17)}
+    seen = {own[k]:o for k,o in layer.observers.items() if o.seen and k in own}
     for k in keys:
         for ab in 'ab': tensors[f'{s.name}.adapters.{k}.{ab}'] = getattr(layer.adapters[k], ab).detach()
     tensors |= {f'{s.name}.range{b}':torch.stack([o.lo, o.hi]).detach() for b,o in seen.items()}
@@ -237,7 +249,7 @@ def merged_weight(
     setting:Setting,   # Its bits and adapter
 )->Tensor: # Weight in the base's type and orientation
     "Fake-quantized weight plus its adapter (Hu et al. 2021, section 4.1), rounded once."
-    w = layer.weight_at(setting.bits.w).detach()
+    w = layer.unrotated_weight_at(setting.bits.w, setting.plain).detach()
     if setting.adapter is None: return w
     lora = layer.adapters[setting.adapter]
     delta = (lora.b.float() @ lora.a.float())*lora.scaling
@@ -301,7 +313,7 @@ def merge(
 )->nn.Module: # A plain transformers model in evaluation mode, in the base's type; activations are float
     "The model of one profile, without anything of this library in it."
     _,rows = layers_at(model, profile)
-    if not adapters: rows = [(s, l, Setting(t.bits, None)) for s,l,t in rows]
+    if not adapters: rows = [(s, l, t._replace(adapter=None)) for s,l,t in rows]
     return _retie(model, copy_with(model, rows, _plain_layer))
 
 # %% ../../nbs/serving/exports.ipynb #729299bb

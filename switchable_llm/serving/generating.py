@@ -258,8 +258,8 @@ class PackedModel(PreTrainedModel):
     packed_file,packed_mark = None,None   # where it was loaded from, and what tells that file from others
 
     def save_pretrained(self, *args, **kwargs):
-        "Copy the file into a folder that transformers opens: see `serving/formats`, which is imported when it is needed."
-        import_module('switchable_llm.formats.torchao').save_packed_model(self, *args, **kwargs)
+        "Copy the file into a folder that transformers opens: see `serving/hub`, which is imported when it is needed."
+        import_module('switchable_llm.serving.hub').save_packed_model(self, *args, **kwargs)
 
     def tie_weights(self, *args, **kw):
         "As transformers does; once the layers are in place, what is tied shares its tensors or its codes already."

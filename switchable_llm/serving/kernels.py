@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from ..core.rotation import rotate, rotation_of
 from ..core.integer import try_kernel, library, native_features, native_report
 from ..quantizers import QParams, qrange, quantize, token_qparams
 
@@ -139,8 +140,8 @@ class ActQuant(NamedTuple):
         if not lo<=self.zero<=hi:
             raise ValueError(f"activation zero point {self.zero}: {self.bits} bits need {lo} to {hi}")
 
-_BUFFERS = 'high middle low dense scale sums bias lora_a lora_bt totals'.split()
-_NUMBERS = 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero group step_type'.split()
+_BUFFERS = 'high middle low dense scale sums bias lora_a lora_bt totals signs matrix'.split()
+_NUMBERS = 'n k kp r bits dense_type dense_columns act_mode act_bits act_symmetric act_zero group step_type block order'.split()
 FLOAT_TYPES = {torch.float32:0, torch.bfloat16:1, torch.float16:2}
 
 class _Linear(ctypes.Structure):   # SlLinear of csrc/packed.h
@@ -260,11 +261,13 @@ class LinearPlan:
         bias:Tensor|None=None, # (outputs,)
         act:ActQuant|None=None,# Quantization of the input; `None` for float activations
         lora:tuple[Tensor,Tensor,float]|None=None, # Adapter: A (rank, inputs), B (outputs, rank), scaling
+        rotated:bool=False,    # The codes are of a rotated weight, and the input is rotated; the adapter's is not
     ):
         n,k = check_planes(planes, bits)[3:]
         if k>65536: raise ValueError(f"{k} inputs: the sums are kept in 32 bits, which is enough for 65536")
         if act is not None: act.check()
         self.planes,self.bits,self.act,self.scale,self.zero = planes,bits,act,_check_steps(scale, n, k),nested_zero(bits)
+        self.rotation = rotation_of(k) if rotated else None
         self.grouped = isinstance(scale, GroupSteps)
         if act is None or self.grouped: sums = None   # float activations have no zero point to multiply
         elif sums is None: sums = code_sums(planes, bits)
@@ -306,6 +309,9 @@ def _describe(p):   # the plan as the kernels read it
     if p.lora is not None:
         buffers |= dict(lora_a=p.lora[0], lora_bt=p.lora[1])
         numbers |= dict(r=len(p.lora[0]), lora_scale=p.lora[2])
+    if p.rotation is not None:
+        buffers |= dict(signs=p.rotation.signs, matrix=p.rotation.matrix)
+        numbers |= dict(block=p.rotation.block, order=p.rotation.order)
     if a is not None:
         numbers |= dict(act_mode=2 if a.scale is None else 1, act_bits=a.bits, act_symmetric=a.symmetric,
                         act_zero=a.zero, act_scale=a.scale or 0.)
@@ -359,8 +365,9 @@ def _int_product(q, w):   # exact integer sums of (tokens, inputs) int8 and (inp
 def _torch_linear(x, p):
     if x.numel()==0: return x.new_zeros(*x.shape[:-1], p.planes.n)
     flat,w,offset = x.reshape(-1, p.planes.k),_codes(p),2**(p.bits-1)
-    if p.act is None: y = _float_sums(flat, w, p, p.zero-offset)
-    else: y = (_group_sums if p.grouped else _code_sums)(flat, w, p, offset)
+    turned = flat if p.rotation is None else rotate(flat)
+    if p.act is None: y = _float_sums(turned, w, p, p.zero-offset)
+    else: y = (_group_sums if p.grouped else _code_sums)(turned, w, p, offset)
     if p.bias is not None: y = y + p.bias.double()
     if p.lora is not None: y = y.float() + flat.float()@p.lora[0].T*p.lora[2]@p.lora[1]
     return y.to(x.dtype).view(*x.shape[:-1], p.planes.n)
@@ -395,8 +402,9 @@ def plane_linear_reference(
     "The formula as it stands, in double: the oracle."
     w = (unpack_planes(p.planes, p.bits).double()-p.zero)*_spread(p).T.double()
     flat = x.reshape(-1, p.planes.k)
-    qp = None if p.act is None or not len(flat) else p.act.qparams(flat)
-    v = flat.double() if qp is None else (quantize(flat, qp).double()-qp.zero_point)*qp.scale.double()
+    turned = flat if p.rotation is None else rotate(flat)
+    qp = None if p.act is None or not len(flat) else p.act.qparams(turned)
+    v = turned.double() if qp is None else (quantize(turned, qp).double()-qp.zero_point)*qp.scale.double()
     y = v@w.T + (0 if p.bias is None else p.bias.double())
     if p.lora is not None: y = y + flat.double()@p.lora[0].double().T*p.lora[2]@p.lora[1].double()
     return y.view(*x.shape[:-1], p.planes.n)

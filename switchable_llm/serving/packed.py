@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, fake_quant
 from ..core.experts import Experts, expert_stacks, share_of, unstack_
+from ..core.rotation import rotate
 from ..core.layers import LAYERS, Setting, Bank
 from ..core.profiles import Profile, Site
 from ..core.switching import Switch
@@ -59,6 +60,8 @@ class PackedLayer(Opaque):
     in_features = property(lambda self: self.k)
     out_features = property(lambda self: self.n)
     @property
+    def rotated(self)->bool: return self.switch.rotated[self.index]
+    @property
     def planes(self): return Planes(self.high, self.middle, self.low, self.n, self.k)
 
     def act_quant(self,
@@ -89,6 +92,7 @@ class PackedLayer(Opaque):
     def plan(self,
         bits:Bits,          # Weight bits 2 to 8, activation bits
         adapter:str|None,   # Key of the adapter, or `None`
+        plain:bool=False,   # As a `Setting` has it; here the file says which layers are rotated
     ): # Callable: input -> output
         "This layer at these bits, ready to be called."
         key = bits,adapter
@@ -99,7 +103,7 @@ class PackedLayer(Opaque):
             odd = step.shape[1]>1 and size%GROUP_UNIT
             scale = None if odd else group_steps(step, size) if step.shape[1]>1 else step[:, 0]*2**(8-bits.w)
             self._plans[key] = (_DensePlan(self, bits.w, *args) if odd else
-                                LinearPlan(self.planes, bits.w, scale, sums, self.bias, *args))
+                                LinearPlan(self.planes, bits.w, scale, sums, self.bias, *args, self.rotated))
         return self._plans[key]
 
     def run(self, x): return self.plan(*self.switch.settings[self.index])(x)
@@ -119,7 +123,8 @@ class _DensePlan:   # the product with an unpacked weight, where groups do not f
     def __init__(self, layer, bits, act, lora): self.layer,self.bits,self.act,self.lora = layer,bits,act,lora
     def __call__(self, x):
         full,bias = x.float(),self.layer.bias
-        q = full if self.act is None else fake_quant(full, self.act.qparams(full), self.act.scale is None)
+        turned = rotate(x).float() if self.layer.rotated else full
+        q = turned if self.act is None else fake_quant(turned, self.act.qparams(turned), self.act.scale is None)
         y = F.linear(q, self.layer.dense(self.bits), None if bias is None else bias.float())
         if self.lora: y = y+F.linear(F.linear(full, self.lora[0]), self.lora[1])*self.lora[2]
         return y.to(x.dtype)
@@ -147,6 +152,10 @@ class PackedSwitch(Switch):
             if not (b := bits.pop(n)).is_float:
                 raise ValueError(f"{where} {n} at {b}: it was float in all profiles that were frozen, "
                                  "and is float in this file")
+        off = profile.unrotated([*self.sites, *self.floats])
+        if lost := [s.name for s,rotated in zip(self.sites, self.rotated) if rotated and s.name in off]:
+            raise ValueError(f"{where} {lost[0]}: leaves its rotation off, and this file holds its weight rotated: "
+                             "take that out of the rule, or freeze the switchable model again")
         for n,b in bits.items():
             if b.w is None or b.w>8:
                 raise ValueError(f"{where} {n} at {b}: a packed file holds weights of 2 to 8 bits; "
@@ -351,6 +360,7 @@ def _put_layers(model, d, tensors):
     sites = [Site(l['name'], l['site'], l['layer']) for l in d['layers']]
     switch = PackedSwitch(sites, QuantConfig(**d['quantizer']))
     switch.stored = {l['name']:l['stored'] for l in d['layers']}
+    switch.rotated = tuple(l.get('rotated', False) for l in d['layers'])
     switch.floats = tuple(Site(*s) for s in d['float_layers'])
     switch.fixed = {l['name']:Bits(l['fixed']) for l in d['layers'] if l['fixed'] is not None}
     for i,l in enumerate(d['layers']):

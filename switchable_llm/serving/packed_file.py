@@ -47,7 +47,7 @@ def short(
     return s if len(s)<=most else s[:most]+'...'
 
 # %% ../../nbs/serving/packed_file.ipynb #0fee9f9b
-PACKED_VERSION = 2
+PACKED_VERSION = 3   # 3: rotated layers; a file without is written as version 2
 LARGEST_HEAD = 2**25   # bytes; a model of 126 layers with adapters for three widths has 2 MB
 BLANK = '0'*16        # stands for the checksum of the head while that is computed
 
@@ -178,12 +178,14 @@ _LAYER = _SITE | dict(
     fixed=(_or_none(_whole(2, 8)), '2 to 8 bits, or null'),
     codes=(_name, 'the layer that owns the codes'), shape=(_all(_whole(1), 2, 2), 'outputs and inputs'),
     stored=(_among(4, 6, 8), '4, 6 or 8 bits'), adapters=(_is(list), 'a list'),
-    ranges=(_all(_whole(2, 16)), 'a list of activation bits from 2 to 16'))
+    ranges=(_all(_whole(2, 16)), 'a list of activation bits from 2 to 16'), rotated=(_is(bool), 'true or false'))
 _ADAPTER = dict(key=(_key, 'a name without a dot'), r=(_whole(1), 'a rank of 1 or more'), alpha=(_number, 'a number'))
 _RULE = dict(bits=(_name, "bits like 'w4a8'"), site=(_all(_among(*SITES), 1), 'sites'),
-             layers=(_all(_whole(0), 1), 'numbers of blocks'), glob=(_name, 'a pattern'))
+             layers=(_all(_whole(0), 1), 'numbers of blocks'), glob=(_name, 'a pattern'), rotate=(_is(bool), 'true or false'))
 _PROFILE = dict(name=(_name, 'a name'), default=(_name, "bits like 'w4a8'"), rules=(_is(list), 'a list'))
-_QUANTIZER = {f.name:(_number if f.type is float else _is(f.type), f.type.__name__) for f in fields(QuantConfig)}
+_QUANTIZER = {f.name:(_number if f.type is float else _is(f.type), f.type.__name__)
+              for f in fields(QuantConfig) if isinstance(f.type, type)}
+_QUANTIZER['rotate'] = lambda v: v is True or _all(_among(*SITES), 1)(v), 'true, or sites'
 _FILE = dict(
     format_version=(_whole(1), 'a number'), model_class=(_name, 'a class of transformers'),
     config=(_is(dict), 'a configuration'), dtype=(_among(*FLOATS_BY_NAME), f"one of {', '.join(FLOATS_BY_NAME)}"),
@@ -210,7 +212,7 @@ def check_description(
     _check(d, _FILE, 'description', optional=('tokenizer','checksums') if first else ())
     if first: d = _as_version_2(d, names)
     elif set(d['checksums'])!=names: raise ValueError("checksums: not one for each tensor")
-    _check(d['quantizer'], _QUANTIZER, 'quantizer', optional=('weight_range',))
+    _check(d['quantizer'], _QUANTIZER, 'quantizer', optional=('rotate','weight_range'))
     if QuantConfig(**d['quantizer']).codes!='nested': raise ValueError("quantizer: needs codes='nested'")
     for l in d['layers']: _check_layer(l)
     for s in d['float_layers']: _check(dict(zip(_SITE, s)), _SITE, 'float layer')
@@ -233,7 +235,7 @@ def _as_version_2(d, names):   # a copy that says what version 1 left to the nam
 
 def _check_layer(l):
     where = f"layer {short(l.get('name'), 60)}"
-    _check(l, _LAYER, where)
+    _check(l, _LAYER, where, optional=('rotated',))
     for a in l['adapters']: _check(a, _ADAPTER, f'{where}, adapter')
     for k,values in (('adapters', [a['key'] for a in l['adapters']]), ('ranges', l['ranges'])):
         if len(set(values))<len(values): raise ValueError(f"{where}: {k} that are there twice")
@@ -241,6 +243,8 @@ def _check_layer(l):
         raise ValueError(f"{where}: stored={l['stored']}: has widths up to {max(l['widths'])}")
     if l['site']!='embedding' and l['shape'][1]>65536:
         raise ValueError(f"{where}: {l['shape'][1]} inputs: the kernels add up 65536")
+    if l.get('rotated') and (l['site']=='embedding' or l['fixed'] is not None or l['shape'][1]%4):
+        raise ValueError(f"{where}: rotated=True: a layer that multiplies at the profiles' bits, of a multiple of 4 inputs")
     extra = bool(l['adapters'] or l['ranges'])
     if l['fixed'] is not None and (l['widths']!=[l['fixed']] or extra or l['layer'] is not None):
         raise ValueError(f"{where}: fixed={l['fixed']}: an end of one width has nothing else")
@@ -250,15 +254,15 @@ def _check_owner(l, owner):
     where = f"layer {short(l['name'], 60)}"
     if owner is None or owner['codes']!=owner['name']:
         raise ValueError(f"{where}: codes={short(l['codes'], 60)}: no layer that owns codes")
-    for k in ('shape','stored'):
-        if l[k]!=owner[k]:
-            raise ValueError(f"{where}: {k}={l[k]}: shares the codes of {owner['name']}, which has {owner[k]}")
+    for k in ('shape','stored','rotated'):
+        if l.get(k, False)!=owner.get(k, False):
+            raise ValueError(f"{where}: {k}={l.get(k)}: shares the codes of {owner['name']}, which has {owner.get(k)}")
 
 def _check_profiles(profiles, layers):
     for p in profiles:
         where = f"profile {short(p.get('name'), 60)}"
         _check(p, _PROFILE, where, optional=('rules',))
-        for r in p.get('rules', ()): _check(r, _RULE, f'{where}, rule', optional=('site','layers','glob'))
+        for r in p.get('rules', ()): _check(r, _RULE, f'{where}, rule', optional=('site','layers','glob','rotate'))
     rules = sum(len(p.get('rules', ())) for p in profiles)
     if rules*layers>10**7:
         raise ValueError(f"profiles: {rules:,} rules for {layers:,} layers are more than any model needs")

@@ -311,7 +311,7 @@ def _half(name, p, second):   # of a layer's outputs, where they lie
     if lora is not None: lora = lora[0],lora[1].T[at],lora[2]
     sums = None if p.sums is None else p.sums[at]
     scale = p.scale._replace(steps=p.scale.steps[blocks]) if p.grouped else p.scale[at]
-    return LinearPlan(planes, p.bits, scale, sums, bias, p.act, lora)
+    return LinearPlan(planes, p.bits, scale, sums, bias, p.act, lora, p.rotation is not None)
 
 def _multiplier(name, m, plan_of):   # LinearPlan or Dense
     if isinstance(m, Half): return _half(name, _multiplier(name, m.layer, plan_of), m.second)

@@ -123,20 +123,21 @@ def trained_model(
     switch_of(model).kernel = preset.kernel
     return model.eval(), tokenizer
 
-def _choose(meter, choices, budgets, evaluations, seed, say):   # entries of the front, and what the searches saw
-    entries,searches = [],[]
+def _choose(meter, confirming, choices, budgets, evaluations, seed, say):   # entries of the front, and what searches saw
+    entries,searches,named = [],[],[p for p in switch_of(meter.model).profiles.values() if p.name!='float']
     for of,limits in budgets.items():
         for i,limit in enumerate(limits):
             a = allocate(choices, limit, of)
-            steps = search(meter, choices, a, evaluations, seed)
-            found = best(steps)
+            steps = search(meter, choices, a, evaluations, seed, named)
+            found = best(steps, choices, confirming)
             say(f'{of} {limit:.4g}: predicted {a.predicted:.4g}, allocated {steps[0].loss:.4g}, '
-                f'searched {found.loss:.4g} nats per token')
+                f'chosen {found.loss:.4g} nats per token on other questions, {found.origin}')
             by_chance = random_choice(choices, limit, of, seed+i)
             made = dict(random=by_chance, allocated=a.choice, searched=found.choice)
             entries += [(choices.profile(c, f'{k}-{of}-{i+1}'), k, of) for k,c in made.items()]
-            seen = [[float(f'{x:.5g}') for x in (s.predicted, s.loss)]+[s.cost] for s in steps]
-            searches.append(dict(of=of, budget=limit, options=[str(o) for o in choices.options], steps=seen))
+            seen = [[float(f'{x:.5g}') for x in (s.predicted, s.loss)]+[s.cost, s.origin] for s in steps]
+            searches.append(dict(of=of, budget=limit, options=[str(o) for o in choices.options], steps=seen,
+                                 chosen=found.origin))
     return entries, searches
 
 def _claims(meter, w_bits, a_bits):   # the attention and the MLP, each dropped as a whole
@@ -154,6 +155,7 @@ def run_allocation(
     checkpoint:str|Path|None=None, # A jointly trained model; by default that of `run_joint`, or one trained now
     name:str|None=None,            # Name of the record; by default that of `run_joint`
     n_search:int=128,              # Training questions to choose by
+    n_confirm:int|None=None,       # Others, on which the finalists of a search meet; by default twice as many
     n_score:int=300,               # Validation questions to score by
     max_length:int=256,            # Most tokens of these questions
     w_bits:Iterable[int]|None=None, # Weight bits to choose from; by default all that the model has
@@ -166,6 +168,7 @@ def run_allocation(
 )->dict: # The record, which is also saved
     "Sensitivity, allocation, search and front of one trained model; resumable."
     check_single()
+    n_confirm = n_confirm or 2*n_search
     joint = run_name(preset)
     name = name or joint
     root = Path(out)/'progress'/preset.name
@@ -176,31 +179,33 @@ def run_allocation(
     w,a = sorted(w if w_bits is None else w_bits),sorted(a if a_bits is None else a_bits)
     reference,budgets = uniform(max(w), max(a)),budgets or default_budgets(model, w, a)
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
-    settings = dict(preset=asdict(preset), n_search=n_search, n_score=n_score, max_length=max_length, w_bits=w,
+    settings = dict(preset=asdict(preset), n_search=n_search, n_confirm=n_confirm, n_score=n_score, max_length=max_length, w_bits=w,
                     a_bits=a, budgets=budgets, evaluations=evaluations, f1=f1, base=base,
                     adapters=read_switchable(folder)['tensors_sha256'])
     stage(work/'settings.json', settings, lambda: None)   # with other settings, or another model, this folder is taken
     data,_,questions = study_data(preset, tokenizer)
-    items,seen = search_items(preset, data, n_search, max_length)
+    both,seen = search_items(preset, data, n_search+n_confirm, max_length)
+    items,others = both[:n_search],both[n_search:]
     fits = [(q, e) for q in questions if len((e := encode(q, tokenizer, 10**6)).ids)<=max_length][:n_score]
     meter = Meter(model, items, tokenizer.pad_token_id, log=work/'choosing.jsonl')
+    confirming = Meter(model, others, tokenizer.pad_token_id, log=work/'confirming.jsonl')
     scoring = Meter(model, [e for _,e in fits], tokenizer.pad_token_id, log=work/'scoring.jsonl')
     s = sensitivity(meter, reference, w_bits=w[:-1], a_bits=a[:-1], progress=progress)
     say(f'sensitivity of {len(s.groups)} groups on {len(items)} questions, {meter.runs} passes; '
         f'most sensitive: {s.table()[1][0]}')
     claims = _claims(meter, w[:-1], a[:-1])
-    entries,searches = _choose(meter, Choices(model, s), budgets, evaluations, preset.seed, say)
+    entries,searches = _choose(meter, confirming, Choices(model, s), budgets, evaluations, preset.seed, say)
     plain = [(uniform(*b), 'uniform') for b in itertools.product(w, a)]
     mixed = [(p, 'built-in') for p in switch_of(model).profiles.values() if p.rules]
     def scores(p):
         make = lambda: _f1(model, tokenizer, p, [q for q,_ in fits], preset.max_new_tokens)
         return stage(work/f'f1-{p.name}.json', p.to_dict(), make)
-    scored = front(scoring, [*plain, *mixed, *entries], items, scores if f1 else None, progress)
+    scored = front(scoring, [*plain, *mixed, *entries], both, scores if f1 else None, progress)
     verdicts = {of:front_verdict(scored.contests(of)) for of in budgets}
     for of,said in verdicts.items(): say(f'{of}: {said}')
     def known(x): return x if math.isfinite(x) else None   # of few questions, an interval may be everything
     def told(c):
-        seen = dict(difference=[known(x) for x in c.difference.to_list()], visible=known(c.visible))
+        seen = dict(difference=c.difference.to_list(), visible=known(c.visible))
         return c._asdict() | seen | dict(verdict=c.verdict)
     contests = {of:[told(c) for k in ('allocated','searched','random') for c in scored.contests(of, k)]
                 for of in budgets}
@@ -208,7 +213,7 @@ def run_allocation(
         return scored.difference(f'searched-{of}-{i}', f'allocated-{of}-{i}').to_list()
     gains = {of:[[i+1, *gain(of, i+1)] for i in range(len(limits))] for of,limits in budgets.items()}
     record = dict(preset=preset.name, experiment='allocation', name=name, seed=preset.seed, config=settings,
-                  search_questions=len(items), search_seen=seen, score_questions=len(fits),
+                  search_questions=len(items), confirm_questions=len(others), search_seen=seen, score_questions=len(fits),
                   sensitivity=s.to_dict(), claims=claims, searches=searches, front=scored.to_dict(),
                   contests=contests, search_gains=gains, verdicts=verdicts)
     save_record(record, out)
