@@ -24,11 +24,17 @@ static inline bool holds(const void *p, i64 len, i64 need) { return p && need > 
 static inline bool holds_or_none(const void *p, i64 len, i64 need) { return !p || holds(p, len, need); }
 
 static int check_planes(const SlLinear *d) {
-    if (!within(d->bits, 2, 8)) return RANGE;
+    if (!within(d->bits, 2, 8) || !within(d->group, 0, 65536) || d->group % 16) return RANGE;
+    if (d->step_type != 0 && !(d->group && d->step_type == 2)) return RANGE;
     const i64 unit = times((d->n + 15) >> 4, d->kp >> 4)*64;
     if (!holds(d->high, d->len[HIGH], 2*unit)) return BUFFER;
     if (d->bits > 4 && !holds(d->middle, d->len[MIDDLE], unit)) return BUFFER;
     if (d->bits > 6 && !holds(d->low, d->len[LOW], unit)) return BUFFER;
+    if (d->group) {
+        const i64 steps = times(times((d->n + 15) >> 4, groups_of(d)), 16);
+        if (!holds(d->scale, d->len[SCALE], steps)) return BUFFER;
+        return d->act_mode && !holds(d->totals, d->len[TOTALS], d->n) ? BUFFER : FINE;
+    }
     if (!holds(d->scale, d->len[SCALE], d->n)) return BUFFER;
     return d->act_mode && !holds(d->sums, d->len[SUMS], d->n) ? BUFFER : FINE;
 }

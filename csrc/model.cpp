@@ -69,8 +69,10 @@ static void add_row(const void *rows, int type, i64 row, i64 n, bool fresh, floa
 static void embed_row(const SlLinear *d, i64 id, float *y) {   // row `id` of the weight
     if (d->dense) { add_row(d->dense, (int)d->dense_type, id, d->k, true, y); return; }
     const i64 units = d->kp >> 4, base = (id >> 4)*units, lane = (id & 15)*4;
-    const float s = d->scale[id];
+    const i64 groups = d->group ? groups_of(d) : 0;
+    float s = groups ? 0 : ((const float*)d->scale)[id];
     for (i64 i = 0; i < d->k; i++) {
+        if (groups && i % d->group == 0) s = _mm512_cvtss_f32(load16(d->scale, (int)d->step_type, ((id >> 4)*groups + i/d->group)*16 + (id & 15), 1))*(float)(1 << (8 - d->bits));
         const i64 u = base + (i >> 4), v = (i >> 2) & 3, at = lane + (i & 3);
         int c = (d->high[u*128 + (v >> 1)*64 + at] >> (v & 1)*4 & 15) << 4;
         if (d->bits > 4) c |= (d->middle[u*64 + at] >> 2*v & 3) << 2;
@@ -265,7 +267,7 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
     const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
     const size_t score = round64(pos + 17 + GROUP);
-    const size_t own = round64(3*kp) + 4*(round64(r) + dim + score + 4*head_dim + 64) + round64(turned_room(kp));
+    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 4*head_dim + 64) + round64(turned_room(kp));
     const size_t common = 4*(2*dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
     char *p = arena.get(common + own*threads + 64);
@@ -282,7 +284,7 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
 #endif
         char *q = p + common + own*me;
         Own o;
-        o.bytes = (int8_t*)q; o.h = (float*)(q + round64(3*kp));
+        o.bytes = (int8_t*)q; o.h = (float*)(q + input_bytes(kp));
         o.norm = o.h + round64(r); o.scores = o.norm + dim;
         o.q = o.scores + score; o.k = o.q + head_dim; o.spare = o.k + head_dim; o.turned = o.spare + 2*head_dim + 64;
         for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, &room, &o, me, all);
@@ -437,7 +439,7 @@ static thread_local Arena prompt_arena;
 // Logits of one token, by all threads.
 static int finish_token(const SlModel *M, const float *x, float *norm, float *logits, int threads) {
     normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, norm);
-    const size_t bytes = round64(3*M->head->kp), turned = bytes + 4*round64(M->head->r);
+    const size_t bytes = input_bytes(M->head->kp), turned = bytes + 4*round64(M->head->r);
     const size_t own = turned + round64(turned_room(M->head->kp));
     char *p = arena.get(own*threads + 64);
     if (!p) return NO_MEMORY;

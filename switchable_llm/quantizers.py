@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MIN_BITS', 'MAX_BITS', 'CACHE_BITS', 'check_bits', 'Bits', 'qrange', 'QParams', 'qparams', 'quantize', 'dequantize',
-           'fake_quant', 'QuantConfig', 'blocks', 'unblocks', 'weight_qparams', 'nested_codes', 'nested_at',
-           'quantize_weight', 'dequantize_weight', 'fake_quant_weight', 'EMAObserver', 'LearnedRange', 'token_qparams',
-           'fused_fake_quant']
+           'fake_quant', 'QuantConfig', 'blocks', 'unblocks', 'least_error', 'weight_qparams', 'nested_codes',
+           'whole_step', 'nested_at', 'quantize_weight', 'dequantize_weight', 'fake_quant_weight', 'EMAObserver',
+           'LearnedRange', 'token_qparams', 'fused_fake_quant']
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
 import re, warnings
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -152,11 +152,12 @@ class QuantConfig:
     act:str='per_tensor'        # Range: 'per_tensor' is static, from calibration; 'per_token' is each token's own
     act_symmetric:bool=False    # Asymmetric activations: a GELU's output is one-sided
     momentum:float=0.1          # Share of a new batch in the running range of `act='per_tensor'`
+    weight_range:str='minmax'   # 'minmax' clips no weight; 'mse' clips where the squared error is least
     rotate:bool|tuple[str,...]=False # Rotate what layers multiply before it is quantized: True, or the sites where
 
     def __post_init__(self):
         for k,ok in (('weight',('per_tensor','per_channel','per_group')), ('codes',('independent','nested')),
-                     ('act',('per_tensor','per_token'))):
+                     ('act',('per_tensor','per_token')), ('weight_range',('minmax','mse'))):
             v = getattr(self, k)
             if v not in ok: raise ValueError(f"{k}={v!r}: choose one of {', '.join(ok)}")
         if not isinstance(self.group_size, int) or self.group_size<1:
@@ -170,9 +171,8 @@ class QuantConfig:
             raise ValueError(f"rotate={self.rotate!r}: needs True, False, or sites, like ('mlp_out','attn_out')")
 
     def to_dict(self)->dict: # As `QuantConfig(**d)` reads it, and JSON holds it
-        "The settings; `rotate` only where there is some, so that earlier versions read the rest."
-        d = asdict(self)
-        return d if self.rotate else {k:v for k,v in d.items() if k!='rotate'}
+        "The settings; `rotate` and `weight_range` only where they are not the default, so that earlier versions read the rest."
+        return {k:v for k,v in asdict(self).items() if (k, v) not in (('rotate', False), ('weight_range', 'minmax'))}
 
 # %% ../nbs/00_quantizers.ipynb #ce40e426
 def blocks(
@@ -203,23 +203,60 @@ def _weight_range(b):
         raise ValueError("the weight holds NaN or infinite numbers: it cannot be quantized")
     return lo, hi
 
+def least_error(
+    whole:Tensor,    # Steps that clip nothing, or shares of them
+    error:Callable,  # Such steps -> squared error at each
+    tries:int=20,    # Each 2.5 % of the whole smaller
+)->Tensor: # float32, like `whole`
+    "Those with the least error, the largest where two are equal."
+    best,found = torch.full_like(whole, torch.inf, dtype=torch.float64),whole
+    for i in range(tries):
+        s = whole*(1-i/40)
+        e = error(s)
+        found,best = torch.where(e<best, s, found),torch.minimum(e, best)
+    return found
+
 def weight_qparams(
     b:Tensor,         # Weight as `blocks` gives it, (rows, groups, size)
     bits:int,         # Bit-width, 2 to 16
     symmetric:bool,   # Symmetric codes
+    fit:str='minmax', # Or 'mse'
 )->QParams: # Scales of shape (rows, groups, 1)
-    "Min-max range of each block (LLM-QAT eq. 1)."
-    return qparams(*_weight_range(b), bits, symmetric)
+    "Range of each block: all of it (LLM-QAT eq. 1), or as much as is best."
+    lo,hi = (t.float() for t in _weight_range(b))
+    def at(share): return qparams(lo*share, hi*share, bits, symmetric)
+    def error(share): return _gap(b, quantize(b, at(share)), at(share))
+    return at(torch.ones_like(hi) if fit=='minmax' else least_error(torch.ones_like(hi), error))
+
+def _gap(b, q, qp): return (dequantize(q, qp)-b).square_().sum(-1, keepdim=True, dtype=torch.float64)
 
 # %% ../nbs/00_quantizers.ipynb #83de9b49
 def nested_codes(
-    b:Tensor, # Weight as `blocks` gives it, (rows, groups, size)
+    b:Tensor,         # Weight as `blocks` gives it, (rows, groups, size)
+    fit:str='minmax', # Or 'mse'
 )->tuple[Tensor,Tensor]: # uint8 codes like `b`, 0 to 239; float32 steps, (rows, groups, 1)
     "The 8-bit codes that hold every width from 2 to 8 bits in their top bits."
     lo,hi = _weight_range(b)
-    step = torch.maximum(-lo, hi).float()/112
+    b,step = b.detach().float(),torch.maximum(-lo, hi).float()/112
+    def error(s): return sum(k*_gap(b, *nested_at(_nearest(b, whole_step(s)), whole_step(s), n)) for n,k in _CARE.items())
+    step = whole_step(step if fit=='minmax' else least_error(step, error))
+    return _nearest(b, step), step
+
+_CARE = {4:1., 6:8., 8:64.}   # widths that one step has to serve -> what a squared error counts there: it is 16 times less each
+
+def _nearest(b, step):
     inverse = torch.where(step>0, 1/step.clamp_min(torch.finfo(torch.float32).tiny), 0)
-    return (torch.floor(b.detach().float()*inverse) + 120).clamp_(0, 239).to(torch.uint8), step
+    return (torch.floor(b*inverse) + 120).clamp_(0, 239).to(torch.uint8)
+
+def whole_step(
+    step:Tensor, # (rows, groups, 1), float32
+)->Tensor: # float32; with one group, and beyond float16's range, as they are
+    "Steps of groups are many and take two bytes each: the next numbers of float16."
+    if step.shape[1]==1: return step
+    half = step.half()
+    bits = half.view(torch.int16) + (half.float()<step).to(torch.int16)
+    half = bits.view(torch.float16).float()
+    return torch.where(half.isfinite(), half, step)
 
 def nested_at(
     codes:Tensor,  # 8-bit codes of `nested_codes`
@@ -241,9 +278,9 @@ def quantize_weight(
 )->tuple[Tensor,QParams]: # Integer codes like `w`; scales of shape (rows, groups, 1)
     "Integer codes of a weight, and their scales."
     b = blocks(w.detach(), cfg, axis)
-    if cfg.codes=='nested' and bits<=8: q,qp = nested_at(*nested_codes(b), bits)
+    if cfg.codes=='nested' and bits<=8: q,qp = nested_at(*nested_codes(b, cfg.weight_range), bits)
     else:
-        qp = weight_qparams(b, bits, cfg.weight_symmetric)
+        qp = weight_qparams(b, bits, cfg.weight_symmetric, cfg.weight_range)
         q = quantize(b, qp)
     return unblocks(q, w.shape, axis), qp
 

@@ -241,7 +241,8 @@ class QuantLayer(Opaque):
             self._check_basis(plain)
             q,step = self.codes['nested'].codes,self.codes['nested'].step
         else:
-            q,step = nested_codes(blocks(self.rotated_weight(plain).detach(), self.switch.cfg, self.axis))
+            b = blocks(self.rotated_weight(plain).detach(), self.switch.cfg, self.axis)
+            q,step = nested_codes(b, self.switch.cfg.weight_range)
             q = unblocks(q, self.base.weight.shape, self.axis)
         return q.T if self.axis else q, step
 

@@ -121,7 +121,7 @@ def _head_norm(table, m, x):   # of each head, or of all together: as many numbe
 def _embed(table, m, token):
     p = table.linears[id(m)]
     if not isinstance(p, LinearPlan): return p.weight[token].float()
-    return (plane_rows(p.planes, torch.tensor([token]), p.bits)[0].float()-p.zero)*p.scale[token]
+    return (plane_rows(p.planes, torch.tensor([token]), p.bits)[0].float()-p.zero)*p.step_of(token)
 
 def _torch_product(table, m, x):
     p = table.linears[id(m)]

@@ -27,7 +27,8 @@ from ..core.profiles import Profile, Site
 from ..core.switching import Switch
 from ..lora_routing import LoRA, router
 from ..models.loading import float32_head_
-from .kernels import ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes
+from .kernels import (
+    ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes, GROUP_UNIT, group_steps)
 from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,
     identity_of, make_tokenizer, naming, read_head)
@@ -99,9 +100,11 @@ class PackedLayer(Opaque):
         if key not in self._plans:
             lora = self.adapters[adapter] if adapter is not None else None
             args = self.act_quant(bits.a), None if lora is None else (lora.a, lora.b, lora.scaling)
-            step,sums = self.step[:, 0]*2**(8-bits.w),getattr(self, f'sums{bits.w}', None)
-            self._plans[key] = (_DensePlan(self, bits.w, *args) if self.step.shape[1]>1 else
-                                LinearPlan(self.planes, bits.w, step, sums, self.bias, *args, self.rotated))
+            step,size,sums = self.step,self.switch.cfg.group_size,getattr(self, f'sums{bits.w}', None)
+            odd = step.shape[1]>1 and size%GROUP_UNIT
+            scale = None if odd else group_steps(step, size) if step.shape[1]>1 else step[:, 0]*2**(8-bits.w)
+            self._plans[key] = (_DensePlan(self, bits.w, *args) if odd else
+                                LinearPlan(self.planes, bits.w, scale, sums, self.bias, *args, self.rotated))
         return self._plans[key]
 
     def run(self, x): return self.plan(*self.switch.settings[self.index])(x)
@@ -117,7 +120,7 @@ class PackedLayer(Opaque):
     def __getstate__(self): return self.__dict__ | dict(_plans={})   # plans hold addresses: a copy makes its own
     def extra_repr(self): return f'{self.k} -> {self.n}, {self.switch.settings[self.index].bits}'
 
-class _DensePlan:   # the product with an unpacked weight, where a plan of planes cannot be
+class _DensePlan:   # the product with an unpacked weight, where groups do not fit the kernels
     def __init__(self, layer, bits, act, lora): self.layer,self.bits,self.act,self.lora = layer,bits,act,lora
     def __call__(self, x):
         full,bias = x.float(),self.layer.bias

@@ -7,15 +7,15 @@ __all__ = ['LIKE_LLAMA', 'PARTS', 'NotLean', 'Angles', 'Half', 'Block', 'Parts',
            'Table', 'native_calls']
 
 # %% ../../nbs/serving/parts.ipynb #a552827b
-import ctypes, threading
+import ctypes, threading, torch
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
-import torch
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from .kept import integers, point, pointers
-from .kernels import FLOAT_TYPES, LinearPlan, Planes, as_floats, check_fault, linear_entry
+from .kernels import (
+    FLOAT_TYPES, LinearPlan, Planes, as_floats, check_fault, linear_entry, GROUP_UNIT)
 from ..core.integer import library, native_features
 
 # %% ../../nbs/serving/parts.ipynb #de97a3d1
@@ -238,7 +238,8 @@ def _half(name, p, second):   # of a layer's outputs, where they lie
     planes = Planes(*(t[blocks] for t in p.planes[:3]), n, p.planes.k)
     if lora is not None: lora = lora[0],lora[1].T[at],lora[2]
     sums = None if p.sums is None else p.sums[at]
-    return LinearPlan(planes, p.bits, p.scale[at], sums, bias, p.act, lora, p.rotation is not None)
+    scale = p.scale._replace(steps=p.scale.steps[blocks]) if p.grouped else p.scale[at]
+    return LinearPlan(planes, p.bits, scale, sums, bias, p.act, lora, p.rotation is not None)
 
 def _multiplier(name, m, plan_of):   # LinearPlan or Dense
     if isinstance(m, Half): return _half(name, _multiplier(name, m.layer, plan_of), m.second)
@@ -246,8 +247,8 @@ def _multiplier(name, m, plan_of):   # LinearPlan or Dense
     except NotLean: raise
     except ValueError as e: raise ValueError(f"{name}: {e}") from e
     if not isinstance(p, (LinearPlan, Dense)):
-        raise NotLean(f"{type(m).__name__} multiplies by a {type(p).__name__}: the lean loop needs one scale for "
-                      "each output, use model.generate()")
+        raise NotLean(f"{type(m).__name__} multiplies by an unpacked weight: the lean loop needs groups of a "
+                      f"multiple of {GROUP_UNIT} inputs, as group_size=32; this model runs by generate()")
     device = (p.planes.high if isinstance(p, LinearPlan) else p.weight).device
     if device.type!='cpu':
         raise NotLean(f"the weights are on {device}: the lean loop runs on the CPU, use model.generate()")
