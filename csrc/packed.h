@@ -26,16 +26,17 @@ typedef int64_t i64;
 // Every struct begins with its own size, as the caller knows it, and every buffer comes with the count of numbers
 // that it holds. The calls compare both with what they are going to read, and return a fault instead of reading
 // past an end.
-enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, SIGNS, MATRIX, BUFFERS };
+enum { HIGH, MIDDLE, LOW, DENSE, SCALE, SUMS, BIAS, LORA_A, LORA_BT, TOTALS, SIGNS, MATRIX, BUFFERS };
 struct SlLinear {               // mirrored by kernels._Linear
     i64 size;
     const uint8_t *high, *middle, *low;
     const void *dense;          // float weight instead of planes, or null
-    const float *scale;         // (n) step of a row
-    const int32_t *sums;        // (n) sum of a row's codes; null for float activations, which need none
+    const void *scale;          // (n) step of a row, float32; with groups (n/16,groups,16) step of the eight-bit code
+    const int32_t *sums;        // (n) sum of a row's codes; null for float activations and groups, which need none
     const float *bias;          // (n) or null
     const float *lora_a;        // (r,k) or null
     const float *lora_bt;       // (r,n)
+    const float *totals;        // (n) sum of a row's weights, for groups; null for float activations
     const float *signs, *matrix; // of the rotation of the input (rotation.h), or null
     i64 len[BUFFERS];           // of the buffers above, in their order
     i64 n, k, kp, r, bits;
@@ -43,6 +44,7 @@ struct SlLinear {               // mirrored by kernels._Linear
     i64 dense_columns;          // 0: the float weight is (n,k); 1: (k,n)
     i64 act_mode;               // 0 float, 1 static range, 2 range per token
     i64 act_bits, act_symmetric, act_zero;
+    i64 group, step_type;       // inputs that share a step, a multiple of 16, 0 for all; 0 float32, 2 float16
     i64 block, order;           // of the rotation; 0 for none. The adapter sees the input as it comes
     double act_scale, zero, lora_scale;
 };
@@ -73,11 +75,23 @@ struct SlModel {                // mirrored by parts._Model: a model at one prof
     double eps, attention_scale, embedding_scale;
     i64 checked, packed, max_kp, max_r;   // written by sl_check_model
 };
+// Keys and values of one block, of which some are in few bits (nbs/attention/caches.ipynb has the rule,
+// nbs/serving/kept.ipynb the layout). A unit is a group of 32 tokens: for each channel its codes, then the smallest
+// numbers of all channels, then the steps. A row is a token: codes, smallest number, step. Ranges are float16.
+struct SlKept {                 // mirrored by kept._Kept
+    i64 size;
+    uint8_t *keys;              // (kv_heads,groups,unit), or with 0 bits floats (kv_heads,capacity,head_dim)
+    uint8_t *values;            // (kv_heads,capacity,row), or floats
+    float *recent;              // (kv_heads,32,head_dim): the group that is not complete; null with float keys
+    i64 keys_len, values_len, recent_len;   // bytes, bytes, numbers
+    i64 k_bits, v_bits;         // 2, 4, 8, or 0 for float
+};
 struct SlCache {                // mirrored by parts._Cache: one sequence
     i64 size;
-    float *keys, *values;       // (layers,kv_heads,capacity,head_dim)
+    float *keys, *values;       // (layers,kv_heads,capacity,head_dim); null where blocks are kept each by itself
+    const SlKept *kept;         // (layers), or null
     const float *cos, *sin;     // (tables,places,rotated) rotary angles, or null
-    i64 keys_len, values_len, cos_len, sin_len;
+    i64 keys_len, values_len, kept_len, cos_len, sin_len;
     i64 capacity, places;       // tokens that fit; positions in a table of angles
 };
 
@@ -95,8 +109,14 @@ int check_linear(const SlLinear *d);
 int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos);
 
 // ---- planes.cpp ----
+static inline i64 groups_of(const SlLinear *d) { return (d->k + d->group - 1)/d->group; }
+static const i64 GROUP = 32;     // tokens whose keys share ranges
+static inline i64 packed_bytes(i64 n, i64 bits) { return (n*bits + 7)/8; }
+static inline i64 unit_bytes(i64 hd, i64 bits) { return hd*(GROUP*bits/8 + 4); }
+static inline i64 row_bytes(i64 hd, i64 bits) { return packed_bytes(hd, bits) + 4; }
+
 struct Own {                    // scratch of one thread
-    int8_t *bytes; float *h, *norm, *scores, *q, *k, *turned;
+    int8_t *bytes; float *h, *norm, *scores, *q, *k, *spare, *turned;
     mutable const float *of;    // the input that `turned` is made of; null when its numbers have changed
 };
 size_t turned_room(i64 kp);     // bytes of `turned` for a layer of so many inputs
@@ -133,6 +153,7 @@ struct Arena {                  // scratch memory of the calling thread; grows, 
     ~Arena() { free(p); }
 };
 static inline size_t round64(size_t n) { return (n + 63) & ~(size_t)63; }
+static inline size_t input_bytes(i64 kp) { return round64(4*kp); }   // three digits, and the sums of its groups
 static const i64 MOST = (i64)1 << 31;
 static inline bool within(i64 v, i64 lo, i64 hi) { return v >= lo && v <= hi; }
 #endif

@@ -181,7 +181,7 @@ static inline Channels channels(const SlLinear *d, i64 nb) {
     const i64 n0 = nb*16;
     const unsigned shift = 8 - (unsigned)d->bits;
     c.m = head(d->n - n0);
-    wide(_mm512_maskz_loadu_ps(c.m, d->scale + n0), c.scale);
+    wide(_mm512_maskz_loadu_ps(c.m, (const float*)d->scale + n0), c.scale);
     wide(d->bias ? _mm512_maskz_loadu_ps(c.m, d->bias + n0) : _mm512_setzero_ps(), c.bias);
     const __m512i sums = d->act_mode ? _mm512_maskz_loadu_epi32(c.m, d->sums + n0) : _mm512_setzero_si512();
     const __m512i s = _mm512_slli_epi32(sums, shift);
@@ -257,6 +257,8 @@ static void gemv_range(const SlLinear *d, const int8_t *xs, const Row *rows, con
     }
 }
 
+#include "groups.h"
+
 // ---- many tokens: tiles. A row tile is 16 tokens of one digit, stored as kp/64 pieces of 16 x 64 bytes ----
 struct TileConfig { uint8_t palette, start, pad[14]; uint16_t cols[16]; uint8_t rows[16]; };
 static void tiles_on() {
@@ -331,39 +333,44 @@ static void gemm_pair(const SlLinear *d, const int8_t *a, const Row *rows, const
 static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int type, char *y, i64 ystride) {
     const int D = digits_of(d);
     const i64 blocks = (d->n + 15) >> 4;
+    const i64 far = d->group ? (D + 1)*groups_of(d) : 0;   // what a token's groups add up to
     int threads = max_threads();
     if (m*blocks*d->kp < 8192) threads = 1;
     if (threads > blocks) threads = (int)blocks;
     const size_t rows_at = round64((size_t)m*D*d->kp), h_at = rows_at + round64(m*sizeof(Row));
-    const size_t room_at = h_at + round64((size_t)m*d->r*4), room = d->order ? turned_room(d->kp) : 0;
+    const size_t sums_at = h_at + round64((size_t)m*d->r*4), room_at = sums_at + round64((size_t)m*far*4);
+    const size_t room = d->order ? turned_room(d->kp) : 0;
     char *p = arena.get(room_at + room*threads + 64);
     if (!p) return NO_MEMORY;
     int8_t *xs = (int8_t*)p; Row *rows = (Row*)(p + rows_at); float *h = (float*)(p + h_at);
+    int32_t *sums = (int32_t*)(p + sums_at);
     const i64 w = (i64)width(type);
-    const bool shared = m*d->kp*(D + d->r) < 65536;   // few rows: one thread prepares them, else all do
-    if (shared || threads == 1) for (i64 t = 0; t < m; t++) {
-        const void *turn = turned(d, x + t*xstride*w, type, (float*)(p + room_at));
+    auto prepare = [&](i64 t, int me) {
+        const void *turn = turned(d, x + t*xstride*w, type, (float*)(p + room_at + room*me));
         quantize_row(d, turn, type, xs + t*D*d->kp, 64, d->kp, rows + t);
+        if (d->group) group_sums(d, xs + t*D*d->kp, D, sums + t*far);
         adapter_row(d, x + t*xstride*w, type, h + t*d->r);
-    }
-    if (threads == 1) { gemv_range(d, xs, rows, h, m, 0, blocks, y, ystride, type); return 0; }
+    };
+    auto multiply = [&](i64 b0, i64 b1) {
+        if (d->group) groups_range(d, xs, sums, rows, h, m, b0, b1, y, ystride, type);
+        else gemv_range(d, xs, rows, h, m, b0, b1, y, ystride, type);
+    };
+    const bool shared = m*d->kp*(D + d->r) < 65536;   // few rows: one thread prepares them, else all do
+    if (shared || threads == 1) for (i64 t = 0; t < m; t++) prepare(t, 0);
+    if (threads == 1) { multiply(0, blocks); return 0; }
     #pragma omp parallel num_threads(threads)
     {
         const int me = thread_id();
         if (!shared) {
             #pragma omp for schedule(static)
-            for (i64 t = 0; t < m; t++) {
-                const void *turn = turned(d, x + t*xstride*w, type, (float*)(p + room_at + room*me));
-                quantize_row(d, turn, type, xs + t*D*d->kp, 64, d->kp, rows + t);
-                adapter_row(d, x + t*xstride*w, type, h + t*d->r);
-            }
+            for (i64 t = 0; t < m; t++) prepare(t, me);
         }
 #ifdef _OPENMP
         const int all = omp_get_num_threads();
 #else
         const int all = 1;
 #endif
-        gemv_range(d, xs, rows, h, m, blocks*me/all, blocks*(me + 1)/all, y, ystride, type);
+        multiply(blocks*me/all, blocks*(me + 1)/all);
     }
     return 0;
 }
@@ -421,7 +428,7 @@ SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 k, i64 xstride
     if (d->dense || !within(m, 0, MOST) || !within(type, 0, 2) || xstride < 0) return RANGE;
     if (m == 0) return FINE;
     if (!x || !y) return BUFFER;
-    if ((f & 2) && m*digits_of(d) > 6) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, n);
+    if ((f & 2) && !d->group && m*digits_of(d) > 6) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, n);
     return linear_few(d, (const char*)x, m, xstride, type, (char*)y, n);
 }
 // 16 channels of a float weight, read in the type and the order in which it lies.
@@ -462,9 +469,20 @@ void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, 
     }
     Row row;
     const int D = digits_of(d);
-    const gemv_fn f = gemv_table[variant(d->bits) - 1][D - 1];
     if (d->order && o->of != x) { turned(d, x, 0, o->turned); o->of = x; }
     quantize_row(d, d->order ? o->turned : x, 0, o->bytes, 64, d->kp, &row);
+    if (d->group) {
+        int32_t *sums = (int32_t*)(o->bytes + 3*d->kp);
+        float v[16] __attribute__((aligned(64)));
+        const groups_fn f = (D == 3 ? groups_table(d)->wide : groups_table(d)->one)[0][0];
+        group_sums(d, o->bytes, D, sums);
+        for (i64 nb = b0; nb < b1; nb++) {
+            f(d, nb, o->bytes, sums, v);
+            put_block(d, groups_finish(d, nb, v, &row), o->h, nb, y, add);
+        }
+        return;
+    }
+    const gemv_fn f = gemv_table[variant(d->bits) - 1][D - 1];
     int32_t s[3*16] __attribute__((aligned(64)));
     const double flat = flat_of(d, &row);
     for (i64 nb = b0; nb < b1; nb++) {
@@ -476,7 +494,7 @@ void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, 
 }
 
 void tokens_linear(const SlLinear *d, const float *x, i64 m, float *y, i64 stride) {
-    if ((features() & 2) && m*digits_of(d) > 6) linear_many(d, (const char*)x, m, d->k, 0, (char*)y, stride);
+    if ((features() & 2) && !d->group && m*digits_of(d) > 6) linear_many(d, (const char*)x, m, d->k, 0, (char*)y, stride);
     else linear_few(d, (const char*)x, m, d->k, 0, (char*)y, stride);
 }
 SL_VECTORS_OFF

@@ -297,7 +297,7 @@ def use(model):
         with torch.no_grad(): model(ids)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, num_beams=1,
                        pad_token_id=0)
-        if model.config.model_type in PARTS and model.switch.cfg.weight!='per_group':
+        if model.config.model_type in PARTS and model.switch.cfg.group_size%16==0:
             list(lean_tokens(LiveStep(model, 16), [1, 2, 3], 3))
     return 'runs'
 

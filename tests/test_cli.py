@@ -207,6 +207,7 @@ def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, t
 def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypatch, tmp_path, mine):
     def never(*a, **kw): pytest.fail('work was begun')
     for name in ('study_model','load_checkpoint'): monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr('switchable_llm.apps.packing.load_checkpoint', never)
     monkeypatch.setattr('switchable_llm.study.runs.study_model', never)
     (tmp_path/'notes').mkdir()
     for name,text in (('file','mine'), ('notes/diary.txt','dear'), ('w.safetensors','weights')):
@@ -468,11 +469,15 @@ def test_profiles_are_told_in_the_words_of_the_command(refused, mine):
             refused(verb[0], mine/name, *verb[1:], '--profile', 'no.yaml', says='no.yaml: No such file')
     refused('train', '--out', 'x', '--profiles', 'bw9', says=["'bw9'", 'built in are', '.yaml'])
 
-def test_a_tokenizer_that_a_gguf_file_cannot_hold(refused):
-    "As that of the embedded model: the way out is an option."
-    pytest.importorskip('gguf')
+def test_the_words_of_the_embedded_model_go_into_a_gguf_file(cli):
+    gguf = pytest.importorskip('gguf')
     assert main(['train', '--quiet', '--steps', '1', '--train-n', '20', '--profiles', 'bw4', '--out', 'm'])==0
-    refused('export', 'm', '--profile', 'bw4', '--format', 'gguf', '--out', 'm.gguf', says='--no-tokenizer')
+    status,out,err = cli('export', 'm', '--profile', 'bw4', '--format', 'gguf', '--out', 'm.gguf')
+    assert (status, out.splitlines())==(0, ['model  m.gguf', 'adapters  m.lora.gguf']), err
+    fields = gguf.GGUFReader('m.gguf').fields
+    assert fields['tokenizer.ggml.model'].contents()=='t5' and len(fields['tokenizer.ggml.tokens'].contents())>100
+    assert cli('export', 'm', '--profile', 'bw4', '--format', 'gguf', '--out', 'n.gguf', '--no-tokenizer')[0]==0
+    assert gguf.GGUFReader('n.gguf').fields['tokenizer.ggml.model'].contents()=='no_vocab'
 
 # --- one way out ------------------------------------------------------------------------------------------------------
 
@@ -508,7 +513,7 @@ class PanicException(BaseException):
     (PanicException('index out of bounds'), 'PanicException: index out of bounds')])
 def test_whatever_happens_is_a_line(e, says, cli, monkeypatch):
     def fail(*a): raise e
-    monkeypatch.setattr(module, 'native_report', fail)
+    monkeypatch.setattr('switchable_llm.apps.packing.native_report', fail)
     status,out,err = cli('kernels')
     assert (status, out)==(1, '') and err.startswith('error: ') and says in err and err.count('\n')==1
     assert 'Traceback' in cli('kernels', '--debug')[2]

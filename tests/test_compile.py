@@ -1,5 +1,5 @@
 "torch.compile: the same results at every profile, few graph breaks, and no compilation when the profile changes."
-import threading
+import subprocess, sys, threading
 import pytest, torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -127,3 +127,13 @@ def test_the_trainer_compiles(tmp_path):
     t = Trainer(model, args, train_dataset=rows, callbacks=[sl.SwitchCallback(fixed_profile('w4'))])
     t.train()
     assert [h['loss'] for h in t.state.log_history if 'loss' in h]==pytest.approx([wanted]*2, rel=1e-3)
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability()!='AVX512', reason='needs two sets of instructions to choose from')
+def test_code_made_for_other_instructions_is_not_read_back(tmp_path, child_env):
+    "torch keeps what it compiled on disk; a process with fewer instructions must not take it."
+    child = ("import torch; from switchable_llm.quantizers import fake_quant, fused_fake_quant, qparams\n"
+             "torch.manual_seed(0); x = torch.randn(9, 65); qp = qparams(x.min(), x.max(), 8, True)\n"
+             "assert torch.equal(fused_fake_quant(x, qp, 8, True), fake_quant(x, qp))")
+    for more in ({}, dict(ATEN_CPU_CAPABILITY='avx2')):
+        env = child_env | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) | more
+        subprocess.run([sys.executable, '-c', child], env=env, check=True, timeout=300)

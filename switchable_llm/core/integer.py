@@ -18,7 +18,7 @@ from torch import Tensor
 from ..quantizers import QParams, QuantConfig, quantize_weight, token_qparams
 
 # %% ../../nbs/core/integer.ipynb #b6241ef8
-ABI = 5   # of csrc/abi.cpp
+ABI = 6   # of csrc/abi.cpp
 
 def _open(folder):   # (library or None, reason)
     if os.environ.get('SWITCHABLE_LLM_NATIVE')=='0': return None, 'switched off by SWITCHABLE_LLM_NATIVE=0'

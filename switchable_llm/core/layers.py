@@ -19,7 +19,7 @@ from ..quantizers import (
     Bits, EMAObserver, LearnedRange, QParams, blocks, dequantize_weight, fake_quant, fake_quant_weight, fused_fake_quant,
     nested_at, nested_codes, quantize_weight, token_qparams, unblocks)
 from .opaque import Opaque, keep_names_
-from .rotation import rotate, rotation_of
+from .rotation import rotate
 from .integer import ReferenceKernel, int_linear, pick_kernel, as_signed
 
 # %% ../../nbs/core/layers.ipynb #5fa4606e
@@ -241,7 +241,8 @@ class QuantLayer(Opaque):
             self._check_basis(plain)
             q,step = self.codes['nested'].codes,self.codes['nested'].step
         else:
-            q,step = nested_codes(blocks(self.rotated_weight(plain).detach(), self.switch.cfg, self.axis))
+            b = blocks(self.rotated_weight(plain).detach(), self.switch.cfg, self.axis)
+            q,step = nested_codes(b, self.switch.cfg.weight_range)
             q = unblocks(q, self.base.weight.shape, self.axis)
         return q.T if self.axis else q, step
 

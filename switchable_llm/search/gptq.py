@@ -11,7 +11,7 @@ from typing import Iterable, NamedTuple
 import torch
 from torch import nn, Tensor
 from ..system.progress import tqdm
-from ..quantizers import Bits, QuantConfig, blocks, check_bits, unblocks
+from ..quantizers import Bits, QuantConfig, blocks, check_bits, least_error, unblocks, whole_step
 from ..core.layers import Setting
 from ..core.rotation import rotate
 from ..core.switching import check_unfrozen
@@ -36,14 +36,12 @@ def fitted_step(
     b = blocks(w.detach().float(), cfg)
     counts = blocks(h.diagonal().float().expand_as(w).contiguous(), cfg)
     whole = b.abs().amax(-1, keepdim=True)/112
-    best,step = torch.full_like(whole, torch.inf),whole
-    for i in range(tries):
-        s = whole*(1-i/40)
+    def error(s):
+        s = whole_step(s)
         code = nearest_code(b, s)
         gaps = (weight*(read_at(code, width)*s-b).square_() for width,weight in zip(widths, weights_of(widths)))
-        error = (sum(gaps)*counts).sum(-1, keepdim=True)
-        step,best = torch.where(error<best, s, step),torch.minimum(error, best)
-    return step
+        return (sum(gaps)*counts).sum(-1, keepdim=True)
+    return whole_step(least_error(whole, error, tries))
 
 def nearest_code(
     w:Tensor,    # Weights

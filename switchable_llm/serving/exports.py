@@ -23,7 +23,7 @@ from ..core.profiles import Profile, Site, save_profiles
 from .kernels import Planes, code_sums, pack_planes
 from .packed import PackedSwitch, held_by, is_packed, packed_size, skeleton
 from .packed_file import (
-    BLANK, CARRIED, PACKED_VERSION, check_description, checksum, is_elsewhere, make_tokenizer, seal, short)
+    BLANK, CARRIED, check_description, checksum, is_elsewhere, make_tokenizer, seal, short)
 
 # %% ../../nbs/serving/exports.ipynb #1aa09584
 #| export
@@ -172,7 +172,7 @@ def _pack_layer(layer, fixed, s, widths, switch, tensors, owner, names, plain): 
 def _codes(layer, cfg, d, plain):   # the planes of a weight, and their step
     n,k = d['shape']
     if isinstance(layer, QuantLayer): codes,step = layer.nested_parts(plain)
-    else: codes,step = nested_codes(blocks(layer.weight.detach(), cfg))   # an end that no profile has
+    else: codes,step = nested_codes(blocks(layer.weight.detach(), cfg), cfg.weight_range)   # an end that no profile has
     planes = pack_planes(codes.reshape(n, -1)[:, :k].contiguous())
     parts = dict(zip(('high','middle','low'), planes)) | dict(step=step[..., 0].expand(n, -1))
     return {f"{d['name']}.{p}":t for p,t in parts.items()}

@@ -27,12 +27,14 @@ from ..core.profiles import Profile, Site
 from ..core.switching import Switch
 from ..lora_routing import LoRA, router
 from ..models.loading import float32_head_
-from .kernels import ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes
+from .kernels import (
+    ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes, GROUP_UNIT, group_steps)
 from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,
     identity_of, make_tokenizer, naming, read_head)
 from .generating import model_class, packed_class
 from ..core.opaque import Opaque
+from ..attention.attending import cache_obstacle
 
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a
 class PackedLayer(Opaque):
@@ -98,9 +100,11 @@ class PackedLayer(Opaque):
         if key not in self._plans:
             lora = self.adapters[adapter] if adapter is not None else None
             args = self.act_quant(bits.a), None if lora is None else (lora.a, lora.b, lora.scaling)
-            step,sums = self.step[:, 0]*2**(8-bits.w),getattr(self, f'sums{bits.w}', None)
-            self._plans[key] = (_DensePlan(self, bits.w, *args) if self.step.shape[1]>1 else
-                                LinearPlan(self.planes, bits.w, step, sums, self.bias, *args, self.rotated))
+            step,size,sums = self.step,self.switch.cfg.group_size,getattr(self, f'sums{bits.w}', None)
+            odd = step.shape[1]>1 and size%GROUP_UNIT
+            scale = None if odd else group_steps(step, size) if step.shape[1]>1 else step[:, 0]*2**(8-bits.w)
+            self._plans[key] = (_DensePlan(self, bits.w, *args) if odd else
+                                LinearPlan(self.planes, bits.w, scale, sums, self.bias, *args, self.rotated))
         return self._plans[key]
 
     def run(self, x): return self.plan(*self.switch.settings[self.index])(x)
@@ -116,7 +120,7 @@ class PackedLayer(Opaque):
     def __getstate__(self): return self.__dict__ | dict(_plans={})   # plans hold addresses: a copy makes its own
     def extra_repr(self): return f'{self.k} -> {self.n}, {self.switch.settings[self.index].bits}'
 
-class _DensePlan:   # the product with an unpacked weight, where a plan of planes cannot be
+class _DensePlan:   # the product with an unpacked weight, where groups do not fit the kernels
     def __init__(self, layer, bits, act, lora): self.layer,self.bits,self.act,self.lora = layer,bits,act,lora
     def __call__(self, x):
         full,bias = x.float(),self.layer.bias
@@ -142,8 +146,9 @@ class PackedSwitch(Switch):
             'for others freeze the switchable model again')
     fixed,stored = {},{}   # name of an end -> its bits; name of a layer -> most bits it has
     floats = ()            # sites that are float layers
+    asked_sites = property(lambda self: [*(s for s in self.sites if s.name not in self.fixed), *self.floats])
     def bind(self, profile):
-        bits = profile.bits([*(s for s in self.sites if s.name not in self.fixed), *self.floats])|self.fixed
+        bits = profile.bits(self.asked_sites)|self.fixed
         where = f"profile {profile.name!r}: layer"
         for n in (s.name for s in self.floats):
             if not (b := bits.pop(n)).is_float:
@@ -160,7 +165,8 @@ class PackedSwitch(Switch):
             if b.w>self.stored.get(n, 8):
                 raise ValueError(f"{where} {n} at {b}: this file holds its first {self.stored[n]} bits, "
                                  "which was enough for the profiles that were frozen")
-        return tuple(Setting(bits[s.name], self._adapter(i, profile, bits[s.name])) for i,s in enumerate(self.sites))
+        each = enumerate(bits[s.name].layer for s in self.sites)
+        return tuple(Setting(b, self._adapter(i, profile, b)) for i,b in each)
 
     def _adapter(self, i, profile, bits):   # key of a layer's adapter, or None
         if not self.route or self.sites[i].name in self.fixed: return None
@@ -356,6 +362,7 @@ def _put_float(model, names, tensors):   # one tensor, under all names that shar
 def _put_layers(model, d, tensors):
     sites = [Site(l['name'], l['site'], l['layer']) for l in d['layers']]
     switch = PackedSwitch(sites, QuantConfig(**d['quantizer']))
+    switch.no_cache = cache_obstacle(model.config)
     switch.stored = {l['name']:l['stored'] for l in d['layers']}
     switch.rotated = tuple(l.get('rotated', False) for l in d['layers'])
     switch.floats = tuple(Site(*s) for s in d['float_layers'])

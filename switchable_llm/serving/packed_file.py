@@ -212,7 +212,7 @@ def check_description(
     _check(d, _FILE, 'description', optional=('tokenizer','checksums') if first else ())
     if first: d = _as_version_2(d, names)
     elif set(d['checksums'])!=names: raise ValueError("checksums: not one for each tensor")
-    _check(d['quantizer'], _QUANTIZER, 'quantizer', optional=('rotate',))
+    _check(d['quantizer'], _QUANTIZER, 'quantizer', optional=('rotate','weight_range'))
     if QuantConfig(**d['quantizer']).codes!='nested': raise ValueError("quantizer: needs codes='nested'")
     for l in d['layers']: _check_layer(l)
     for s in d['float_layers']: _check(dict(zip(_SITE, s)), _SITE, 'float layer')

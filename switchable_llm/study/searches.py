@@ -205,7 +205,7 @@ def run_allocation(
     for of,said in verdicts.items(): say(f'{of}: {said}')
     def known(x): return x if math.isfinite(x) else None   # of few questions, an interval may be everything
     def told(c):
-        seen = dict(difference=[known(x) for x in c.difference.to_list()], visible=known(c.visible))
+        seen = dict(difference=c.difference.to_list(), visible=known(c.visible))
         return c._asdict() | seen | dict(verdict=c.verdict)
     contests = {of:[told(c) for k in ('allocated','searched','random') for c in scored.contests(of, k)]
                 for of in budgets}
