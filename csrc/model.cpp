@@ -72,7 +72,10 @@ static void embed_row(const SlLinear *d, i64 id, float *y) {   // row `id` of th
     const i64 groups = d->group ? groups_of(d) : 0;
     float s = groups ? 0 : ((const float*)d->scale)[id];
     for (i64 i = 0; i < d->k; i++) {
-        if (groups && i % d->group == 0) s = _mm512_cvtss_f32(load16(d->scale, (int)d->step_type, ((id >> 4)*groups + i/d->group)*16 + (id & 15), 1))*(float)(1 << (8 - d->bits));
+        if (groups && i % d->group == 0) {
+            const i64 step = ((id >> 4)*groups + i/d->group)*16 + (id & 15);
+            s = _mm512_cvtss_f32(load16(d->scale, (int)d->step_type, step, 1))*(float)(1 << (8 - d->bits));
+        }
         const i64 u = base + (i >> 4), v = (i >> 2) & 3, at = lane + (i & 3);
         int c = (d->high[u*128 + (v >> 1)*64 + at] >> (v & 1)*4 & 15) << 4;
         if (d->bits > 4) c |= (d->middle[u*64 + at] >> 2*v & 3) << 2;

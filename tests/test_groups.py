@@ -4,16 +4,19 @@ import pytest, torch
 from switchable_llm.core.integer import native_features
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import use_profile
-from switchable_llm.quantizers import Bits, QuantConfig, blocks, nested_codes, unblocks
+from switchable_llm.quantizers import (
+    Bits, QuantConfig, blocks, dequantize_weight, fake_quant, nested_codes, quantize_weight, token_qparams, unblocks)
 from switchable_llm.serving import kernels
 from switchable_llm.serving.exports import freeze
-from switchable_llm.serving.kernels import ActQuant, GroupSteps, LinearPlan, group_steps, pack_planes, plane_linear_reference, plan_report
+from switchable_llm.serving.kernels import (
+    ActQuant, GroupSteps, LinearPlan, group_steps, pack_planes, plane_linear_reference, plan_report)
 from switchable_llm.serving.lean import LiveStep, lean_tokens, torch_step
 from switchable_llm.serving.packed import load_packed
 from test_packed import CLASSES, check_same, switchable
 
 native = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')
-ACTS = [None, ActQuant(8, False), ActQuant(8, False, .031, 117), ActQuant(8, True), ActQuant(4, False), ActQuant(12, False), ActQuant(16, True)]
+ACTS = [None, ActQuant(8, False), ActQuant(8, False, .031, 117), ActQuant(8, True), ActQuant(4, False), ActQuant(12, False),
+        ActQuant(16, True)]
 SHAPES = [(50, 100, 32), (64, 192, 64), (33, 130, 64), (17, 300, 128), (1, 20, 16), (48, 200, 48)]   # outputs, inputs, group
 
 def numbers(*shape, seed=1): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -22,7 +25,8 @@ def plan(n, k, size, bits, act=None, lora=True):
     w = numbers(n, k, seed=0)*torch.linspace(.1, 3, k)
     codes,step = nested_codes(blocks(w, QuantConfig(weight='per_group', group_size=size)))
     adapter = (numbers(3, k, seed=2)*.1, numbers(n, 3, seed=3)*.1, 2.) if lora else None
-    return LinearPlan(pack_planes(unblocks(codes, w.shape)), bits, group_steps(step[..., 0], size), None, numbers(n, seed=4), act, adapter)
+    planes,steps = pack_planes(unblocks(codes, w.shape)),group_steps(step[..., 0], size)
+    return LinearPlan(planes, bits, steps, None, numbers(n, seed=4), act, adapter)
 
 def slack(x, p):   # sums of float32 numbers, one for each group, may err by so much; float activations by theirs too
     w = ((kernels.unpack_planes(p.planes, p.bits).double()-p.zero)*kernels._spread(p).T).abs().sum(1)
@@ -43,7 +47,6 @@ def test_formula_is_that_of_the_float_weight(n, k, size):
     p,x = plan(n, k, size, 4, ActQuant(8, False), lora=False),numbers(5, k)
     w = numbers(n, k, seed=0)*torch.linspace(.1, 3, k)
     cfg = QuantConfig(weight='per_group', group_size=size)
-    from switchable_llm.quantizers import dequantize_weight, fake_quant, quantize_weight, token_qparams
     y = fake_quant(x, token_qparams(x, 8, False)).double()@dequantize_weight(*quantize_weight(w, 4, cfg), cfg).double().T
     torch.testing.assert_close(plane_linear_reference(x, p), y+p.bias, rtol=1e-5, atol=1e-5)
 
@@ -70,11 +73,12 @@ def test_what_does_not_fit_is_refused():
     assert 'group of 32 inputs' in plan_report(p) or 'decode' not in native_features()
 
 @native
-@pytest.mark.parametrize('wrong', [dict(group=48), dict(group=24), dict(group=-16), dict(group=0), dict(scale=100), dict(totals=49)], ids=str)
+@pytest.mark.parametrize('wrong', [dict(group=48), dict(group=24), dict(group=-16), dict(group=0), dict(step_type=1), dict(scale=100),
+                                   dict(totals=49)], ids=str)
 def test_native_code_refuses_what_does_not_fit(wrong):
     p = plan(50, 100, 32, 8, ActQuant(8, False))
     for name,value in wrong.items():
-        if name=='group': p.linear.group = value
+        if name in ('group','step_type'): setattr(p.linear, name, value)
         else: p.linear.len[kernels._BUFFERS.index(name)] = value
     with pytest.raises(ValueError, match='a product of'): p(torch.ones(1, 100))
 
@@ -139,3 +143,20 @@ def test_a_group_of_all_inputs_is_a_channel(tmp_path):
         freeze(switchable('llama', profiles=FLOAT, **kw), path)
         with torch.no_grad(): logits.append(load_packed(path)(IDS).logits)
     assert torch.equal(*logits)
+
+def test_from_the_command_line(tmp_path, capsys):
+    "A base model is quantized in groups, frozen, and answers from the file."
+    from switchable_llm.apps.cli import main
+    made,file = str(tmp_path/'m'),str(tmp_path/'m.safetensors')
+    how = ['--weight', 'per_group', '--group-size', '32', '--weight-range', 'mse', '--profiles', 'bw8', 'bw4']
+    assert main(['quantize', 'tiny', '--data', 'tiny', '--task', 'squad', '--n', '16', *how, '--out', made, '--quiet'])==0
+    assert main(['freeze', made, '--out', file])==0
+    cfg = load_packed(file).switch.cfg
+    assert (cfg.weight, cfg.group_size, cfg.weight_range)==('per_group', 32, 'mse')
+    assert main(['generate', file, '--prompt', 'Bemola was', '--max-new-tokens', '3'])==0
+    capsys.readouterr()
+    assert main(['answer', file, '--question', 'When was Bemola born?', '--context', 'Bemola was born in 1834.'])==0
+    said = capsys.readouterr().out
+    assert 'bw8' in said and 'bw4' in said
+    assert main(['quantize', made, '--data', 'tiny', '--task', 'squad', *how[4:6], '--out', str(tmp_path/'n'), '--quiet'])==1
+    assert '--weight-range mse' in capsys.readouterr().err

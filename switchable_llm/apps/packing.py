@@ -44,6 +44,9 @@ def _quantize_options(parser):
                      help='of a base model: which weights share a step (default: per_channel)')
     how.add_argument('--group-size', type=option_type(COUNT), metavar='N',
                      help='inputs of a group, with --weight per_group (default: 64)')
+    how.add_argument('--weight-range', choices=('minmax','mse'),
+                     help='of a base model: what of the range of a weight that is rounded is kept, all of it or as much as is '
+                          'best (default: minmax); codes that are chosen have the best step either way')
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
                      help='widths that one code has to serve (default: 4 6 8)')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
@@ -51,11 +54,11 @@ def _quantize_options(parser):
 def _new_(model, args):   # what a base model becomes
     if args.group_size and args.weight!='per_group':
         raise ValueError(f"--group-size {args.group_size}: is for --weight per_group")
-    kw = dict(weight=args.weight or 'per_channel') | (dict(group_size=args.group_size) if args.group_size else {})
+    kw = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
     make_switchable(model, named_profiles(args.profiles or ['bw8','bw6','w4a8']), QuantConfig(act='per_token', **kw))
 
 def _refuse_old(args):   # of a model that is switchable already
-    for k in ('profiles','weight','group_size'):
+    for k in ('profiles','weight','group_size','weight_range'):
         if (v := getattr(args, k)) is not None:
             raise ValueError(f"--{k.replace('_', '-')} {v}: {args.checkpoint} is switchable already and says so itself")
 
