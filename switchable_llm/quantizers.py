@@ -211,8 +211,7 @@ def least_error(
     "Those with the least error, the largest where two are equal."
     best,found = torch.full_like(whole, torch.inf, dtype=torch.float64),whole
     for i in range(tries):
-        s = whole*(1-i/40)
-        e = error(s)
+        e = error(s := whole*(1-i/40))
         found,best = torch.where(e<best, s, found),torch.minimum(e, best)
     return found
 
@@ -254,8 +253,7 @@ def whole_step(
     "Steps of groups are many and take two bytes each: the next numbers of float16."
     if step.shape[1]==1: return step
     half = step.half()
-    bits = half.view(torch.int16) + (half.float()<step).to(torch.int16)
-    half = bits.view(torch.float16).float()
+    half = (half.view(torch.int16) + (half.float()<step).to(torch.int16)).view(torch.float16).float()
     return torch.where(half.isfinite(), half, step)
 
 def nested_at(
@@ -425,9 +423,8 @@ def token_qparams(
     symmetric:bool,  # Symmetric or asymmetric codes
 )->QParams: # Scale and zero point of shape (..., 1)
     "Min-max range of each token (LLM-QAT, section 2.2)."
-    x = x.detach()
-    lo,hi = x.amin(-1, keepdim=True),x.amax(-1, keepdim=True)   # twice as fast as aminmax along an axis
-    return qparams(lo, hi, bits, symmetric)
+    x = x.detach()   # amin and amax are twice as fast as aminmax along an axis
+    return qparams(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits, symmetric)
 
 # %% ../nbs/00_quantizers.ipynb #7fe8407a
 def _snap_tokens(x, qmin, qmax):
@@ -438,8 +435,7 @@ def _snap(x, scale, zp, qmin, qmax):
     q,lo,hi = (x.float()*(1/scale)).round(),qmin-zp,qmax-zp
     return (q.clamp(lo, hi)*scale).to(x.dtype), (q>=lo) & (q<=hi)
 
-# torch keeps compiled code on disk and does not ask which instructions it was made for: read back under others, it
-# returns anything.
+# torch's cache on disk does not ask for which instructions code was made: read back under others, it returns anything.
 torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or torch.backends.cpu.get_cpu_capability()
 
 class _Compiled:
