@@ -152,13 +152,28 @@ static int check_angles(const SlModel *M, const SlCache *C) {
     return holds(C->cos, C->cos_len, need) && holds(C->sin, C->sin_len, need) ? FINE : BUFFER;
 }
 
+static bool is_width(i64 bits) { return !bits || bits == 2 || bits == 4 || bits == 8; }
+static int check_kept(const SlModel *M, const SlCache *C, const SlKept *S) {
+    if (S->size != (i64)sizeof *S) return STRUCT;
+    if (!is_width(S->k_bits) || !is_width(S->v_bits) || C->capacity % GROUP) return RANGE;
+    const i64 heads = M->kv_heads, hd = M->head_dim, all = times(heads, C->capacity);
+    const i64 keys = S->k_bits ? times(all/GROUP, unit_bytes(hd, S->k_bits)) : times(all, 4*hd);
+    const i64 values = times(all, S->v_bits ? row_bytes(hd, S->v_bits) : 4*hd);
+    if (!holds(S->keys, S->keys_len, keys) || !holds(S->values, S->values_len, values)) return BUFFER;
+    if (!S->k_bits) return S->recent || S->recent_len ? BUFFER : FINE;
+    return holds(S->recent, S->recent_len, heads*GROUP*hd) ? FINE : BUFFER;
+}
+
 // Checks a pass before it begins: tokens ids (m) at position pos.
 int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos) {
     if (!M || !C || M->size != (i64)sizeof *M || C->size != (i64)sizeof *C) return STRUCT;
     if (M->checked != CHECKED) return UNCHECKED;
     if (!within(C->capacity, 1, MOST)) return RANGE;
     const i64 one = times(C->capacity, M->head_dim), need = times(times(M->n_layers, M->kv_heads), one);
-    if (!holds(C->keys, C->keys_len, need) || !holds(C->values, C->values_len, need)) return BUFFER;
+    if (C->kept_len != (C->kept ? M->n_layers : 0)) return RANGE;
+    if (C->kept && (C->keys || C->values || C->keys_len || C->values_len)) return RANGE;
+    for (i64 i = 0; i < C->kept_len; i++) if (int fault = check_kept(M, C, C->kept + i)) return fault;
+    if (!C->kept && (!holds(C->keys, C->keys_len, need) || !holds(C->values, C->values_len, need))) return BUFFER;
     if (int fault = check_angles(M, C)) return fault;
     if (m < 1 || pos < 0 || m > C->capacity - pos || m > M->context - pos) return POSITION;
     for (i64 t = 0; t < m; t++) if (ids[t] < 0 || ids[t] >= M->embedding->n) return TOKEN;

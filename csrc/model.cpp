@@ -2,7 +2,7 @@
 #include "packed.h"
 
 #ifdef SL_HERE
-#include "vectors.h"
+#include "kept.h"
 
 static thread_local Arena arena;
 
@@ -120,23 +120,27 @@ static bool has_head_norms(const SlLayer *L) { return L->qk_norm[0] || L->qk_nor
 static i64 first_seen(const SlLayer *L, i64 pos) {
     return L->window && pos >= L->window ? pos + 1 - L->window : 0;
 }
+// p (n) = exp(p - largest); returns 1/sum.
+static float soften(float *p, i64 n) {
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (i64 t = 0; t < n; t += 16) {
+        const __mmask16 m = head(n - t);
+        top = _mm512_mask_max_ps(top, m, top, _mm512_maskz_loadu_ps(m, p + t));
+    }
+    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (i64 t = 0; t < n; t += 16) {
+        const __mmask16 m = head(n - t);
+        const __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, p + t), top)));
+        _mm512_mask_storeu_ps(p + t, m, e); sum = _mm512_add_ps(sum, e);
+    }
+    return 1.f/_mm512_reduce_add_ps(sum);
+}
 // One head: q (n) against `pos` cached keys and the new one; y = softmax(scale q k) v.
 static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 pos,
                    i64 n, float scale, float *p, float *y) {
     for (i64 t = 0; t < pos; t++) p[t] = scale*dot(keys + t*n, q, 0, n);
     p[pos] = scale*dot(k, q, 0, n);
-    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (i64 t = 0; t <= pos; t += 16) {
-        const __mmask16 m = head(pos + 1 - t);
-        top = _mm512_mask_max_ps(top, m, top, _mm512_maskz_loadu_ps(m, p + t));
-    }
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-    for (i64 t = 0; t <= pos; t += 16) {
-        const __mmask16 m = head(pos + 1 - t);
-        const __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, p + t), top)));
-        _mm512_mask_storeu_ps(p + t, m, e); sum = _mm512_add_ps(sum, e);
-    }
-    const float inv = 1.f/_mm512_reduce_add_ps(sum);
+    const float inv = soften(p, pos + 1);
     for (i64 i = 0; i < n; i += 64) {
         __m512 a[4]; __mmask16 m[4];
         for (int j = 0; j < 4; j++) {
@@ -152,8 +156,53 @@ static void attend(const float *q, const float *keys, const float *values, const
             _mm512_mask_storeu_ps(y + i + 16*j, m[j], _mm512_mul_ps(a[j], _mm512_set1_ps(inv)));
     }
 }
+static void attend_kept(const SlKept *S, const Head &h, const float *q, const float *k, const float *v, const uint8_t *last,
+                        i64 pos, i64 first, i64 n, float scale, float *spare, float *p, float *y) {
+    const i64 own = S->k_bits ? pos/GROUP*GROUP : 0, begin = S->k_bits && first < own ? first/GROUP*GROUP : first;
+    i64 t = begin;
+    for (; t < own; t += GROUP)
+        score_unit(q, h.keys + t/GROUP*h.unit, n, S->k_bits, scale, spare, p + t - begin);
+    for (; t < pos; t++) {
+        const float *key = S->k_bits ? h.recent + (t - own)*n : (const float*)(h.keys + t*h.unit);
+        p[t - begin] = scale*dot(key, q, 0, n);
+    }
+    p[pos - begin] = scale*dot(k, q, 0, n);
+    p += first - begin;
+    const i64 count = pos - first;
+    const float inv = soften(p, count + 1);
+    const uint8_t *rows = h.values + first*h.row;
+    if (S->v_bits == 8) mix_rows<8>(p, rows, last, count, n, inv, y);
+    else if (S->v_bits == 4) mix_rows<4>(p, rows, last, count, n, inv, y);
+    else if (S->v_bits == 2) mix_rows<2>(p, rows, last, count, n, inv, y);
+    else mix_floats(p, (const float*)rows, v, count, n, inv, y);
+}
+static void attention_kept(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
+                           const Own *o, int me, int all) {
+    const SlLayer *L = M->layers + layer;
+    const SlKept *S = C->kept + layer;
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, first = first_seen(L, pos);
+    const Turn turn = turn_at(M, L, C, pos);
+    const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
+    uint8_t *last = (uint8_t*)(o->spare + round64(hd));
+    for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
+        const Head h = head_at(M, C, S, i/each);
+        if (g != i/each) {
+            g = i/each;
+            rotate(k_new + g*hd, turn, hd, o->k);
+            if (S->v_bits) put_row(v_new + g*hd, hd, S->v_bits, last);
+        }
+        rotate(qkv + i*hd, turn, hd, o->q);
+        attend_kept(S, h, o->q, o->k, v_new + g*hd, last, pos, first, hd, (float)M->attention_scale, o->spare, o->scores,
+                    out + i*hd);
+        if (i % each == 0) {   // others read what is before `pos`, and of recent keys those of its group
+            put_value(S, h, hd, pos, v_new + g*hd);
+            put_key(S, h, hd, pos, o->k);
+        }
+    }
+}
 static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
                       const Own *o, int me, int all) {
+    if (C->kept) { attention_kept(M, C, layer, pos, qkv, out, o, me, all); return; }
     const SlLayer *L = M->layers + layer;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, row = C->capacity*hd;
     const i64 first = first_seen(L, pos);
@@ -220,8 +269,8 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
     if (int fault = check_pass(M, C, &id, 1, pos)) return fault;
     const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
-    const size_t score = round64(pos + 17);
-    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 2*head_dim) + round64(turned_room(kp));
+    const size_t score = round64(pos + 17 + GROUP);
+    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 4*head_dim + 64) + round64(turned_room(kp));
     const size_t common = 4*(2*dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
     char *p = arena.get(common + own*threads + 64);
@@ -240,7 +289,7 @@ SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, f
         Own o;
         o.bytes = (int8_t*)q; o.h = (float*)(q + input_bytes(kp));
         o.norm = o.h + round64(r); o.scores = o.norm + dim;
-        o.q = o.scores + score; o.k = o.q + head_dim; o.turned = o.k + head_dim;
+        o.q = o.scores + score; o.k = o.q + head_dim; o.spare = o.k + head_dim; o.turned = o.spare + 2*head_dim + 64;
         for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, &room, &o, me, all);
         if (logits) {
             normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, o.norm);
@@ -324,6 +373,57 @@ static void cache_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos,
         }
     }
 }
+// The same for blocks that are kept: rotated keys stay in `qkv` too, and `held` (kv_heads,32,head_dim) gets the exact keys
+// of the group that the first token is in.
+static void keep_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide, float *spare,
+                        float *held) {
+    const SlLayer *L = M->layers + layer;
+    const SlKept *S = C->kept + layer;
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads;
+    if (S->recent) memcpy(held, S->recent, (size_t)(G*GROUP*hd)*4);
+    for (i64 t = 0; t < m; t++) {
+        const Turn turn = turn_at(M, L, C, pos + t);
+        float *q = qkv + t*wide;
+        normalize_heads(M, L, q, 0, 1);
+        if (turn.n) for (i64 i = 0; i < H + G; i++) {
+            memcpy(spare, q + i*hd, (size_t)hd*4);
+            rotate(spare, turn, hd, q + i*hd);
+        }
+        for (i64 g = 0; g < G; g++) {
+            const Head h = head_at(M, C, S, g);
+            put_key(S, h, hd, pos + t, q + (H + g)*hd);
+            put_value(S, h, hd, pos + t, q + (H + G + g)*hd);
+        }
+    }
+}
+// Attention of a prompt's query heads that share the keys and values of head g; kt, p and vs are scratch.
+static void prompt_kept(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, i64 g, const float *qkv, i64 wide,
+                        const float *held, i64 keys, float *kt, float *p, float *vs, float *att) {
+    const SlLayer *L = M->layers + layer;
+    const SlKept *S = C->kept + layer;
+    const Head h = head_at(M, C, S, g);
+    const i64 hd = M->head_dim, H = M->heads, each = H/M->kv_heads, own = pos/GROUP*GROUP, bits = S->k_bits;
+    const i64 begin = first_seen(L, pos)/GROUP*GROUP;
+    const float *values = (const float*)h.values;
+    if (S->v_bits) { unpack_rows(h, hd, S->v_bits, begin, pos + m, vs); values = vs; }
+    if (bits) unpack_units(h, hd, bits, begin, own, kt, keys);
+    for (i64 i = g*each; i < (g + 1)*each; i++) {
+        for (i64 k = bits ? own : begin; k < keys; k++) {   // exact, until the group is complete
+            const float *key = k >= pos ? qkv + (k - pos)*wide + (H + g)*hd : held + (g*GROUP + k - own)*hd;
+            if (!bits && k < pos) key = (const float*)(h.keys + k*h.unit);
+            for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? key[j] : 0.f;
+        }
+        for (i64 t = 0; t < m;) {
+            const i64 left = bits ? GROUP - (pos + t) % GROUP : 8;
+            i64 some = m - t < 8 ? m - t : 8;
+            if (left < some) some = left;
+            attend_some(qkv + t*wide + i*hd, wide, kt, values, pos + t, (int)some, hd, keys, L->window,
+                        (float)M->attention_scale, p, att + t*H*hd + i*hd, H*hd);
+            t += some;
+            if (bits && (pos + t) % GROUP == 0) unpack_units(h, hd, bits, pos + t - GROUP, pos + t, kt, keys);
+        }
+    }
+}
 // x += y, or x += norm(y) where there is such a norm; then `norm` = what the next layer reads, if that is not x.
 static void join(const SlModel *M, const float *after, const SlLayer *next, int which, i64 m, float *x, float *y,
                  float *norm, int threads) {
@@ -368,15 +468,16 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
     if (int fault = check_pass(M, C, ids, m, pos)) return fault;
     if (!M->packed) return SHAPES;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim;
-    const i64 hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16;
+    const i64 hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16 + (C->kept ? GROUP : 0);
     const int threads = max_threads();
-    const size_t own = round64(hd*keys + 8*keys + hd + 64);
-    const size_t common = round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden);
+    const size_t own = round64(hd*keys + 8*keys + hd + 64) + (C->kept ? round64(hd*keys) : 0);
+    const size_t held_size = C->kept ? round64(G*GROUP*hd) : 0;
+    const size_t common = round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden) + held_size;
     char *mem = prompt_arena.get(4*(common + own*threads) + 64);
     if (!mem) return NO_MEMORY;
     float *x = (float*)mem, *norm = x + m*dim, *y = norm + m*dim, *qkv = x + round64(3*m*dim);
     float *att = qkv + round64(m*wide), *up = att + round64(m*H*hd), *gate = up + m*hidden;
-    float *scratch = up + round64(2*m*hidden);
+    float *held = up + round64(2*m*hidden), *scratch = held + held_size;
     for (i64 t = 0; t < m; t++) embed(M, ids[t], pos + t, x + t*dim);
     for (i64 l = 0; l < M->n_layers; l++) {
         const SlLayer *L = M->layers + l;
@@ -388,24 +489,33 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
         }
         for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n)
             tokens_linear(L->qkv[j], in, m, qkv + at, wide);
-        cache_tokens(M, C, l, pos, m, qkv, wide, scratch);
-        #pragma omp parallel num_threads(threads)
-        {
-            float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
-            i64 have = -1;
-            #pragma omp for schedule(static)
-            for (i64 h = 0; h < H; h++) {
-                const i64 g = h/(H/G);
-                const float *K = C->keys + (l*G + g)*C->capacity*hd, *V = C->values + (l*G + g)*C->capacity*hd;
-                if (have != g) {
-                    for (i64 k = first_seen(L, pos) & ~(i64)15; k < keys; k++)
-                        for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
-                    have = g;
-                }
-                for (i64 t = 0; t < m; t += 8) {
-                    const int some = (int)(m - t < 8 ? m - t : 8);
-                    attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, some, hd, keys, L->window,
-                                (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
+        if (C->kept) {
+            keep_tokens(M, C, l, pos, m, qkv, wide, scratch, held);
+            #pragma omp parallel for schedule(static) num_threads(threads)
+            for (i64 g = 0; g < G; g++) {
+                float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
+                prompt_kept(M, C, l, pos, m, g, qkv, wide, held, keys, kt, p, kt + round64(hd*keys + 8*keys + hd + 64), att);
+            }
+        } else {
+            cache_tokens(M, C, l, pos, m, qkv, wide, scratch);
+            #pragma omp parallel num_threads(threads)
+            {
+                float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
+                i64 have = -1;
+                #pragma omp for schedule(static)
+                for (i64 h = 0; h < H; h++) {
+                    const i64 g = h/(H/G);
+                    const float *K = C->keys + (l*G + g)*C->capacity*hd, *V = C->values + (l*G + g)*C->capacity*hd;
+                    if (have != g) {
+                        for (i64 k = first_seen(L, pos) & ~(i64)15; k < keys; k++)
+                            for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
+                        have = g;
+                    }
+                    for (i64 t = 0; t < m; t += 8) {
+                        const int some = (int)(m - t < 8 ? m - t : 8);
+                        attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, some, hd, keys, L->window,
+                                    (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
+                    }
                 }
             }
         }

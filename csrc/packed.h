@@ -75,11 +75,23 @@ struct SlModel {                // mirrored by parts._Model: a model at one prof
     double eps, attention_scale, embedding_scale;
     i64 checked, packed, max_kp, max_r;   // written by sl_check_model
 };
+// Keys and values of one block, of which some are in few bits (nbs/attention/caches.ipynb has the rule,
+// nbs/serving/kept.ipynb the layout). A unit is a group of 32 tokens: for each channel its codes, then the smallest
+// numbers of all channels, then the steps. A row is a token: codes, smallest number, step. Ranges are float16.
+struct SlKept {                 // mirrored by kept._Kept
+    i64 size;
+    uint8_t *keys;              // (kv_heads,groups,unit), or with 0 bits floats (kv_heads,capacity,head_dim)
+    uint8_t *values;            // (kv_heads,capacity,row), or floats
+    float *recent;              // (kv_heads,32,head_dim): the group that is not complete; null with float keys
+    i64 keys_len, values_len, recent_len;   // bytes, bytes, numbers
+    i64 k_bits, v_bits;         // 2, 4, 8, or 0 for float
+};
 struct SlCache {                // mirrored by parts._Cache: one sequence
     i64 size;
-    float *keys, *values;       // (layers,kv_heads,capacity,head_dim)
+    float *keys, *values;       // (layers,kv_heads,capacity,head_dim); null where blocks are kept each by itself
+    const SlKept *kept;         // (layers), or null
     const float *cos, *sin;     // (tables,places,rotated) rotary angles, or null
-    i64 keys_len, values_len, cos_len, sin_len;
+    i64 keys_len, values_len, kept_len, cos_len, sin_len;
     i64 capacity, places;       // tokens that fit; positions in a table of angles
 };
 
@@ -98,8 +110,13 @@ int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 po
 
 // ---- planes.cpp ----
 static inline i64 groups_of(const SlLinear *d) { return (d->k + d->group - 1)/d->group; }
+static const i64 GROUP = 32;     // tokens whose keys share ranges
+static inline i64 packed_bytes(i64 n, i64 bits) { return (n*bits + 7)/8; }
+static inline i64 unit_bytes(i64 hd, i64 bits) { return hd*(GROUP*bits/8 + 4); }
+static inline i64 row_bytes(i64 hd, i64 bits) { return packed_bytes(hd, bits) + 4; }
+
 struct Own {                    // scratch of one thread
-    int8_t *bytes; float *h, *norm, *scores, *q, *k, *turned;
+    int8_t *bytes; float *h, *norm, *scores, *q, *k, *spare, *turned;
     mutable const float *of;    // the input that `turned` is made of; null when its numbers have changed
 };
 size_t turned_room(i64 kp);     // bytes of `turned` for a layer of so many inputs

@@ -20,13 +20,14 @@ class Part(NamedTuple):
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('system', 'System', 'writing files, saying how far, telling weights apart', 'files progress digests'),
+    ('system', 'System', 'files, digests, kinds of models', 'files progress digests families'),
+    ('attention', 'Attention', 'keys and values in few bits', 'caches attending'),
     ('core', 'Core', 'layers that switch', 'opaque integer rotation profiles layers experts switching calibration gates'),
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),
     ('data', 'Data', 'examples, and what is learnt from them', 'squad squad_scores embedded encoding tasks spans sources text chat'),
     ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies gptq extraction'),
-    ('serving', 'Serving', 'kernels, one file', 'kernels parts lean generating packed_file packed hub exports'),
+    ('serving', 'Serving', 'kernels, one file', 'kernels kept parts lean generating packed_file packed hub exports'),
     ('formats', 'Formats', 'files for other programs', 'torchao gguf_blocks gguf_words gguf_file'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',

@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 from .data.encoding import Encoded, collate, encode
 from .system.progress import tqdm
 from .core.profiles import Profile, check_unique, as_profile
-from .core.switching import switch_of, use_profile, check_plain, make_switchable_
+from .system.families import check_plain
+from .core.switching import switch_of, use_profile, make_switchable_
 from .search.intervals import Interval, digits, interval, per_token
 from .data.squad_scores import em_f1, scoring_rules
 from .search.costs import Cost, profile_cost, profiles_of
@@ -350,11 +351,13 @@ class Evaluation:
         costs = [s.cost for s in self.scores]
         (mem,m),(ops,o) = _unit(max(c.bytes for c in costs)),_unit(max(c.bops for c in costs))
         lora,scores = any(c.adapter_bytes for c in costs),[k for k in SCORES if k in self.scores[0].summary]
-        heads = ['profile', 'W bits', 'A bits', f'{m}B', *[f'LoRA {m}B']*lora, f'{o}BOPs/token',
+        cache = len({c.cache_bytes for c in costs})>1   # where profiles differ in it
+        heads = ['profile', 'W bits', 'A bits', f'{m}B', *[f'LoRA {m}B']*lora, *['cache B/token']*cache, f'{o}BOPs/token',
                  *(SCORES[k] for k in scores)]
         def row(s, c):
             bits = [f'{c.w_bits:.3g}', f'{c.a_bits:.3g}']
-            held = [digits(c.bytes/mem), *[digits(c.adapter_bytes/mem)]*lora, digits(c.bops/ops)]
+            held = [digits(c.bytes/mem), *[digits(c.adapter_bytes/mem)]*lora, *[f'{c.cache_bytes:,}']*cache,
+                    digits(c.bops/ops)]
             return [s.profile.name, *bits, *held, *(s.summary[k].show(1 if 'ppl' in k else 100) for k in scores)]
         return [heads, *map(row, self.scores, costs)]
 

@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 from switchable_llm.serving import kernels
 from switchable_llm.serving.kernels import (
     ActQuant, LinearPlan, code_sums, pack_planes, plane_linear_reference, plane_rows, unpack_planes)
-from switchable_llm.serving.parts import Cache, Table, parts_of
+from switchable_llm.serving.kept import Cache
+from switchable_llm.serving.parts import Table, parts_of
 from switchable_llm.serving.lean import Step, lean_tokens, torch_step
 from switchable_llm.core.integer import native_features
 from switchable_llm.quantizers import quantize

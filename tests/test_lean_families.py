@@ -14,7 +14,8 @@ from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.generating import LeanCache
 from switchable_llm.serving.lean import LiveStep, torch_step
 from switchable_llm.serving.packed import load_packed
-from switchable_llm.serving.parts import LIKE_LLAMA, Cache, NotLean, parts_of
+from switchable_llm.serving.kept import Cache
+from switchable_llm.serving.parts import LIKE_LLAMA, NotLean, parts_of
 
 native = pytest.mark.skipif('decode' not in native_features(),
                             reason='the compiled kernels are not built, or do not run on this processor')

@@ -3,7 +3,8 @@ import ctypes, os, random
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.serving.kernels import ActQuant, FAULTS, LinearPlan, _Linear, _native, pack_planes
-from switchable_llm.serving.parts import Cache, Dense, Table, _Cache, _Layer, _Model, native_calls, parts_of
+from switchable_llm.serving.kept import Cache, _Cache
+from switchable_llm.serving.parts import Dense, Table, _Layer, _Model, native_calls, parts_of
 from switchable_llm.serving.lean import Step, torch_step
 from switchable_llm.core.integer import native_features
 from test_kernels import packed, plan, plan_of

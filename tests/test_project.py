@@ -16,10 +16,10 @@ FILES = [p for p in LIB.rglob('*.py') if p.stem not in GENERATED]
 MODULES = sorted('.'.join(p.relative_to(LIB).with_suffix('').parts) for p in FILES)
 
 # What stands before what. A module may import its own group, as long as nothing goes in a circle, and what is before it.
-ORDER = [{'system'}, {'quantizers'}, {'core'}, {'lora_routing'}, {'models'}, {'data'}, {'joint_training','training'},
-         {'profiles_eval','search'}, {'cpt','adversarial'}, {'serving'}, {'formats'},
+ORDER = [{'system'}, {'quantizers'}, {'attention'}, {'core'}, {'lora_routing'}, {'models'}, {'data'},
+         {'joint_training','training'}, {'profiles_eval','search'}, {'cpt','adversarial'}, {'serving'}, {'formats'},
          {'study'}, {'findings'}, {'report'}, {'apps'}, {'explorer'}]
-SERVING = {'system','quantizers','core','lora_routing','models','data','serving'}   # all that a server imports
+SERVING = {'system','quantizers','attention','core','lora_routing','models','data','serving'}   # all that a server imports
 
 def group(module): return next(i for i,g in enumerate(ORDER) if module.split('.')[0] in g)
 

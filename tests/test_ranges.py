@@ -40,7 +40,6 @@ def test_independent_codes_choose_at_each_width(bits, symmetric):
         cfg = QuantConfig(codes='independent', weight_symmetric=symmetric, weight_range=r)
         q,qp = quantize_weight(w, bits, cfg)
         errors[r] = (((q.double()-qp.zero_point[:, 0])*qp.scale[:, 0].double()-w.double())**2).sum(1)
-    share = torch.ones(8, 1)
     lo,hi = w.amin(1, keepdim=True).clamp(max=0).double(),w.amax(1, keepdim=True).clamp(min=0).double()
     best = torch.full((8,), torch.inf, dtype=torch.float64)
     for i in range(20):   # the same grid in float64

@@ -1,7 +1,6 @@
 "Rotated layers: the same function at float, one basis for weight, input, range and codes, and the same served as trained."
 import copy, json
 import pytest, torch
-import switchable_llm as sl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.core.calibration import calibrate_, learn_ranges_
 from switchable_llm.core.integer import native_features
@@ -16,7 +15,7 @@ from switchable_llm.models.checkpoints import load_switchable, read_switchable, 
 from switchable_llm.quantizers import Bits, QuantConfig, dequantize_weight, fake_quant, quantize_weight, token_qparams
 from switchable_llm.search.gptq import quantize_
 from switchable_llm.serving.exports import freeze, merge
-from switchable_llm.serving.kernels import ActQuant, LinearPlan, code_sums, pack_planes, plane_linear, plane_linear_reference
+from switchable_llm.serving.kernels import ActQuant, LinearPlan, pack_planes, plane_linear, plane_linear_reference
 from switchable_llm.serving.lean import LiveStep
 from switchable_llm.serving.packed import load_packed
 

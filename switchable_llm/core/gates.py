@@ -87,6 +87,9 @@ def add_gates_(
     if per not in GATES: raise ValueError(f"per={per!r}: choose one of {', '.join(GATES)}")
     if len(set(bits))<2 or len(set(bits))<len(bits):
         raise ValueError(f"bits={', '.join(map(str, bits))}: a choice needs two or more, all different")
+    if odd := [b for b in bits if b!=b.layer]:
+        raise ValueError(f"bits={odd[0]}: a gate chooses the bits of its layer, here {odd[0].layer}; "
+                         "those of a cache come with the profile")
     def wanted(l, s): return l.multiplies and (sites is None or s.site in sites)
     chosen = [(l, s) for l,s in zip(switch.layers, switch.sites) if wanted(l, s)]
     if not chosen:

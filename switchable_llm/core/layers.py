@@ -19,7 +19,7 @@ from ..quantizers import (
     Bits, EMAObserver, LearnedRange, QParams, blocks, dequantize_weight, fake_quant, fake_quant_weight, fused_fake_quant,
     nested_at, nested_codes, quantize_weight, token_qparams, unblocks)
 from .opaque import Opaque, keep_names_
-from .rotation import rotate, rotation_of
+from .rotation import rotate
 from .integer import ReferenceKernel, int_linear, pick_kernel, as_signed
 
 # %% ../../nbs/core/layers.ipynb #5fa4606e

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Iterable
 from torch import nn, Tensor
 from ..quantizers import QuantConfig
-import switchable_llm.core.gates   # noqa: F401 (a checkpoint can hold gates: this makes their types known)
 from ..system.files import check_target, whole_folder, writing_folder
+from ..system.families import check_plain
 from ..core.switching import (
-    check_plain, added_params, base_params, check_unfrozen, make_switchable_, switch_of, numbers_of)
+    added_params, base_params, check_unfrozen, make_switchable_, switch_of, numbers_of)
 from ..core.layers import ADDED, GATE_TYPES
 from ..core.profiles import Profile, check_unique
 from ..lora_routing import LoRA, ROUTES, lora_fault, read_tensors, router, tensor_bytes

@@ -16,7 +16,7 @@ from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING)
 from .quantizer import METHOD, PACKED_METHOD
-from ..core.profiles import check_causal
+from ..system.families import check_causal
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(

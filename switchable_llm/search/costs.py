@@ -6,11 +6,14 @@
 __all__ = ['Cost', 'profiles_of', 'profile_cost', 'total']
 
 # %% ../../nbs/search/costs.ipynb #fb0f65dd
+import math
 from dataclasses import dataclass
 from typing import Iterable
 import torch
 from torch import nn
-from ..quantizers import blocks
+from ..quantizers import Bits, blocks
+from ..attention.attending import cache_shape
+from ..attention.caches import bytes_per_token
 from ..core.profiles import Profile
 from ..core.switching import added_params, switch_of
 
@@ -25,6 +28,7 @@ class Cost:
     adapter_bytes:int  # Memory of the adapters that this profile uses
     adapter_bops:int   # Their bit-operations per token
     float_bits:int     # What float was counted as
+    cache_bytes:int=0  # Keys and values of one token of a long text, in all blocks; 0 in records older than this
 
 def _stored_bits(layer, w, cfg, float_bits):
     n = layer.weight.numel()
@@ -52,6 +56,12 @@ def _key(layer):   # equal for layers that share a weight
     return id(p), number
 def _size(module): return sum(p.numel() for p in module.parameters())
 
+def _cache_bytes(model, bits, float_bits):   # a token's, in all blocks; a float cache has the type of the model
+    config = getattr(model, 'config', None)
+    if getattr(config, 'num_attention_heads', None) is None: return 0
+    bits = [*bits, *[None]*(config.num_hidden_layers-len(bits))]
+    return math.ceil(sum(bytes_per_token(*cache_shape(config), b or Bits(), float_bits) for b in bits))
+
 def profile_cost(
     model:nn.Module,        # A model after `make_switchable_`
     profile:'str|Profile',  # A profile, or the name of one that the model has
@@ -71,7 +81,8 @@ def profile_cost(
     return Cost(w_bits=sum(n*w for n,w,_ in kept.values())/sum(n for n,_,_ in kept.values()),
                 a_bits=sum(m*a for m,_,a in macs)/sum(m for m,*_ in macs) if macs else float_bits,
                 bytes=-(-(rest*float_bits + sum(s for *_,s in kept.values()))//8), bops=round(sum(m*w*a for m,w,a in macs)),
-                adapter_bytes=live*float_bits//8, adapter_bops=round(used*float_bits**2), float_bits=float_bits)
+                adapter_bytes=live*float_bits//8, adapter_bops=round(used*float_bits**2), float_bits=float_bits,
+                cache_bytes=_cache_bytes(model, switch.cache_of(profile), float_bits))
 
 def total(
     cost:Cost, # Of a profile

@@ -23,7 +23,7 @@ from ..core.profiles import Profile, Site, save_profiles
 from .kernels import Planes, code_sums, pack_planes
 from .packed import PackedSwitch, held_by, is_packed, packed_size, skeleton
 from .packed_file import (
-    BLANK, CARRIED, PACKED_VERSION, check_description, checksum, is_elsewhere, make_tokenizer, seal, short)
+    BLANK, CARRIED, check_description, checksum, is_elsewhere, make_tokenizer, seal, short)
 
 # %% ../../nbs/serving/exports.ipynb #1aa09584
 #| export

@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
-from .parts import Cache, NotLean, native_calls, parts_of
+from ..attention.attending import row_starts
+from .kept import Cache
+from .parts import NotLean, native_calls, parts_of
 from .lean import LiveStep, live_of
 from ..core.integer import native_report
 
@@ -41,7 +43,11 @@ class LeanLayer(DynamicLayer):
     keys = property(lambda self: self._look('keys'), lambda self, v: self._refuse(v))
     values = property(lambda self: self._look('values'), lambda self, v: self._refuse(v))
 
-    def _view(self, name): return getattr(self.store, name)[self.i, None, :, :self.length]
+    def _view(self, name):
+        if self.store.kept: return self._seen(self.length)['keys values'.split().index(name)]
+        return getattr(self.store, name)[self.i, None, :, :self.length]
+    def _seen(self, n):   # by the next token
+        return tuple(t[None] for t in self.store.kept[self.i].seen(n, end=n))
     def _look(self, name):   # for others, who may keep it: then the buffer is not used again
         self.store.shown = True
         return self._view(name)
@@ -56,10 +62,19 @@ class LeanLayer(DynamicLayer):
             raise NotImplementedError(f"a batch of {b}: this cache holds one sequence; pass a DynamicCache()")
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise NotImplementedError("no gradient goes through this cache: pass a DynamicCache()")
+        if self.i==0: self.store.length = n; self.store.check_cut()
         self.store.reserve(n+q)
+        if self.store.kept: return self._keep(key_states, value_states)
         self.store.keys[self.i, :, n:n+q],self.store.values[self.i, :, n:n+q] = key_states[0],value_states[0]
         self.length += q
         return self._view('keys').to(key_states.dtype), self._view('values').to(value_states.dtype)
+
+    def _keep(self, k, v):   # what was there in few bits, what comes as it is: attention gets it in few bits by itself
+        seen,n = self._seen(self.length),self.length
+        for t in range(k.shape[2]): self.store.kept[self.i].put(n+t, k[0, :, t].float(), v[0, :, t].float())
+        self.length += k.shape[2]
+        self.store.most = self.length
+        return tuple(torch.cat([old.to(new.dtype), new], 2) for old,new in zip(seen, (k, v)))
 
     def get_seq_length(self): return self.length
     def reset(self): self.length = 0
@@ -82,6 +97,14 @@ class LeanCache(TransformersCache):
         blocks = range(len(self.step.parts.blocks))
         super().__init__(layers=[LeanLayer(self.step.cache, i, self.owner) for i in blocks])
         if store is None: finalize(self.owner, live.give, self.step.cache).atexit = False
+
+    def begin_in(self,
+        bits:tuple, # As `Live.cache`
+    ):
+        "Let a text that has not begun be kept in these bits."
+        if self.get_seq_length(): return
+        self.step.cache.length = 0
+        self.step.cache.adopt(bits)
 
     def __deepcopy__(self, memo):
         other = LeanCache(self.model(), self.step.cache.copy())
@@ -213,6 +236,8 @@ def lean_class(
             record,ids = _RUNNING.get(),kw.get('input_ids')
             if record is not None and record.model is not self: record = None
             cache,why = _given_cache(kw),record and record.off
+            if isinstance(cache, LeanCache):   # modules alone take padding, and count groups behind it
+                cache.begin_in(() if row_starts(kw.get('attention_mask')) is not None else self.switch.live.cache)
             if not why: why = 'arguments without their names' if args else _hindrance(self, cache, kw)
             try: step = cache.step.now() if why is None else None
             except NotLean as e: why = str(e)

@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from .kernels import LinearPlan, check_fault, plane_linear, plane_rows
 from ..core.layers import Setting
 from ..core.switching import switch_of
-from .parts import Cache, NotLean, Parts, Table, native_calls, parts_of
+from .kept import Cache
+from .parts import NotLean, Parts, Table, native_calls, parts_of
 
 # %% ../../nbs/serving/lean.ipynb #b2c0a008
 class Step:
@@ -24,10 +25,11 @@ class Step:
     def __init__(self,
         table:Table,  # The model at a profile
         cache:Cache,  # The sequence; several steps may take turns on it
+        bits:tuple=(),# Of each block's keys and values at that profile, as `Live.cache`
     ):
         if table.parts is not cache.parts:
             raise ValueError("the table and the cache are not made of the same Parts")
-        self.table,self.cache = table,cache
+        self.table,self.cache,self.bits = table,cache,bits
 
     logits = property(lambda self: self.cache.logits)   # of the last call
 
@@ -46,9 +48,11 @@ class Step:
         if not c.lock.acquire(blocking=False):
             raise RuntimeError("another thread is at work on this cache: give each its own")
         try:
+            c.adopt(self.bits)
+            c.check_cut()
             c.reserve(c.length+len(ids))
             self._run(ids, c.logits_of(self.table.outputs))
-            c.length += len(ids)
+            c.length = c.most = c.length+len(ids)
         finally: c.lock.release()
         return c.logits
 
@@ -106,9 +110,7 @@ def _attention(table, c, i, t, h):   # of one token in block i
     if b.angles:
         cos,sin = c.cos[b.angles-1,t],c.sin[b.angles-1,t]
         q,k = _rotate(q, cos, sin),_rotate(k, cos, sin)
-    c.keys[i,:,t],c.values[i,:,t] = k,v
-    seen = slice(max(0, t+1-b.window) if b.window else 0, t+1)
-    keys,values = c.keys[None,i,:,seen],c.values[None,i,:,seen]
+    keys,values = (a[None] for a in c.put(i, t, k, v, max(0, t+1-b.window) if b.window else 0))
     return F.scaled_dot_product_attention(q[None,:,None], keys, values, scale=p.scale, enable_gqa=True).flatten()
 
 def _head_norm(table, m, x):   # of each head, or of all together: as many numbers as the weight has
@@ -201,7 +203,7 @@ class Live:
         cache:Cache, # Of this model
     ):
         "A cache back, for the next one; not if somebody may still look at it."
-        held = sum(c.keys.nbytes+c.values.nbytes for c in (*self.free, cache))
+        held = sum(c.nbytes for c in (*self.free, cache))
         if cache.shown or held>self.LARGEST or cache.context!=cache.parts.context: return
         if self.made is None or cache.parts is not self.made.parts: return   # the model has moved since
         cache.begin()
@@ -231,10 +233,10 @@ class LiveStep:
 
     def now(self)->Step:
         "The step at the live profile."
-        settings,version = self.switch.settings,self.tables.version
-        if self.at is None or self.at[0] is not settings or self.at[1]!=version:
-            self.step = Step(self.tables.at(settings), self.cache)
-            self.at = settings,version
+        live,version = self.switch.live,self.tables.version
+        if self.at is None or self.at[0] is not live.settings or self.at[1:]!=(live.cache, version):
+            self.step = Step(self.tables.at(live.settings), self.cache, live.cache)
+            self.at = live.settings,live.cache,version
         return self.step
 
     def __call__(self,

@@ -28,12 +28,13 @@ from ..core.switching import Switch
 from ..lora_routing import LoRA, router
 from ..models.loading import float32_head_
 from .kernels import (
-    GROUP_UNIT, ActQuant, LinearPlan, Planes, group_steps, nested_zero, plane_rows, unpack_planes)
+    ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes, GROUP_UNIT, group_steps)
 from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,
     identity_of, make_tokenizer, naming, read_head)
 from .generating import model_class, packed_class
 from ..core.opaque import Opaque
+from ..attention.attending import cache_obstacle
 
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a
 class PackedLayer(Opaque):
@@ -145,8 +146,9 @@ class PackedSwitch(Switch):
             'for others freeze the switchable model again')
     fixed,stored = {},{}   # name of an end -> its bits; name of a layer -> most bits it has
     floats = ()            # sites that are float layers
+    asked_sites = property(lambda self: [*(s for s in self.sites if s.name not in self.fixed), *self.floats])
     def bind(self, profile):
-        bits = profile.bits([*(s for s in self.sites if s.name not in self.fixed), *self.floats])|self.fixed
+        bits = profile.bits(self.asked_sites)|self.fixed
         where = f"profile {profile.name!r}: layer"
         for n in (s.name for s in self.floats):
             if not (b := bits.pop(n)).is_float:
@@ -163,7 +165,8 @@ class PackedSwitch(Switch):
             if b.w>self.stored.get(n, 8):
                 raise ValueError(f"{where} {n} at {b}: this file holds its first {self.stored[n]} bits, "
                                  "which was enough for the profiles that were frozen")
-        return tuple(Setting(bits[s.name], self._adapter(i, profile, bits[s.name])) for i,s in enumerate(self.sites))
+        each = enumerate(bits[s.name].layer for s in self.sites)
+        return tuple(Setting(b, self._adapter(i, profile, b)) for i,b in each)
 
     def _adapter(self, i, profile, bits):   # key of a layer's adapter, or None
         if not self.route or self.sites[i].name in self.fixed: return None
@@ -359,6 +362,7 @@ def _put_float(model, names, tensors):   # one tensor, under all names that shar
 def _put_layers(model, d, tensors):
     sites = [Site(l['name'], l['site'], l['layer']) for l in d['layers']]
     switch = PackedSwitch(sites, QuantConfig(**d['quantizer']))
+    switch.no_cache = cache_obstacle(model.config)
     switch.stored = {l['name']:l['stored'] for l in d['layers']}
     switch.rotated = tuple(l.get('rotated', False) for l in d['layers'])
     switch.floats = tuple(Site(*s) for s in d['float_layers'])

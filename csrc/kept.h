@@ -1,0 +1,170 @@
+// Keys and values in few bits: packing, and products with what is packed. The rule is that of nbs/attention/caches.ipynb,
+// the layout that of nbs/serving/kept.ipynb.
+#pragma once
+#include "vectors.h"
+
+SL_VECTORS_ON
+static inline float half_at(const uint8_t *p, i64 i) { uint16_t h; memcpy(&h, p + 2*i, 2); return _cvtsh_ss(h); }
+static inline void put_half(uint8_t *p, i64 i, float x) {
+    const uint16_t h = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); memcpy(p + 2*i, &h, 2);
+}
+static inline float bounded(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
+// Codes of n numbers, `stride` apart, as `range_codes` of attention/caches makes them, several in a byte.
+static void put_codes(const float *x, i64 n, i64 stride, i64 bits, uint8_t *codes, uint8_t *low, uint8_t *steps, i64 at) {
+    float lo = x[0], hi = x[0];
+    for (i64 i = 1; i < n; i++) {
+        const float v = x[i*stride];
+        lo = v < lo ? v : lo; hi = v > hi ? v : hi;
+    }
+    const float most = (float)((1 << bits) - 1), step = (hi - lo)/most;
+    put_half(low, at, bounded(lo)); put_half(steps, at, step > 65504.f ? 65504.f : step);
+    const float l = half_at(low, at), s = half_at(steps, at), inverse = s > 0 ? 1.f/s : 0.f;
+    const i64 several = 8/bits, span = (n + several - 1)/several;
+    for (i64 i = 0; i < span; i++) {
+        unsigned byte = 0;
+        for (i64 j = 0; j < several && j*span + i < n; j++) {
+            float c = rintf((x[(j*span + i)*stride] - l)*inverse);
+            c = c < 0 ? 0 : c > most ? most : c;
+            byte |= (unsigned)c << j*bits;
+        }
+        codes[i] = (uint8_t)byte;
+    }
+}
+static void put_row(const float *v, i64 hd, i64 bits, uint8_t *row) {
+    uint8_t *end = row + packed_bytes(hd, bits);
+    put_codes(v, hd, 1, bits, row, end, end + 2, 0);
+}
+static void put_unit(const float *recent, i64 hd, i64 bits, uint8_t *unit) {
+    const i64 span = GROUP*bits/8;
+    uint8_t *low = unit + hd*span;
+    for (i64 c = 0; c < hd; c++) put_codes(recent + c, GROUP, hd, bits, unit + c*span, low, low + 2*hd, c);
+}
+static inline __m512 half16(const uint8_t *p, i64 i, __mmask16 m) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p + 2*i));
+}
+// Codes of 32 tokens of one channel, as floats.
+static inline void codes32(const uint8_t *p, i64 bits, __m512 *a, __m512 *b) {
+    __m512i x, y;
+    if (bits == 8) {
+        x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        y = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
+    } else if (bits == 4) {
+        const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        x = _mm512_and_si512(v, _mm512_set1_epi32(15)); y = _mm512_srli_epi32(v, 4);
+    } else {
+        const __m128i v8 = _mm_loadl_epi64((const __m128i*)p);
+        const __m512i v = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(v8, v8)), three = _mm512_set1_epi32(3);
+        const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(2), 1);
+        x = _mm512_and_si512(_mm512_srlv_epi32(v, by), three);
+        y = _mm512_and_si512(_mm512_srlv_epi32(_mm512_srli_epi32(v, 4), by), three);
+    }
+    *a = _mm512_cvtepi32_ps(x); *b = _mm512_cvtepi32_ps(y);
+}
+// p (32) = scale q k for the tokens of a unit; w (n) is scratch.
+static void score_unit(const float *q, const uint8_t *unit, i64 n, i64 bits, float scale, float *w, float *p) {
+    const i64 span = GROUP*bits/8;
+    const uint8_t *low = unit + n*span, *steps = low + 2*n;
+    __m512 base = _mm512_setzero_ps();
+    for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = head(n - i);
+        const __m512 x = _mm512_maskz_loadu_ps(m, q + i);
+        base = _mm512_fmadd_ps(x, half16(low, i, m), base);
+        _mm512_mask_storeu_ps(w + i, m, _mm512_mul_ps(x, half16(steps, i, m)));
+    }
+    __m512 a = _mm512_set1_ps(_mm512_reduce_add_ps(base)), b = a, c = _mm512_setzero_ps(), d = c, x, y;
+    i64 i = 0;
+    for (; i + 1 < n; i += 2) {
+        codes32(unit + i*span, bits, &x, &y);
+        a = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), x, a); b = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), y, b);
+        codes32(unit + (i + 1)*span, bits, &x, &y);
+        c = _mm512_fmadd_ps(_mm512_set1_ps(w[i + 1]), x, c); d = _mm512_fmadd_ps(_mm512_set1_ps(w[i + 1]), y, d);
+    }
+    if (i < n) {
+        codes32(unit + i*span, bits, &x, &y);
+        a = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), x, a); b = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), y, b);
+    }
+    const __m512 s = _mm512_set1_ps(scale);
+    _mm512_storeu_ps(p, _mm512_mul_ps(s, _mm512_add_ps(a, c)));
+    _mm512_storeu_ps(p + 16, _mm512_mul_ps(s, _mm512_add_ps(b, d)));
+}
+// y (n) = inv sum p v over `count` rows and the last one.
+template<int B> static void mix_rows(const float *p, const uint8_t *rows, const uint8_t *last, i64 count, i64 n, float inv,
+                                     float *y) {
+    constexpr int several = 8/B, loads = 4/several;
+    const i64 codes = packed_bytes(n, B), row = codes + 4, span = codes;
+    __m512 lows = _mm512_setzero_ps();
+    float low = 0;
+    for (i64 t = 0; t <= count; t++) low += p[t]*half_at((t < count ? rows + t*row : last) + codes, 0);
+    lows = _mm512_set1_ps(low);
+    for (i64 i = 0; i < span; i += 16*loads) {
+        __m512 a[4]; __mmask16 m[loads];
+        for (int j = 0; j < 4; j++) a[j] = lows;
+        for (int l = 0; l < loads; l++) m[l] = i + 16*l < span ? head(span - i - 16*l) : 0;
+        for (i64 t = 0; t <= count; t++) {
+            const uint8_t *r = t < count ? rows + t*row : last;
+            const __m512 w = _mm512_set1_ps(p[t]*half_at(r + codes, 1));
+            for (int l = 0; l < loads; l++) {
+                const __m512i v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m[l], r + i + 16*l));
+                for (int j = 0; j < several; j++) {
+                    const __m512i c = B == 8 ? v : _mm512_and_si512(_mm512_srli_epi32(v, B*j), _mm512_set1_epi32((1 << B) - 1));
+                    a[l*several + j] = _mm512_fmadd_ps(w, _mm512_cvtepi32_ps(c), a[l*several + j]);
+                }
+            }
+        }
+        for (int l = 0; l < loads; l++) for (int j = 0; j < several; j++) {
+            const i64 at = j*span + i + 16*l;
+            const __mmask16 k = at < n ? m[l] & head(n - at) : 0;
+            _mm512_mask_storeu_ps(y + at, k, _mm512_mul_ps(a[l*several + j], _mm512_set1_ps(inv)));
+        }
+    }
+}
+static void mix_floats(const float *p, const float *rows, const float *last, i64 count, i64 n, float inv, float *y) {
+    for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = head(n - i);
+        __m512 a = _mm512_setzero_ps();
+        for (i64 t = 0; t <= count; t++)
+            a = _mm512_fmadd_ps(_mm512_set1_ps(p[t]), _mm512_maskz_loadu_ps(m, t < count ? rows + t*n + i : last + i), a);
+        _mm512_mask_storeu_ps(y + i, m, _mm512_mul_ps(a, _mm512_set1_ps(inv)));
+    }
+}
+// What a head of keys and values has in a block.
+struct Head { uint8_t *keys, *values; float *recent; i64 unit, row; };
+static Head head_at(const SlModel *M, const SlCache *C, const SlKept *S, i64 g) {
+    const i64 hd = M->head_dim;
+    const i64 unit = S->k_bits ? unit_bytes(hd, S->k_bits) : 4*hd, row = S->v_bits ? row_bytes(hd, S->v_bits) : 4*hd;
+    const i64 units = S->k_bits ? C->capacity/GROUP : C->capacity;
+    return {S->keys + g*units*unit, S->values + g*C->capacity*row, S->recent ? S->recent + g*GROUP*hd : nullptr, unit, row};
+}
+static void put_key(const SlKept *S, const Head &h, i64 hd, i64 pos, const float *k) {
+    if (!S->k_bits) { memcpy(h.keys + pos*h.unit, k, (size_t)hd*4); return; }
+    memcpy(h.recent + pos % GROUP*hd, k, (size_t)hd*4);
+    if (pos % GROUP == GROUP - 1) put_unit(h.recent, hd, S->k_bits, h.keys + pos/GROUP*h.unit);
+}
+static void put_value(const SlKept *S, const Head &h, i64 hd, i64 pos, const float *v) {
+    if (S->v_bits) put_row(v, hd, S->v_bits, h.values + pos*h.row);
+    else memcpy(h.values + pos*h.row, v, (size_t)hd*4);
+}
+// Columns a..b of kt (hd,keys) from units, which begin at multiples of 32.
+static void unpack_units(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *kt, i64 keys) {
+    const i64 span = GROUP*bits/8;
+    for (i64 k = a; k < b; k += GROUP) {
+        const uint8_t *unit = h.keys + k/GROUP*h.unit, *low = unit + hd*span, *steps = low + 2*hd;
+        for (i64 j = 0; j < hd; j++) {
+            __m512 x, y;
+            codes32(unit + j*span, bits, &x, &y);
+            const __m512 s = _mm512_set1_ps(half_at(steps, j)), l = _mm512_set1_ps(half_at(low, j));
+            _mm512_storeu_ps(kt + j*keys + k, _mm512_fmadd_ps(x, s, l));
+            _mm512_storeu_ps(kt + j*keys + k + 16, _mm512_fmadd_ps(y, s, l));
+        }
+    }
+}
+static void unpack_rows(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *v) {
+    const i64 span = packed_bytes(hd, bits);
+    for (i64 t = a; t < b; t++) {
+        const uint8_t *row = h.values + t*h.row;
+        const float low = half_at(row + span, 0), step = half_at(row + span, 1);
+        for (i64 i = 0; i < hd; i++)
+            v[t*hd + i] = low + step*(float)(row[i % span] >> i/span*bits & ((1 << bits) - 1));
+    }
+}
+SL_VECTORS_OFF
