@@ -49,7 +49,7 @@ def test_commands_run_in_their_order(tmp_path, child_env):
         if argv[0]=='explore': continue
         p = subprocess.run([*COMMAND, *argv], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
         assert p.returncode==0, f'{argv}: {p.stderr[-2000:]}'
-    for folder in ('my-text','my-chat','my_model'): assert AutoConfig.from_pretrained(tmp_path/folder).quantization_config
+    for folder in ('my-text','my-chat','my_model','my-codes'): assert AutoConfig.from_pretrained(tmp_path/folder).quantization_config
     assert (tmp_path/'my_model.gguf').is_file() and (tmp_path/'my_model.lora.gguf').is_file()
     assert (tmp_path/'merged'/'config.json').is_file() and (tmp_path/'my_model.safetensors').is_file()
 

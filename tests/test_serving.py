@@ -173,7 +173,7 @@ def test_a_cache_grows_and_stays_right(packed):
         logits = step.prompt(ids[0, a:b].tolist())
         assert (logits-right[b-1]).abs().max() <= 1e-5*right.abs().max()
         seen.append(step.cache.capacity)
-    assert seen==[0, 64, 128, 128, 256, 256, 400, 400]
+    assert seen==[0, 64, 80, 80, 129, 161, 290, 362]   # as much as is needed, and a quarter more at least
     assert step.cache.length==300
 
 @native
