@@ -1964,6 +1964,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                       'switchable_llm/formats/gguf_file.py'),
                                                   'switchable_llm.formats.gguf_file._gguf_write': ( 'formats/gguf_file.html#_gguf_write',
                                                                                                     'switchable_llm/formats/gguf_file.py'),
+                                                  'switchable_llm.formats.gguf_file._gguf_write_both': ( 'formats/gguf_file.html#_gguf_write_both',
+                                                                                                         'switchable_llm/formats/gguf_file.py'),
                                                   'switchable_llm.formats.gguf_file._is_our_gguf': ( 'formats/gguf_file.html#_is_our_gguf',
                                                                                                      'switchable_llm/formats/gguf_file.py'),
                                                   'switchable_llm.formats.gguf_file._names': ( 'formats/gguf_file.html#_names',

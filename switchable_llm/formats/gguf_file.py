@@ -218,6 +218,17 @@ def _gguf_write(w, path):
         w.write_tensors_to_file()
     finally: w.close()
 
+def _gguf_write_both(w, path, lora, beside):   # killed at any moment, adapters never stand beside codes of others
+    def codes(tmp):
+        _gguf_write(w, tmp)
+        beside.unlink(missing_ok=True)
+    def adapters(tmp):
+        _gguf_write(lora, tmp)
+        write_whole(path, codes)
+    if lora is None: write_whole(path, codes)
+    else: write_whole(beside, adapters)
+    return path
+
 class _Plan(NamedTuple):   # what goes where
     adapter:str|None    # 'merged', 'file' or nothing
     exact:dict          # name of a weight -> layer, bits, whether its rotation is left off: its codes are written
@@ -278,17 +289,14 @@ def export_gguf(
     plan = _plan(model, profile, rows, dtype, adapter, ends)
     what,space = 'a file that export_gguf wrote',sum(q.numel() for q in model.parameters())*dict(F32=4, Q8_0=1).get(dtype, 2)
     path = export_target(path, what, _is_our_gguf, overwrite, space=space)
-    lora = None
-    if plan.adapter=='file':
-        beside = export_target(adapter_file(path), what, _is_our_gguf, overwrite)
-        lora = _adapter_writer(gguf, model, p, rows, family)
+    beside = export_target(adapter_file(path), what, _is_our_gguf, overwrite)   # an older one would be of other codes
+    lora = _adapter_writer(gguf, model, p, rows, family) if plan.adapter=='file' else None
     w = gguf.GGUFWriter(None, family.arch)
     _gguf_metadata(gguf, w, model, family, p)
     if tokenizer is None: w.add_tokenizer_model('no_vocab')
     else: write_tokenizer(gguf, w, tokenizer, model.config, pre)
     _gguf_matrices(gguf, w, model, profile, family, plan)
-    if lora is not None: write_whole(beside, partial(_gguf_write, lora))
-    return write_whole(path, partial(_gguf_write, w))
+    return _gguf_write_both(w, path, lora, beside)
 
 def _gguf_matrices(gguf, w, model, profile, family, plan):   # all tensors, and by the commonest type the file's
     of_head = [t.adapter for s,_,t in layers_at(model, profile)[1] if s.site=='lm_head']
