@@ -29,7 +29,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies gptq extraction'),
     ('serving', 'Serving', 'kernels, one file', 'kernels kept parts lean generating packed_file packed hub exports'),
     ('formats', 'Formats', 'files for other programs', 'torchao gguf_blocks gguf_words gguf_file'),
-    ('study', 'Study', 'runs and their records', 'records figures statistics runs experiments cycles robustness searches'),
+    ('study', 'Study', 'runs and their records', 'records figures statistics runs methods experiments cycles robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons widths cycling choices defences verdicts reasons earlier'),
     ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands packing asking harness studying tools'),

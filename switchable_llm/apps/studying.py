@@ -13,6 +13,7 @@ from pathlib import Path
 from ..quantizers import Bits
 from ..system.files import check_target, claim
 from ..study.records import load_records, check_name, record_target
+from ..study.methods import method_table, run_methods
 from ..study.experiments import run_spans, ARMS, run_calibration, run_objectives
 from ..findings.comparisons import span_reports, calibration_verdict, gate_verdict, objective_verdicts
 from ..study.searches import run_allocation
@@ -101,6 +102,11 @@ def _allocation(preset, args, say):
                    w_bits=args.w_bits, a_bits=args.a_bits, evaluations=args.evaluations, f1=args.f1,
                    progress=not args.quiet, say=say)
 
+def _methods(preset, args, say):
+    run_methods(preset, args.out, **_given(n=args.questions), say=say)
+
+def _methods_said(preset, out): return text_table(method_table(load_records(out, preset, 'methods')))
+
 def _spans(preset, args, say): run_spans(preset, args.out, progress=not args.quiet, say=say)
 
 def _objectives_said(preset, out):
@@ -128,6 +134,7 @@ def _robustness_said(preset, out):
     return _told(robustness_verdicts(load_records(out, preset, 'robustness'), unequal))
 
 EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records of a preset say)
+    methods     = (_methods, _methods_said),
     objectives  = (_objectives, _objectives_said),
     calibration = (_calibration, _calibration_said),
     allocation  = (_allocation, _allocation_said),

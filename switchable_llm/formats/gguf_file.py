@@ -7,7 +7,6 @@ __all__ = ['GGUF_FAMILIES', 'GGUF_DTYPES', 'GGUFFamily', 'rotary_pairs', 'adapte
 
 # %% ../../nbs/formats/gguf_file.ipynb #3117429b
 import json, re, reprlib, torch
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from torch import nn, Tensor
