@@ -10,6 +10,7 @@ from conftest import heed_ctrl_c
 from switchable_llm.apps import commands as module
 from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_package, one_line
 from switchable_llm.apps.options import GROUPS
+from switchable_llm.study.methods import METHODS
 from switchable_llm.study.records import Preset
 from switchable_llm import __version__
 from switchable_llm.system import progress
@@ -301,7 +302,7 @@ def test_run_evaluate_answer(cli, runs):
 @pytest.mark.parametrize('name,options,word,records', [
     ('objectives', ['--seeds', 0, 1, 0, '--arms', 'random_profile', 'ranges', *MIX], 'By default: ', 4),
     ('calibration', MIX, 'ranges', 1),
-    ('spans', [], 'extractive F1 %', 1),
+    ('spans', [], 'extractive F1 %', 1), ('methods', ['--questions', 2], 'a step per channel', len(METHODS)),
     ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ', 1)])
 def test_experiments(name, options, word, records, cli, runs, toy_folder):
     folder = runs[0]/'runs'

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 import numpy as np
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from ..quantizers import QuantConfig
 from ..core.switching import make_switchable_
 from ..models.loading import load_model
@@ -54,14 +55,15 @@ def rough_(
     model:nn.Module, # Not switchable yet; changed in place
     seed:int=0,      # Of the noise
 )->nn.Module: # The same
-    "Move each weight of a linear layer by up to half a step of four bits for 32 inputs, evenly."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for m in model.modules():
-            if not isinstance(m, nn.Linear) or m.in_features%32: continue
-            b = m.weight.float().unflatten(1, (-1, 32))
-            step = (b.amax(-1, keepdim=True)-b.amin(-1, keepdim=True))/15
-            m.weight.copy_((b+(torch.rand(b.shape, generator=g)-.5)*step).flatten(1))
+    "Move each weight of a layer by up to half a step of four bits for 32 inputs, evenly; embedding and head stay."
+    g,head = torch.Generator().manual_seed(seed),model.get_output_embeddings()
+    for m in model.modules():
+        if not isinstance(m, (nn.Linear,Conv1D)) or m is head: continue
+        w = m.weight.data.T if isinstance(m, Conv1D) else m.weight.data
+        if w.shape[1]%32: continue
+        b = w.float().unflatten(1, (-1, 32))
+        step = (b.amax(-1, keepdim=True)-b.amin(-1, keepdim=True))/15
+        w.copy_((b+(torch.rand(b.shape, generator=g)-.5)*step).flatten(1))
     return model
 
 # %% ../../nbs/study/methods.ipynb #09630a3b
@@ -141,5 +143,5 @@ def method_table(
 
 def _words(m):
     share = 'a step per channel' if m.weight=='per_channel' else f'a step per {m.group_size} inputs'
-    return (share+', the least error'*(m.weight_range=='mse')+', off the grid'*m.rough,
-            'rotated' if m.rotate is True else ', '.join(m.rotate or ())+' rotated' if m.rotate else 'as it is', 'chosen' if m.chosen else 'nearest')
+    basis = 'as it is' if not m.rotate else 'rotated' if m.rotate is True else f"{', '.join(m.rotate)} rotated"
+    return share+', the least error'*(m.weight_range=='mse')+', off the grid'*m.rough, basis, 'chosen' if m.chosen else 'nearest'
