@@ -138,6 +138,9 @@ def _export(args):
     if args.format=='float': print(f'model  {export_float(model, p, out, tokenizer, over)}')
     if args.format=='gguf': _export_gguf(args, model, p, tokenizer)
     if args.format=='torchao': print(f'state dict  {save_torchao(model, p, out, overwrite=over)}')
+    bits = p.bits(switch_of(model).sites).values()
+    left = ['activation bits']*any(b.a is not None for b in bits)+['cache bits']*p.caches
+    if left: print(f"left out  {' and '.join(left)} of the profile: what reads the export has its own")
 
 def _check_options(parser):
     parser.add_argument('files', nargs='+', metavar='FILE', help='what `freeze` wrote')
