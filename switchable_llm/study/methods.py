@@ -48,7 +48,7 @@ METHODS = {'channel':Method(), 'channel-mse':Method(weight_range='mse'), 'channe
            'group-mlp_in':Method(**_GROUP, rotate=('mlp_in',)),
            'group-chosen':Method(**_GROUP, chosen=True), 'group-rotated-chosen':Method(**_GROUP, rotate=True, chosen=True)}
 METHODS |= {f'rough-{k}':m._replace(rough=True) for k,m in METHODS.items() if 'mse' not in k}
-WIDTHS = 'w4 w6 w8 w4a8 w8a8 w6a6 w4a4'.split()   # of all methods; caches in few bits beside one
+WIDTHS = 'w4 w6 w8 w4a8 w8a8 w6a6 w4a4'.split()   # of all methods; caches in few bits beside one of them
 CACHES = 'k8v8 k8v4 k4v4 k4v2'.split()
 
 def rough_(
@@ -95,7 +95,7 @@ def run_methods(
 
 def _run_method(preset, out, name, n, calibration, length, say):
     m = METHODS[name]
-    profiles = WIDTHS+['w8a8'+c for c in CACHES]*(name=='group')
+    profiles = WIDTHS+[b+c for b in ('','w8a8') for c in CACHES]*(name=='group')
     config = as_saved(dict(model=check_preset(preset).model, data=preset.data, dtype=preset.dtype, method=m._asdict(),
                            profiles=profiles, texts=n, calibration=calibration, length=length))
     if known := known_record(out, preset.name, 'methods', name, preset.seed, config): return known
