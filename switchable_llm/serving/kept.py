@@ -126,7 +126,7 @@ class Kept:
         lo,step = (_halves(rows[..., m+i:m+i+2]) for i in (0, 2))
         return range_numbers(unpack_codes(rows[..., :m], b, n), lo, step)
 
-    def native(self)->_Kept: # It points at the tensors as they are now
+    def native(self)->ctypes.Structure: # It points at the tensors as they are now
         "As the native steps read it."
         d = _Kept(size=ctypes.sizeof(_Kept), k_bits=self.bits.k or 0, v_bits=self.bits.v or 0)
         for name in ('keys','values','recent'):
