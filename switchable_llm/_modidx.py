@@ -3368,6 +3368,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                        'switchable_llm/serving/packed_file.py'),
                                                     'switchable_llm.serving.packed_file.check_description': ( 'serving/packed_file.html#check_description',
                                                                                                               'switchable_llm/serving/packed_file.py'),
+                                                    'switchable_llm.serving.packed_file.check_ids': ( 'serving/packed_file.html#check_ids',
+                                                                                                      'switchable_llm/serving/packed_file.py'),
                                                     'switchable_llm.serving.packed_file.check_tensors': ( 'serving/packed_file.html#check_tensors',
                                                                                                           'switchable_llm/serving/packed_file.py'),
                                                     'switchable_llm.serving.packed_file.check_values': ( 'serving/packed_file.html#check_values',

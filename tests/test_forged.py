@@ -48,7 +48,8 @@ BROKEN = dict(   # what a tokenizer says -> how the package of tokenizers takes 
     panics_when_used=dict(post_processor=dict(
         type='TemplateProcessing', special_tokens={}, single=[dict(SpecialToken=dict(id='[X]', type_id=0))],
         pair=[dict(Sequence=dict(id='A', type_id=0))])),
-    no_length=dict(pre_tokenizer=dict(type='FixedLength', length=0)))
+    no_length=dict(pre_tokenizer=dict(type='FixedLength', length=0)),
+    far=dict(model=dict(type='WordLevel', vocab={'<unk>':0, 'x':2**31}, unk_token='<unk>')))
 
 @pytest.mark.parametrize('how', BROKEN)
 def test_a_tokenizer_that_cannot_be_used_is_told_by_the_name_of_its_file(how, healthy, tmp_path, capfd):

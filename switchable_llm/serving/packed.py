@@ -31,7 +31,7 @@ from .kernels import (
     ActQuant, LinearPlan, Planes, nested_zero, plane_rows, unpack_planes, GROUP_UNIT, group_steps)
 from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,
-    identity_of, make_tokenizer, naming, read_head)
+    check_ids, identity_of, make_tokenizer, naming, read_head)
 from .generating import model_class, packed_class
 from ..core.opaque import Opaque
 from ..attention.attending import cache_obstacle
@@ -438,7 +438,7 @@ def load_packed_tokenizer(
         if d.get('checksums') and checksum(t)!=d['checksums']['tokenizer']:
             raise ValueError("damaged: its tokenizer is not as it was written: copy the file again")
         make = make_tokenizer if d['format_version']>1 else _first_tokenizer
-        tokenizer = make(d['tokenizer'], bytes(t.numpy()))
+        tokenizer = make(d['tokenizer'], check_ids(bytes(t.numpy())))
     tokenizer.name_or_path = str(path)
     return tokenizer
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKED_VERSION', 'LARGEST_HEAD', 'BLANK', 'FLOATS_BY_NAME', 'FLOATS', 'MOST_BLOCKS', 'MOST_NUMBER', 'CARRIED',
-           'naming', 'short', 'Head', 'read_head', 'identity_of', 'checksum', 'seal', 'damaged', 'check_data',
-           'check_description', 'layer_tensors', 'check_tensors', 'check_values', 'check_config', 'is_elsewhere',
-           'make_tokenizer']
+           'MOST_IDS', 'naming', 'short', 'Head', 'read_head', 'identity_of', 'checksum', 'seal', 'damaged',
+           'check_data', 'check_description', 'layer_tensors', 'check_tensors', 'check_values', 'check_config',
+           'is_elsewhere', 'check_ids', 'make_tokenizer']
 
 # %% ../../nbs/serving/packed_file.ipynb #816c0940
 import json, math, os, re, tempfile, transformers
@@ -386,6 +386,20 @@ def is_elsewhere(
 )->bool: # Whether it names a file or code, or how the tokenizer was loaded
     "Settings that a packed file does not hold."
     return key.endswith('_file') or key in _ELSEWHERE
+
+MOST_IDS = 1<<24   # tokens; the largest vocabularies have a quarter of a million
+
+def check_ids(
+    text:bytes, # `tokenizer.json`
+)->bytes: # The same
+    "A `ValueError` where a token's number is too large: what reads it makes room for all numbers below."
+    try: d = json.loads(text)
+    except (ValueError, RecursionError): return text   # what is wrong with it is said by what reads it
+    vocab,added = (d.get('model') or {}).get('vocab'),d.get('added_tokens')
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(a['id'] for a in added or () if 'id' in a)]
+    if (most := max((i for i in ids if type(i) is int), default=0))>=MOST_IDS:
+        raise ValueError(f"tokenizer: a token has the number {most}: a file can have up to {MOST_IDS-1}")
+    return text
 
 def make_tokenizer(
     part:dict,  # From a description
