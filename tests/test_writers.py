@@ -285,3 +285,16 @@ def test_killed_while_an_older_one_is_replaced(writer, model, toy_folder, child,
         assert said(folder)==new, 'something was left behind'
         if code==0: return
     raise AssertionError('more file operations than expected: raise the range')
+
+def test_adapters_of_others_beside_a_merged_export_stay(model, tmp_path):
+    needs('export_gguf')
+    theirs = tmp_path/'model.lora.gguf'
+    theirs.write_bytes(b'GGUF mine')
+    export_gguf(model, 'bw8', tmp_path/'model.gguf', adapter='merged')
+    assert theirs.read_bytes()==b'GGUF mine'
+    with pytest.raises(FileExistsError, match='model.lora.gguf'): export_gguf(model, 'bw8', tmp_path/'model.gguf', overwrite=True)
+    theirs.unlink()
+    export_gguf(model, 'bw8', tmp_path/'model.gguf', overwrite=True)
+    assert theirs.exists()
+    export_gguf(model, 'bw8', tmp_path/'model.gguf', adapter='merged', overwrite=True)
+    assert not theirs.exists()       # they were of codes that are gone

@@ -220,7 +220,7 @@ def _gguf_write(w, path):
 def _gguf_write_both(w, path, lora, beside):   # killed at any moment, adapters never stand beside codes of others
     def codes(tmp):
         _gguf_write(w, tmp)
-        beside.unlink(missing_ok=True)
+        if beside: beside.unlink(missing_ok=True)
     def adapters(tmp):
         _gguf_write(lora, tmp)
         write_whole(path, codes)
@@ -288,7 +288,9 @@ def export_gguf(
     plan = _plan(model, profile, rows, dtype, adapter, ends)
     what,space = 'a file that export_gguf wrote',sum(q.numel() for q in model.parameters())*dict(F32=4, Q8_0=1).get(dtype, 2)
     path = export_target(path, what, _is_our_gguf, overwrite, space=space)
-    beside = export_target(adapter_file(path), what, _is_our_gguf, overwrite)   # an older one would be of other codes
+    beside = adapter_file(path)   # an older one of ours would be of other codes; another's is left alone where none is written
+    if plan.adapter=='file' or beside.is_file() and _is_our_gguf(beside): export_target(beside, what, _is_our_gguf, overwrite)
+    else: beside = None
     lora = _adapter_writer(gguf, model, p, rows, family) if plan.adapter=='file' else None
     w = gguf.GGUFWriter(None, family.arch)
     _gguf_metadata(gguf, w, model, family, p)
