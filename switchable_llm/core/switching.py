@@ -34,6 +34,7 @@ class Live(NamedTuple):
     mask:Tensor|None=None               # Which tokens they count, (batch, length)
     own:tuple=()                        # ((name, Profile, settings), ...): profiles that only this caller has
     cache:tuple=()                      # Bits of each block's keys and values, `None` for float; empty for all float
+    still:bool=False                    # Whether the caller has promised to change no weight: see `Switch.still`
 
 class _Frame(NamedTuple):   # what is live in this thread or task
     live:Live
@@ -255,6 +256,12 @@ class Switch:
         "Let all layers compare their weights with what was made of them."
         for l in self.layers: l.verify()
 
+    @contextmanager
+    def still(self):
+        "Compare weights once, not before each pass, for the length of a `with` block in which the caller changes none."
+        self.verify()
+        with self.block(still=True): yield self
+
     @torch.compiler.disable
     def _begin(self, module, args, kwargs):
         if 'profile' in module.__dict__:
@@ -263,7 +270,7 @@ class Switch:
         frame = self._settled()
         if frame is not None and frame.passes: return self._put(frame._replace(passes=frame.passes+1))
         _refuse_recomputation()
-        if not _goes_on(kwargs): self.verify()   # for the whole pass; one that goes on with a text is spared
+        if not _goes_on(kwargs) and not self.live.still: self.verify()   # for the whole pass; one that goes on with a text is spared
         mask = kwargs.get('attention_mask', args[1] if len(args)>1 else None)
         self._put(_Frame(self.live, 1, frame, True, module, starts=row_starts(mask) if self.live.cache else None))
 

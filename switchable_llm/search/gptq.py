@@ -7,6 +7,7 @@ __all__ = ['WIDTHS', 'MIN_TOKENS', 'weights_of', 'fitted_step', 'nearest_code', 
            'settled_codes', 'Chosen', 'quantize_', 'drop_codes_']
 
 # %% ../../nbs/search/gptq.ipynb #0b8504c9
+from functools import partial
 from typing import Iterable, NamedTuple
 import torch
 from torch import nn, Tensor
@@ -39,7 +40,7 @@ def fitted_step(
     def error(s):
         s = whole_step(s)
         code = nearest_code(b, s)
-        gaps = (weight*(read_at(code, width)*s-b).square_() for width,weight in zip(widths, weights_of(widths)))
+        gaps = (weight*(read_at(code, width)*s-b).square() for width,weight in zip(widths, weights_of(widths)))
         return (sum(gaps)*counts).sum(-1, keepdim=True)
     return whole_step(least_error(whole, error, tries))
 
@@ -48,7 +49,7 @@ def nearest_code(
     step:Tensor, # Their steps
 )->Tensor: # 0 to 239, in the type of `w`
     "What rounding makes of a weight, as `nested_codes` does."
-    return (torch.floor(w*_inverse(step))+120).clamp_(0, 239)
+    return (torch.floor(w*_inverse(step))+120).clamp(0, 239)
 
 def _inverse(step): return torch.where(step>0, 1/step.clamp_min(torch.finfo(torch.float32).tiny), 0)
 
@@ -71,23 +72,22 @@ def factor(
 def _damped(h, damping):
     h = h.clone()
     d = h.diagonal()
-    d[d==0] = 1
-    d += damping*d.mean()
+    d.add_((d==0).to(d.dtype)).add_(damping*d.mean())
     return h
 
 def _choose(t, widths, weights, old=None):   # t (widths, rows), in steps -> code (rows,); what each width reads, like t
     parts,t = [2**(8-b) for b in widths],t+120
     first = torch.floor(t[0]/parts[0])
-    code = torch.stack([first, first-1, first+1]).clamp_(0, 239//parts[0])
+    code = torch.stack([first, first-1, first+1]).clamp(0, 239//parts[0])
     code = torch.stack([code, code]) if len(widths)>1 else code[None]   # below it, near its own t or near the last
     for i in range(1, len(widths)):   # within what the width above allows
         ratio = parts[i-1]//parts[i]
         want = torch.floor(torch.stack([t[i], t[-1]])/parts[i])[:, None]
-        code = want.clamp(code*ratio, (code*ratio+ratio-1).clamp_(max=239//parts[i]))
+        code = want.clamp(code*ratio, (code*ratio+ratio-1).clamp(max=239//parts[i]))
     code = code.flatten(0, 1)*parts[-1] + parts[-1]//2   # where 8 is no width, the middle
     if old is not None: code = torch.cat([old[None], code])
     read = torch.stack([read_at(code, b) for b in widths])
-    best = ((t[:, None]-120-read).square_()*weights).sum(0).argmin(0)[None]
+    best = ((t[:, None]-120-read).square()*weights).sum(0).argmin(0)[None]
     return code.gather(0, best)[0], read.gather(1, best.expand(len(t), 1, -1))[:, 0]
 
 class _Columns:   # a weight with its columns in the order of their inputs' size, the largest first, (in, out)
@@ -98,7 +98,7 @@ class _Columns:   # a weight with its columns in the order of their inputs' size
         self.widths,self.inverse = widths,_inverse(self.step)
         self.weights = torch.tensor(weights, dtype=w.dtype, device=w.device)[:, None, None]
     def sorted(self, codes): return codes[:, self.order].T.to(self.w.dtype).contiguous()
-    def back(self, codes): return torch.empty_like(codes).index_copy_(0, self.order, codes).T.to(torch.uint8).contiguous()
+    def back(self, codes): return codes[self.order.argsort()].T.to(torch.uint8).contiguous()
     def gaps(self, codes): return torch.stack([read_at(codes, b)*self.step-self.w for b in self.widths])
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def quantize_(
     widths:tuple=WIDTHS,     # Widths that one code has to serve, 2 to 8
     passes:int=2,            # Over all columns, after GPTQ's own
     damping:float=.01,       # Of the mean diagonal of H; more trusts the texts less
-    memory:int=2**31,        # Bytes that the sums over inputs may take at a time
+    memory:int=2**31,        # Bytes that the sums over inputs may take at a time, and as many for what is made of them
     progress:bool=False,     # Show a bar
 )->dict[str,Chosen]: # Name of a layer -> its errors
     "Choose the codes of all layers so that errors cancel at their outputs (GPTQ), at every width at once."
@@ -234,12 +234,15 @@ def quantize_(
         inputs = _gather(model, batches, share)
         groups = {}
         for l in share: groups.setdefault(inputs.of.get(l.index, l.index), []).append(l)
+        tasks = []
         for i,group in groups.items():
             h = inputs.sums.pop(i, None)   # of an expert that no token reached: nothing
             for turned in (False, True):   # inputs that are rotated where others are not, have another sum
                 some = [l for l in group if l.rotates==turned]
-                if some: found |= _choose_codes(some, _rotated_sum(h) if turned else h, widths, passes, damping)
-            bar.update(len(group))
+                if some: tasks.append((some, _rotated_sum(h) if turned else h))
+        for some in _alike(tasks, widths, memory):
+            found |= _choose_codes(some, widths, passes, damping)
+            bar.update(sum(len(ls) for ls,_ in some))
     bar.close()
     return {s.name:found[l.index] for l,s in zip(switch.layers, switch.sites) if l.index in found}
 
@@ -253,19 +256,29 @@ def _check_widths(widths):
 def _rotated_sum(h):   # of products of x R, from that of x
     return None if h is None else rotate(rotate(h).T.contiguous()).T.contiguous()
 
-def _choose_codes(layers, h, widths, passes, damping):   # of layers with one input
-    cfg = layers[0].switch.cfg
-    ws = [(w.T if l.axis else w).float() for l in layers for w in (l.rotated_weight().detach(),)]
-    if h is None: h = torch.eye(ws[0].shape[1], device=ws[0].device)
-    if not torch.isfinite(h).all():
-        name = layers[0].switch.sites[layers[0].index].name
-        raise ValueError(f"layer {name}: its inputs hold NaN or infinite numbers on the calibration texts")
-    steps = [fitted_step(w, h, cfg, widths) for w in ws]
-    whole = torch.cat([_spread(s, w, cfg) for s,w in zip(steps, ws)])
-    together = torch.cat(ws)
-    codes = compensated_codes(together, h, whole, widths, damping)
-    codes = settled_codes(together, h, whole, codes, widths, passes, damping).split([len(w) for w in ws])
-    return {l.index:_hold(l, w, h, c, s, widths) for l,w,c,s in zip(layers, ws, codes, steps)}
+def _alike(tasks, widths, memory):   # in lots of one shape, which are solved at once
+    by = {}
+    for layers,h in tasks: by.setdefault((sum(l.out_features for l in layers), layers[0].in_features), []).append((layers, h))
+    for (out,size),found in by.items():
+        n = max(1, memory//(16*len(widths)*out*size+16*size**2))
+        yield from (found[i:i+n] for i in range(0, len(found), n))
+
+def _choose_codes(tasks, widths, passes, damping):   # of layers, those of a task having one input
+    found,cfg = [],tasks[0][0][0].switch.cfg
+    for layers,h in tasks:
+        ws = [(w.T if l.axis else w).float() for l in layers for w in (l.rotated_weight().detach(),)]
+        if h is None: h = torch.eye(ws[0].shape[1], device=ws[0].device)
+        if not torch.isfinite(h).all():
+            name = layers[0].switch.sites[layers[0].index].name
+            raise ValueError(f"layer {name}: its inputs hold NaN or infinite numbers on the calibration texts")
+        steps = [fitted_step(w, h, cfg, widths) for w in ws]
+        found.append((layers, ws, h, steps, torch.cat(ws), torch.cat([_spread(s, w, cfg) for s,w in zip(steps, ws)])))
+    w,h,whole = (torch.stack([f[i] for f in found]) for i in (4, 2, 5))
+    def each(function, *args, **kw): return torch.vmap(partial(function, **kw))(*args) if len(w)>1 else function(*(a[0] for a in args), **kw)[None]
+    codes = each(compensated_codes, w, h, whole, widths=widths, damping=damping)
+    codes = each(settled_codes, w, h, whole, codes, widths=widths, passes=passes, damping=damping)
+    return {l.index:_hold(l, w, h, c, s, widths) for (layers,ws,h,steps,*_),cs in zip(found, codes)
+            for l,w,c,s in zip(layers, ws, cs.split([len(w) for w in ws]), steps)}
 
 def _spread(step, w, cfg):   # the step of each weight
     size = {'per_tensor':w.numel(), 'per_channel':w.shape[1], 'per_group':cfg.group_size}[cfg.weight]

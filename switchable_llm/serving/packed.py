@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from ..quantizers import Bits, EMAObserver, QuantConfig, fake_quant
 from ..core.experts import Experts, expert_stacks, share_of, unstack_
 from ..core.rotation import rotate
-from ..core.layers import LAYERS, Setting, Bank
+from ..core.layers import LAYERS, Setting
+from ..core.opaque import Bank
 from ..core.profiles import Profile, Site
 from ..core.switching import Switch
 from ..lora_routing import LoRA, router

@@ -29,7 +29,7 @@ from ..data.encoding import encode
 from ..models.loading import load_model
 from ..data.squad import load_squad
 from switchable_llm.joint_training import (
-    Objective, Policy, all_profiles, batch_rows, fixed_profile, high_to_low, random_layers, random_profile,
+    Objective, Policy, all_profiles, batch_rows, equal_exposure, fixed_profile, high_to_low, random_layers, random_profile,
     train, with_highest)
 from ..data.tasks import Task, answering
 from ..training.settings import TrainConfig
@@ -159,8 +159,12 @@ def _layer_bits(model, names):   # that layers have under these profiles
     switch = switch_of(model)
     return dict.fromkeys(str(b) for n in names for b in switch.profiles[n].bits(switch.sites).values())
 
+def _widths_of(model, name):   # by which its adapters go
+    return tuple(dict.fromkeys(s.bits.w for s in switch_of(model).bound[name]))
+
 POLICIES = dict(   # name -> (model, names of the profiles, seed) -> policy
     random_profile = lambda model, names, seed: random_profile(names, seed),
+    equal_exposure = lambda model, names, seed: equal_exposure(names, [_widths_of(model, n) for n in names], seed),
     all_profiles   = lambda model, names, seed: all_profiles(names),
     with_highest   = lambda model, names, seed: with_highest(high_to_low(model, names), 1, seed),
     random_layers  = lambda model, names, seed: random_layers(model, _layer_bits(model, names), seed),
