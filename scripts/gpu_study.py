@@ -56,7 +56,7 @@ ARMS = ROUTES | CYCLES | AIMS | ALONE
 def prepare(args):
     "Load, make switchable, choose codes; written whole, so that every process starts from the same."
     out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
-    preset = replace(PRESET, model=args.model, data=args.data, weight=args.weight, eval_seed=0)
+    preset = replace(PRESET, model=args.model, data=args.data, weight=args.weight, eval_seed=0, batch_size=args.batch, kernel=args.kernel, name=args.name)
     cfg = QuantConfig(act='per_token', weight=args.weight, group_size=32, rotate=tuple(args.sites) if args.sites else args.rotate)
     model,tok = load_model(preset.model, preset.dtype)
     model.to(study_device()).set_attn_implementation(preset.attention)
@@ -167,6 +167,7 @@ def main():
     sub = a.add_subparsers(dest='what', required=True)
     p = sub.add_parser('prepare'); p.add_argument('model'); p.add_argument('data'); p.add_argument('out')
     p.add_argument('--rotate', action='store_true'); p.add_argument('--sites', nargs='*'); p.add_argument('--weight', default='per_group'); p.add_argument('--chosen', action='store_true')
+    p.add_argument('--batch', type=int, default=PRESET.batch_size); p.add_argument('--kernel', default=PRESET.kernel); p.add_argument('--name', default=PRESET.name)
     r = sub.add_parser('run'); r.add_argument('out'); r.add_argument('--arms', nargs='+', default=list(ROUTES)); r.add_argument('--seeds', type=int, nargs='+', default=[0])
     r.add_argument('--jobs', type=int, default=2); r.add_argument('--seconds', type=float, default=480.); r.add_argument('--steps', type=int, default=1000)
     r.add_argument('--questions', type=int); r.add_argument('--answers', type=int, default=500); r.add_argument('--keep', action='store_true')

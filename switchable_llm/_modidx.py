@@ -2070,6 +2070,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                   'switchable_llm/joint_training.py'),
                                                'switchable_llm.joint_training.Policy.named': ( 'joint_training.html#policy.named',
                                                                                                'switchable_llm/joint_training.py'),
+                                               'switchable_llm.joint_training._accelerator': ( 'joint_training.html#_accelerator',
+                                                                                               'switchable_llm/joint_training.py'),
                                                'switchable_llm.joint_training._backward': ( 'joint_training.html#_backward',
                                                                                             'switchable_llm/joint_training.py'),
                                                'switchable_llm.joint_training._call': ( 'joint_training.html#_call',

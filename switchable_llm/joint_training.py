@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 from torch import nn, Tensor
 from .quantizers import Bits
@@ -234,8 +234,7 @@ def train(
     cpu:bool=False,              # Stay on the CPU where there is a GPU
 )->dict: # `curve` (step, loss, profiles, tokens; not of `skipped` steps), `tokens`, `seconds`, `processes`, `device`
     "Train in one process or many; a run that is resumed ends with the same bits."
-    AcceleratorState._reset_state()
-    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
+    acc = _accelerator(cfg, cpu)
     set_seed(cfg.seed)                                   # a task may draw while the examples are looked at
     _check(model, data, policy, cfg, pad_id, every, task, acc)
     if not hasattr(model, 'hf_device_map'): model.to(acc.device)   # accelerate has placed such a model
@@ -260,6 +259,10 @@ def train(
     tokens = sum(c[3] for c in state.curve)
     return dict(curve=state.curve, skipped=state.skipped, tokens=tokens, seconds=state.seconds,
                 processes=acc.num_processes, device=str(acc.device))
+
+def _accelerator(cfg, cpu):   # a process alone may have run elsewhere before, which accelerate would go on with
+    AcceleratorState._reset_state(PartialState._shared_state.get('num_processes', 1)==1)
+    return Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpu or not torch.accelerator.is_available())
 
 def _settings(model, data, lengths, policy, cfg, pad_id, task, objective, state):   # what the result follows from
     groups = [[g['peak'], g['weight_decay'], len(g['params'])] for g in state.optimizer.param_groups]

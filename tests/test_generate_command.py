@@ -5,6 +5,7 @@ import pytest, torch
 from transformers import TextIteratorStreamer, TextStreamer
 import switchable_llm as sl
 from switchable_llm.apps.cli import main
+from switchable_llm.core.integer import native_features
 
 PROMPT = 'context: Bemola was born in'
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -53,10 +54,13 @@ def test_each_profile_writes_what_generate_writes(name, made, cli):
     assert status==0 and {t['profile']:t['text'] for t in found['texts']}==wanted and not found['chat_template'], err
     assert found['prompt_tokens']==len(tokenizer(PROMPT).input_ids) and 'no chat template' in err
     text = ''.join(f'# {p}\n{t}\n' for p,t in wanted.items())
-    assert cli(*asked, '--quiet')==(0, text, '')
-    assert cli(*asked, '--quiet', '--stream')==(0, text, '')
-    assert cli('generate', folder/name, '--prompt', '-', '--max-new-tokens', 10, '--profile', 'bw4', '--quiet', stdin=PROMPT+'\n')==(
-        0, wanted['bw4']+'\n', '')
+    def quiet(*args, **kw):   # says nothing; but that the slow path is taken, where that is so
+        status,out,err = cli(*args, '--quiet', **kw)
+        slow = name=='mine.safetensors' and 'decode' not in native_features()
+        assert status==0 and err.startswith('note: generate() runs through the modules') if slow else not err
+        return out
+    assert quiet(*asked)==quiet(*asked, '--stream')==text
+    assert quiet('generate', folder/name, '--prompt', '-', '--max-new-tokens', 10, '--profile', 'bw4', stdin=PROMPT+'\n')==wanted['bw4']+'\n'
 
 def test_the_profile_without_being_asked(made, cli):
     folder,model,tokenizer = made
