@@ -16,7 +16,8 @@ from common import gpt2, options, table, write
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import QuantConfig
-from switchable_llm.core.switching import held_bytes, make_switchable_
+from switchable_llm.core.switching import make_switchable_
+from switchable_llm.search.costs import held_bytes
 
 WIDTHS = 'bw4','bw6','bw8'
 

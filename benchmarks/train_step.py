@@ -18,7 +18,8 @@ from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.calibration import calibrate_
-from switchable_llm.core.switching import held_bytes, kernel_report, make_switchable_, switch_of
+from switchable_llm.core.switching import kernel_report, make_switchable_, switch_of
+from switchable_llm.search.costs import held_bytes
 
 FLOAT = 'peft float'
 MORE = (5,8),(7,8),(3,8),(5,5),(7,7)

@@ -4,21 +4,21 @@
     python scripts/gpu_check.py speed MODEL DATA [--copies N]  steps a second, launches a step, alone and side by side
 
 Each part prints one line: what it found, or the fault. The exit status is the number of faults."""
-import argparse, copy, os, sys, tempfile, time, traceback
+import argparse, sys, tempfile, time, traceback
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 import torch
-import switchable_llm as sl
+from torch.profiler import ProfilerActivity, profile
 from switchable_llm.adversarial import ATTACKS, adaptive, allowed_tokens, flip_tokens, perturbation, row_scores, white_box
+from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.profiles import Profile
-from switchable_llm.core.switching import make_switchable_, switch_of, use_profile
+from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.data.encoding import collate, encode
-from switchable_llm.joint_training import fixed_profile, train
+from switchable_llm.joint_training import fixed_profile, random_profile, train
 from switchable_llm.lora_routing import add_adapters_, export_peft
 from switchable_llm.models.checkpoints import load_switchable, save_switchable
 from switchable_llm.models.loading import load_model
-from switchable_llm.profiles_eval import evaluate, perplexity
+from switchable_llm.profiles_eval import answer, evaluate, perplexity
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.gptq import quantize_
 from switchable_llm.search.sensitivity import Meter
@@ -58,11 +58,13 @@ def trains(kernel, act):
         p = replace(QUICK, act=act, kernel=k, target='text', profiles=('bw8','bw6','w4a8'))
         model,tok = study_model(p, device='cpu' if device else None)
         data,_,_ = study_data(p, tok)
-        if act=='per_tensor': sl.calibrate_(model, [collate(data[:16], tok.pad_token_id)])
+        if act=='per_tensor': calibrate_(model, [collate(data[:16], tok.pad_token_id)])
         cfg = train_config(p)
         torch.manual_seed(0); add_adapters_(model, r=4, dropout=0.)
-        ends[k if device is None else 'cpu'] = train(model, data, fixed_profile('bw8'), cfg, tok.pad_token_id, progress=False, cpu=bool(device))['curve']
-    a,b = ([c[1] for c in ends[k]] for k in ('cpu', kernel))
+        found = train(model, data, fixed_profile('bw8'), cfg, tok.pad_token_id, progress=False, cpu=bool(device))
+        assert found['device'].split(':')[0]==(device or study_device().type), found['device']
+        ends[device] = [c[1] for c in found['curve']]
+    a,b = ends.values()
     gap = max(abs(x-y) for x,y in zip(a, b))
     assert gap<.05*max(a), (a, b)
     return f'largest difference {gap:.1e} of {a[0]:.3f} to {a[-1]:.3f}'
@@ -100,7 +102,8 @@ def attacks():
     b = {k:v.to(study_device()) for k,v in collate([encode(q, tok) for q in asked[:8]], tok.pad_token_id).items()}
     out,keys = [],list(range(8))
     with use_profile(model, 'bw8'), torch.no_grad(): clean = row_scores(model, b)[0].mean().item()
-    for name,who in (('fgsm', white_box('bw8')), ('pgd', white_box('bw8')), ('pgd_l2', adaptive(strategy('random_profile', ['bw8','bw6']), 2))):
+    knows = adaptive(strategy('random_profile', ['bw8','bw6']), 2)
+    for name,who in (('fgsm', white_box('bw8')), ('pgd', white_box('bw8')), ('pgd_l2', knows)):
         delta = perturbation(model, b, .2, replace(ATTACKS[name], steps=min(3, ATTACKS[name].steps)), who, keys)
         with use_profile(model, 'bw8'), torch.no_grad(): after = row_scores(model, b, delta)[0].mean().item()
         assert after>clean; out.append(f'{name} {after-clean:+.2f}')
@@ -156,70 +159,75 @@ def meter():
     m = Meter(model, data[:16], tok.pad_token_id)
     return f'{float(m("bw8").sum()):.3f}'
 
-PARTS = [scores, *(((lambda k=k, a=a: trains(k, a)), f'trains, {k}, {a}') for k in ('auto','float','compiled') for a in ('per_token','per_tensor')),
+SHORT = replace(PLANS['tiny'], questions=8, steps=2, rates=(.1,), radii=(.1,), draws=1, repeats=1)
+AIMS = 'with_highest kl_highest','all_profiles cascade','kl_float','gates_layer'
+CYCLES = CPTPlan(arms=('cyclic','static_high'), questions=8, range_test=False)
+
+def training(kernel, act):
+    def part(): return trains(kernel, act)
+    part.__name__ = f'trains, {kernel}, {act}'
+    return part
+
+PARTS = [scores, *(training(k, a) for k in ('auto','float','compiled') for a in ('per_token','per_tensor')),
          routes, resumes, attacks, chosen_codes, files, meter,
          whole('run_joint', lambda p, d: run_joint(p, d, progress=False)),
-         whole('run_objectives', lambda p, d: run_objectives(p, d, ['with_highest kl_highest','all_profiles cascade','kl_float','gates_layer'], 8, progress=False)),
-         whole('run_cpt', lambda p, d: run_cpt(p, d, CPTPlan(arms=('cyclic','static_high'), questions=8, range_test=False), progress=False)),
+         whole('run_objectives', lambda p, d: run_objectives(p, d, AIMS, 8, progress=False)),
+         whole('run_cpt', lambda p, d: run_cpt(p, d, CYCLES, progress=False)),
          whole('run_spans', lambda p, d: run_spans(p, d, progress=False), eval_n=8, train_n=64),
-         whole('run_robustness', lambda p, d: run_robustness(p, d, replace(PLANS['tiny'], questions=8, steps=2, rates=(.1,), radii=(.1,), draws=1, repeats=1), ('joint','rpt'), progress=False))]
+         whole('run_robustness', lambda p, d: run_robustness(p, d, SHORT, ('joint','rpt'), progress=False))]
 
 def run_parts(first, every):
     faults = 0
     for part in PARTS[first::every]:
-        part,name = part if isinstance(part, tuple) else (part, part.__name__)
         start = time.perf_counter()
         try: said = part()
         except Exception as e:
             faults += 1
             said = f'FAULT {type(e).__name__}: {e}'
             traceback.print_exc()
-        print(f'{name}: {said} ({time.perf_counter()-start:.1f} s)', flush=True)
+        print(f'{part.__name__}: {said} ({time.perf_counter()-start:.1f} s)', flush=True)
     return faults
 
-def steps_of(args, kernel='compiled', dtype='float32', batch=8, seed=0, steps=40):
-    "A model that trains, and how long its steps take; launches of one of them."
+def ready(args, kernel='compiled', dtype='float32', batch=8, seed=0, steps=40):
+    "A model with adapters after its first steps, and what it takes to go on: (model, tokenizer, training data, questions, settings)."
     torch.set_float32_matmul_precision('high')
-    p = replace(PRESETS['smollm2'], model=args.model, data=args.data, dtype=dtype, attention='sdpa', kernel=kernel, batch_size=batch,
-                profiles=('bw8','bw6','w4a8'), train_n=800, eval_n=64, steps=steps, max_length=384, seed=seed)
+    p = replace(PRESETS['smollm2'], model=args.model, data=args.data, dtype=dtype, attention='sdpa', kernel=kernel,
+                batch_size=batch, profiles=('bw8','bw6','w4a8'), train_n=800, eval_n=64, max_length=384, seed=seed)
     model,tok = study_model(p)
     data,_,asked = study_data(p, tok)
-    times = []
-    def note(step, curve): torch.cuda.synchronize(); times.append(time.perf_counter())
     torch.manual_seed(0); add_adapters_(model, route='shared', r=8, dropout=0.)
-    from switchable_llm.joint_training import random_profile
-    r = train(model, data, random_profile(['bw8','bw6','w4a8']), replace(train_config(p), steps=steps), tok.pad_token_id, progress=False)
-    return model, tok, data, asked, p, r
+    cfg = train_config(p)
+    train(model, data, random_profile(['bw8','bw6','w4a8']), replace(cfg, steps=steps), tok.pad_token_id, progress=False)
+    return model, tok, data, asked, cfg
 
 def speed_of(args, kernel, dtype, batch):
     start = time.perf_counter()
-    model,tok,data,asked,p,r = steps_of(args, kernel, dtype, batch)
-    ready = time.perf_counter()-start
-    from torch.profiler import profile, ProfilerActivity
-    cfg = replace(train_config(p), steps=60)
-    start = time.perf_counter(); r = train(model, data, fixed_profile('bw6'), cfg, tok.pad_token_id, progress=False)
-    torch.cuda.synchronize(); seconds = (time.perf_counter()-start)/60
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
-        train(model, data, fixed_profile('bw6'), replace(cfg, steps=3), tok.pad_token_id, progress=False)
+    model,tok,data,asked,cfg = ready(args, kernel, dtype, batch)
+    torch.cuda.synchronize(); loaded = time.perf_counter()-start
+    def run(n):
+        train(model, data, fixed_profile('bw6'), replace(cfg, steps=n), tok.pad_token_id, progress=False)
+        torch.cuda.synchronize()
+    start = time.perf_counter(); run(60)
+    seconds = (time.perf_counter()-start)/60
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof: run(3)
     kernels = [e for e in prof.key_averages() if e.device_type==torch.autograd.DeviceType.CUDA]
     busy,n = sum(e.self_device_time_total for e in kernels)/3e3,sum(e.count for e in kernels)/3
-    print(f'{kernel}, {dtype}, batch {batch}: {seconds*1e3:.0f} ms a step, {n:.0f} launches of {busy:.1f} ms (with the making of weights); ready in {ready:.0f} s; '
-          f'{torch.cuda.max_memory_allocated()/1e9:.1f} GB', flush=True)
+    print(f'{kernel}, {dtype}, batch {batch}: {seconds*1e3:.0f} ms a step, {n:.0f} launches of {busy:.1f} ms (with the making of weights); '
+          f'ready in {loaded:.0f} s; {torch.cuda.max_memory_allocated()/1e9:.1f} GB', flush=True)
     for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:14]:
         print(f'    {e.self_device_time_total/3e3:7.2f} ms {e.count/3:7.0f} x {e.key[:100]}')
-    start = time.perf_counter()
-    with use_profile(model, 'bw6'): ppl = perplexity(model, tok, asked, 384)
-    first = time.perf_counter()-start; start = time.perf_counter()
-    from switchable_llm.profiles_eval import answer
-    with use_profile(model, 'bw6'): answer(model, tok, asked, 384, 16, 65536)
-    print(f'    64 questions: likelihood {first:.2f} s, answers {time.perf_counter()-start:.2f} s, PPL {ppl.text:.2f}', flush=True)
+    ways = dict(likelihood=lambda: perplexity(model, tok, asked, 384), answers=lambda: answer(model, tok, asked, 384, 16, 65536))
+    for what,score in ways.items():
+        start = time.perf_counter()
+        with use_profile(model, 'bw6'): score()
+        print(f'    64 questions, {what}: {time.perf_counter()-start:.2f} s', flush=True)
 
 def _copy(args, seed, barrier, out):
     torch.set_num_threads(1)
-    model,tok,data,asked,p,r = steps_of(args, seed=seed, steps=10)
+    model,tok,data,_,cfg = ready(args, seed=seed, steps=10)
     barrier.wait()
     start = time.perf_counter()
-    train(model, data, fixed_profile('bw6'), replace(train_config(p), steps=40), tok.pad_token_id, progress=False)
+    train(model, data, fixed_profile('bw6'), replace(cfg, steps=40), tok.pad_token_id, progress=False)
     torch.cuda.synchronize()
     out.put(40/(time.perf_counter()-start))
 
@@ -234,8 +242,10 @@ def side_by_side(args, n):
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = a.add_subparsers(dest='what', required=True)
-    c = sub.add_parser('parts', help='every K-th of them from the J-th, for several processes'); c.add_argument('--share', type=int, nargs=2, default=(0, 1), metavar=('J','K'))
-    s = sub.add_parser('speed'); s.add_argument('model'); s.add_argument('data'); s.add_argument('--copies', type=int, nargs='*', default=[])
+    c = sub.add_parser('parts', help='every K-th of them from the J-th, for several processes')
+    c.add_argument('--share', type=int, nargs=2, default=(0, 1), metavar=('J','K'))
+    s = sub.add_parser('speed')
+    s.add_argument('model'); s.add_argument('data'); s.add_argument('--copies', type=int, nargs='*', default=[])
     s.add_argument('--alone', nargs='*', default=['compiled,float32,8'])
     args = a.parse_args()
     print(environment())

@@ -2,11 +2,13 @@
 
     python scripts/gpu_study.py prepare MODEL DATA OUT [--rotate] [--weight per_group] [--chosen]   the model that all arms start from
     python scripts/gpu_study.py run OUT --arms float bits shared --seeds 0 1 2 --jobs 8 --seconds 480
-    python scripts/gpu_study.py attack OUT --of shared --seeds 0 --seconds 120
 
 All arms of a seed start from the same model and see the same questions in the same order. Scores are of questions that
-nobody trained on: likelihoods of all, answers of 500. What is recorded already is not run again."""
-import argparse, copy, json, os, time
+nobody trained on: likelihoods of all, answers of 500. What is recorded already is not run again.
+
+Seen on an H100 (November 2026): 8 processes at once, each of 1,000 steps of 8 questions, did not end in 310 s, since the
+device takes turns among processes; run `gpu_check.py speed` first, which says what one takes alone and several together."""
+import argparse, copy, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -14,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from switchable_llm.core.profiles import Profile, read_profiles
+from switchable_llm.core.profiles import read_profiles
 from switchable_llm.core.switching import make_switchable_, switch_of, use_profile
 from switchable_llm.cpt import CycleConfig, SCHEDULES
 from switchable_llm.data.encoding import encode
 from switchable_llm.data.squad import load_squad
 from switchable_llm.data.squad_scores import em_f1
-from switchable_llm.joint_training import equal_exposure, fixed_profile, high_to_low, random_profile, train, with_highest
+from switchable_llm.joint_training import equal_exposure, fixed_profile, high_to_low, train, with_highest
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.models.checkpoints import base_hash
 from switchable_llm.models.loading import load_model
@@ -44,10 +46,14 @@ class Arm:
     objective:str='cross_entropy' # One of `OBJECTIVES`
     profiles:tuple=PRESET.profiles # That are trained
     steps:float=1.                # As a share of the preset's
-    def ranks(self, widths): return dict(r=RANK//len(widths)) if self.route=='bits' else dict(r=RANK//2, own=RANK//2//len(widths)) if self.route=='shared+bits' else dict(r=RANK)
 
-ROUTES = {'float':Arm('float', 'fixed_float', profiles=('float',)), 'bits':Arm('bits'), 'shared':Arm('shared'), 'shared+bits':Arm('shared+bits'),
-          'untrained':Arm('shared', 'none', steps=0.)}
+    def ranks(self, widths):   # that come to `RANK` together
+        if self.route=='bits': return dict(r=RANK//len(widths))
+        if self.route=='shared+bits': return dict(r=RANK//2, own=RANK//2//len(widths))
+        return dict(r=RANK)
+
+ROUTES = {'float':Arm('float', 'fixed_float', profiles=('float',)), 'bits':Arm('bits'), 'shared':Arm('shared'),
+          'shared+bits':Arm('shared+bits'), 'untrained':Arm('shared', 'none', steps=0.)}
 CYCLES = {f'cpt-{s}':Arm('shared', s, profiles=('bw6','w7a7','bw8')) for s in ('static_high','static_low','random','cyclic')}
 AIMS = {f'aim-{o}':Arm('shared', p, o, steps=.5) for o,p in (('kl_highest','with_highest'),('cross_entropy','with_highest'))}
 ALONE = {f'alone-{p}':Arm('shared', f'fixed_{p}', profiles=(p,)) for p in ('bw8','bw6','w4a8','bw4')}
@@ -56,7 +62,8 @@ ARMS = ROUTES | CYCLES | AIMS | ALONE
 def prepare(args):
     "Load, make switchable, choose codes; written whole, so that every process starts from the same."
     out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
-    preset = replace(PRESET, model=args.model, data=args.data, weight=args.weight, eval_seed=0, batch_size=args.batch, kernel=args.kernel, name=args.name)
+    preset = replace(PRESET, name=args.name, model=args.model, data=args.data, weight=args.weight, eval_seed=0,
+                     batch_size=args.batch_size, kernel=args.kernel)
     cfg = QuantConfig(act='per_token', weight=args.weight, group_size=32, rotate=tuple(args.sites) if args.sites else args.rotate)
     model,tok = load_model(preset.model, preset.dtype)
     model.to(study_device()).set_attn_implementation(preset.attention)
@@ -66,8 +73,9 @@ def prepare(args):
     if args.chosen:
         texts = method_texts(preset, tok, 'train', 64, 512)
         quantize_(model, [dict(input_ids=torch.tensor([t.ids for t in texts[i:i+4]])) for i in range(0, len(texts), 4)])
-    torch.save(dict(model=model.cpu(), tokenizer=tok, quantizer=as_saved(cfg.to_dict()), chosen=args.chosen, preset=asdict(preset),
-                    base=dict(name=Path(preset.model).name, dtype=preset.dtype, sha256=base_hash(model))), out/'start.pt')
+    base = dict(name=Path(preset.model).name, dtype=preset.dtype, sha256=base_hash(model))
+    torch.save(dict(model=model.cpu(), tokenizer=tok, quantizer=as_saved(cfg.to_dict()), chosen=args.chosen,
+                    preset=asdict(preset), base=base), out/'start.pt')
     print(f'prepared in {time.perf_counter()-start:.0f} s', flush=True)
 
 def opened(out):
@@ -94,8 +102,9 @@ def policy_of(arm, model, steps, seed):
 def run_arm(name, seed, model, d, data, asked, args):
     arm,preset = ARMS[name],Preset(**d['preset'] | dict(profiles=tuple(d['preset']['profiles'])))
     preset = replace(preset, seed=seed, steps=round(args.steps*arm.steps))
-    config = as_saved(dict(preset=asdict(preset) | dict(model=Path(preset.model).name, data='squad'), arm=asdict(arm), rank=RANK, cycle=asdict(CYCLE),
-                           quantizer=d['quantizer'], chosen=d['chosen'], questions=len(asked), answered=args.answers))
+    named = asdict(preset) | dict(model=Path(preset.model).name, data='squad')
+    config = as_saved(dict(preset=named, arm=asdict(arm), rank=RANK, cycle=asdict(CYCLE), quantizer=d['quantizer'],
+                           chosen=d['chosen'], questions=len(asked), answered=args.answers))
     if known := known_record(args.out, preset.name, 'arms', name, seed, config): return known
     model,tok,start = copy.deepcopy(model),d['tokenizer'],time.perf_counter()
     set_seed(seed)
@@ -106,17 +115,22 @@ def run_arm(name, seed, model, d, data, asked, args):
         add_adapters_(model, route=arm.route, alpha=2*ranks['r'], dropout=0., **ranks)
     if arm.steps:
         policy = policy_of(arm, model, preset.steps, seed)
-        trained = train(model, data, policy, train_config(preset), tok.pad_token_id, objective=OBJECTIVES[arm.objective], progress=False)
+        trained = train(model, data, policy, train_config(preset), tok.pad_token_id, objective=OBJECTIVES[arm.objective],
+                        progress=False)
     scored = ['float'] if arm.route=='float' else [*(['float'] if not arm.steps else []), 'bw8','w7a7','bw6','w4a8','bw4','mixed8648']
     scores = {p:score(model, tok, p, asked, args.answers, preset) for p in scored}
+    settings = policy and as_saved({k:v for k,v in policy.settings.items() if k!='profiles'})
+    curve = [[i, round(l, 4), n] for i,l,n,_ in trained['curve']]
     record = dict(preset=preset.name, experiment='arms', name=name, seed=seed, config=config, base=d['base'],
-                  policy=policy and [policy.name, as_saved({k:v for k,v in policy.settings.items() if k!='profiles'})],
-                  exposure=exposure(model, trained['curve']), parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if arm.steps else 0,
-                  ids=[q['id'] for q in asked] if name=='untrained' else None, articles=[q['title'] for q in asked] if name=='untrained' else None, scores=scores,
-                  training={k:trained[k] for k in ('seconds','tokens','device')} | dict(curve=[[i, round(l, 4), n] for i,l,n,_ in trained['curve']]),
+                  policy=policy and [policy.name, settings], exposure=exposure(model, trained['curve']),
+                  parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) if arm.steps else 0,
+                  scores=scores, training={k:trained[k] for k in ('seconds','tokens','device')} | dict(curve=curve),
                   seconds=time.perf_counter()-start)
+    if name=='untrained': record |= dict(ids=[q['id'] for q in asked], articles=[q['title'] for q in asked])
     save_record(record, args.out)
-    if args.keep: torch.save({n:p.detach().cpu() for n,p in model.named_parameters() if '.adapters.' in n}, Path(args.out)/f'{name}-s{seed}.pt')
+    if args.keep:
+        adapters = {n:p.detach().cpu() for n,p in model.named_parameters() if '.adapters.' in n}
+        torch.save(adapters, Path(args.out)/f'{name}-s{seed}.pt')
     means = ', '.join(f"{p} {np.sum(s['nll_answer'])/np.sum(s['n_answer']):.3f} {100*np.mean(s['f1']):.1f}" for p,s in scores.items())
     print(f"{name}, seed {seed}: trained {trained['seconds']:.0f} s of {record['seconds']:.0f}: {means}", flush=True)
     return record
@@ -126,8 +140,8 @@ def score(model, tok, profile, asked, answers, preset):
         p = perplexity(model, tok, asked, preset.max_length)
         said = answer(model, tok, asked[:answers], preset.max_length, preset.max_new_tokens, 65536)
     em,f1 = zip(*(em_f1(s, q['answers']['text'], 'squad') for s,q in zip(said, asked)))
-    return dict(nll_answer=[round(x, 4) for x in p.nll_answer], n_answer=list(p.n_answer), nll_text=[round(x, 2) for x in p.nll_text], n_text=list(p.n_text),
-                em=[int(x) for x in em], f1=[round(x, 4) for x in f1])
+    return dict(nll_answer=[round(x, 4) for x in p.nll_answer], n_answer=list(p.n_answer),
+                nll_text=[round(x, 2) for x in p.nll_text], n_text=list(p.n_text), em=[int(x) for x in em], f1=[round(x, 4) for x in f1])
 
 def questions(d, args):
     preset = Preset(**d['preset'])
@@ -148,7 +162,9 @@ def worker(i, args, jobs, end, lasts):
         start = time.time()
         try: run_arm(name, seed, model, d, data, asked, args)
         except Exception as e:
-            import traceback; traceback.print_exc(); print(f'{name}, seed {seed}: FAULT {type(e).__name__}: {e}', flush=True); continue
+            traceback.print_exc()
+            print(f'{name}, seed {seed}: FAULT {type(e).__name__}: {e}', flush=True)
+            continue
         if ARMS[name].steps: lasts.value = max(lasts.value, (time.time()-start)/ARMS[name].steps)
 
 def run(args):
@@ -165,12 +181,18 @@ def run(args):
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = a.add_subparsers(dest='what', required=True)
-    p = sub.add_parser('prepare'); p.add_argument('model'); p.add_argument('data'); p.add_argument('out')
-    p.add_argument('--rotate', action='store_true'); p.add_argument('--sites', nargs='*'); p.add_argument('--weight', default='per_group'); p.add_argument('--chosen', action='store_true')
-    p.add_argument('--batch', type=int, default=PRESET.batch_size); p.add_argument('--kernel', default=PRESET.kernel); p.add_argument('--name', default=PRESET.name)
-    r = sub.add_parser('run'); r.add_argument('out'); r.add_argument('--arms', nargs='+', default=list(ROUTES)); r.add_argument('--seeds', type=int, nargs='+', default=[0])
-    r.add_argument('--jobs', type=int, default=2); r.add_argument('--seconds', type=float, default=480.); r.add_argument('--steps', type=int, default=1000)
-    r.add_argument('--questions', type=int); r.add_argument('--answers', type=int, default=500); r.add_argument('--keep', action='store_true')
+    p,r = sub.add_parser('prepare'),sub.add_parser('run')
+    for name in ('model','data','out'): p.add_argument(name)
+    r.add_argument('out')
+    for name in ('--rotate','--chosen'): p.add_argument(name, action='store_true')
+    p.add_argument('--sites', nargs='*')
+    for name in ('weight','batch_size','kernel','name'):
+        p.add_argument(f'--{name}', default=getattr(PRESET, name), type=type(getattr(PRESET, name)))
+    r.add_argument('--arms', nargs='+', default=list(ROUTES), choices=list(ARMS), metavar='ARM')
+    r.add_argument('--seeds', type=int, nargs='+', default=[0])
+    for name,n in dict(jobs=2, seconds=480, steps=PRESET.steps, questions=None, answers=500).items():
+        r.add_argument(f'--{name}', type=int, default=n)
+    r.add_argument('--keep', action='store_true')
     args = a.parse_args()
     dict(prepare=prepare, run=run)[args.what](args)
 

@@ -27,7 +27,6 @@ from .core.switching import switch_of, use_profile, make_switchable_
 from .search.intervals import Interval, digits, interval, per_token
 from .data.squad_scores import em_f1, scoring_rules
 from .search.costs import Cost, profile_cost, profiles_of
-from itertools import chain
 from .data.sources import check_examples
 from .data.tasks import lengths_of
 from .quantizers import QuantConfig
@@ -62,8 +61,7 @@ def own_settings(
 
 def _neutral_(model):   # returns what undoes it
     training,own = [m for m in model.modules() if m.training],getattr(model, 'generation_config', None)
-    # the last position of a batch is a strided slice: for it torch's batched product copies the head's
-    # weight for each row
+    # the last position of a batch is a strided slice, for which torch's product copies the head's weight for each row
     head = model.get_output_embeddings()
     hook = head and head.register_forward_pre_hook(lambda m, args: (args[0].contiguous(), *args[1:]))
     def back():
@@ -164,8 +162,7 @@ def _losses(model, items, pad_id):
     sizes = [len(i.ids)-1 for i in items]   # padding is on the right; nothing predicts the first token
     losses = [F.cross_entropy(row[:n].float(), ids[1:n+1], reduction='none') for n,ids,row in zip(sizes, batch['input_ids'], logits)]
     for n,loss,labels in zip(sizes, torch.cat(losses).cpu().double().split(sizes), batch['labels'].cpu()):
-        answers = labels[1:n+1]>=0
-        yield loss.sum().item(), n, loss[answers].sum().item(), answers.sum().item()
+        yield loss.sum().item(), n, loss[labels[1:n+1]>=0].sum().item(), (labels[1:n+1]>=0).sum().item()
 
 @torch.no_grad()   # not inference_mode: quantized weights kept by the layers must stay good for training
 def perplexity(
@@ -398,7 +395,7 @@ def switchable_view(
 )->nn.Module: # Another model, with the same weights in memory
     "A plain model at many precisions, without calibration and without training: ranges follow each token."
     check_plain(model)
-    shared = {id(t):t for t in chain(model.parameters(), model.buffers())}
+    shared = {id(t):t for t in (*model.parameters(), *model.buffers())}
     view,wanted = copy.deepcopy(model, shared),map(as_profile, [profiles] if isinstance(profiles, str|Profile) else profiles)
     make_switchable_(view, [p for p in wanted if p.name!='float'], QuantConfig(act='per_token'))
     return view

@@ -11,7 +11,8 @@ from switchable_llm.core.experts import Experts, QuantExpert, expert_stacks
 from switchable_llm.core.gates import add_gates_
 from switchable_llm.core.layers import Setting
 from switchable_llm.core.profiles import FAMILIES, Profile, Rule
-from switchable_llm.core.switching import base_params, held_bytes, kernel_report, make_switchable_, use_profile
+from switchable_llm.core.switching import base_params, kernel_report, make_switchable_, use_profile
+from switchable_llm.search.costs import held_bytes
 from switchable_llm.data.encoding import Encoded
 from switchable_llm.joint_training import fixed_profile, high_to_low, train
 from switchable_llm.lora_routing import adapter_params, add_adapters_, export_peft

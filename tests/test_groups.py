@@ -148,15 +148,15 @@ def test_from_the_command_line(tmp_path, capsys):
     "A base model is quantized in groups, frozen, and answers from the file."
     from switchable_llm.apps.cli import main
     made,file = str(tmp_path/'m'),str(tmp_path/'m.safetensors')
-    how = ['--weight', 'per_group', '--group-size', '32', '--weight-range', 'mse', '--profiles', 'bw8', 'bw4']
+    how = ['--group-size', '64', '--weight-range', 'mse', '--rotate', 'mlp_out', 'attn_out', '--profiles', 'bw8', 'bw4']
     assert main(['quantize', 'tiny', '--data', 'tiny', '--task', 'squad', '--n', '16', *how, '--out', made, '--quiet'])==0
     assert main(['freeze', made, '--out', file])==0
     cfg = load_packed(file).switch.cfg
-    assert (cfg.weight, cfg.group_size, cfg.weight_range)==('per_group', 32, 'mse')
+    assert (cfg.weight, cfg.group_size, cfg.weight_range, cfg.rotate)==('per_group', 64, 'mse', ('mlp_out','attn_out'))
     assert main(['generate', file, '--prompt', 'Bemola was', '--max-new-tokens', '3'])==0
     capsys.readouterr()
     assert main(['answer', file, '--question', 'When was Bemola born?', '--context', 'Bemola was born in 1834.'])==0
     said = capsys.readouterr().out
     assert 'bw8' in said and 'bw4' in said
-    assert main(['quantize', made, '--data', 'tiny', '--task', 'squad', *how[4:6], '--out', str(tmp_path/'n'), '--quiet'])==1
+    assert main(['quantize', made, '--data', 'tiny', '--task', 'squad', *how[2:4], '--out', str(tmp_path/'n'), '--quiet'])==1
     assert '--weight-range mse' in capsys.readouterr().err

@@ -9,7 +9,8 @@ from switchable_llm.lora_routing import add_adapters_, adapter_params
 from switchable_llm.quantizers import Bits, QuantConfig, fake_quant, fake_quant_weight, qparams, token_qparams
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.calibration import calibrate_
-from switchable_llm.core.switching import held_bytes, kernel_report, make_switchable_, use_profile
+from switchable_llm.core.switching import kernel_report, make_switchable_, use_profile
+from switchable_llm.search.costs import held_bytes
 
 HERE = [n for n in KERNELS if try_kernel(n, 'cpu')[0]]
 

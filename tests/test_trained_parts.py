@@ -13,7 +13,8 @@ from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, LearnedRange, QuantConfig, quantize_weight
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import (
-    added_params, base_params, held_bytes, kernel_report, make_switchable_, use_profile)
+    added_params, base_params, kernel_report, make_switchable_, use_profile)
+from switchable_llm.search.costs import held_bytes
 from switchable_llm.core.calibration import calibrate_, learn_ranges_
 
 IDS = torch.randint(3, 97, (8, 20), generator=torch.Generator().manual_seed(0))

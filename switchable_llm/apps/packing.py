@@ -7,8 +7,8 @@ __all__ = ['COMMANDS']
 
 # %% ../../nbs/apps/packing.ipynb #46633f39
 import torch
+from dataclasses import replace
 from pathlib import Path
-from ..quantizers import QuantConfig
 from ..system.files import check_target
 from ..core.integer import KERNELS, native_report, try_kernel
 from ..core.switching import switch_of, use_profile
@@ -20,7 +20,7 @@ from ..formats.gguf_file import GGUF_DTYPES, adapter_file, adapter_goes, export_
 from ..formats.torchao import save_torchao
 from ..study.runs import COUNT, Number
 from .commands import add_checkpoint, add_profiles, each_file, load_checkpoint, only_files
-from .front_door import load, make_switchable, quantize
+from .front_door import GROUPED, load, make_switchable, quantize
 from .options import (
     add_device, add_json, add_task, chosen_corpus, chosen_device, named_profiles, option_type, show, text_table, wants_json)
 
@@ -41,24 +41,28 @@ def _quantize_options(parser):
     work.add_argument('--profiles', nargs='+', metavar='PROFILE',
                       help='of a base model: which profiles it gets (default: bw8 bw6 w4a8)')
     how.add_argument('--weight', choices=_GRAINS,
-                     help='of a base model: which weights share a step (default: per_channel)')
+                     help='of a base model: which weights share a step (default: per_group)')
     how.add_argument('--group-size', type=option_type(COUNT), metavar='N',
-                     help='inputs of a group, with --weight per_group (default: 64)')
+                     help='of a base model: inputs of a group (default: 32)')
     how.add_argument('--weight-range', choices=('minmax','mse'),
                      help='of a base model: what of the range of a weight that is rounded is kept, all of it or as much as is '
                           'best (default: minmax); codes that are chosen have the best step either way')
+    how.add_argument('--rotate', nargs='*', metavar='SITE',
+                     help='of a base model: turn the inputs of all layers by a Hadamard transform before they are quantized, or of '
+                          'those sites (such as mlp_in): better at few bits, and llama.cpp cannot read it (default: no rotation)')
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
                      help='widths that one code has to serve (default: 4 6 8)')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
 
 def _new_(model, args):   # what a base model becomes
-    if args.group_size and args.weight!='per_group':
+    if args.group_size and args.weight not in (None, 'per_group'):
         raise ValueError(f"--group-size {args.group_size}: is for --weight per_group")
-    kw = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
-    make_switchable(model, named_profiles(args.profiles or ['bw8','bw6','w4a8']), QuantConfig(act='per_token', **kw))
+    given = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
+    if args.rotate is not None: given['rotate'] = tuple(args.rotate) or True
+    make_switchable(model, named_profiles(args.profiles or ['bw8','bw6','w4a8']), replace(GROUPED, **given))
 
 def _refuse_old(args):   # of a model that is switchable already
-    for k in ('profiles','weight','group_size','weight_range'):
+    for k in ('profiles','weight','group_size','weight_range','rotate'):
         if (v := getattr(args, k)) is not None:
             raise ValueError(f"--{k.replace('_', '-')} {v}: {args.checkpoint} is switchable already and says so itself")
 

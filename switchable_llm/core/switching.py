@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Live', 'Switch', 'refuse_save_', 'make_switchable_', 'switch_of', 'check_unfrozen', 'added_params',
-           'base_params', 'numbers_of', 'use_profile', 'kernel_report', 'held_bytes']
+           'base_params', 'numbers_of', 'use_profile', 'kernel_report']
 
 # %% ../../nbs/core/switching.ipynb #22d34355
 import sys, torch
@@ -455,17 +455,3 @@ def kernel_report(
             out.setdefault(f"{'float' if kernel is None else kernel.name}: {why}", []).append(s.name)
     return out
 
-def held_bytes(
-    model:nn.Module, # A model after `make_switchable_`
-)->dict[str,int]:    # What -> bytes
-    "Memory held: parameters, and the weights that each width has ready."
-    adapters = [p for n,p in added_params(model).items() if '.adapters.' in n]
-    out = dict(base=sum(map(_bytes, base_params(model).values())), adapters=sum(map(_bytes, adapters)))
-    for l in switch_of(model).layers:
-        for (kind,bits),kept in l._weights.items():
-            key = f'ready w{bits} ({kind})'
-            out[key] = out.get(key, 0)+sum(_bytes(t) for t in (kept if isinstance(kept, tuple) else [kept]))
-    return out
-
-def _bytes(t):   # oneDNN's packed weights count as their elements
-    return t.numel()*t.element_size() if torch.is_tensor(t) else 0

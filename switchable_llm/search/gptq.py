@@ -274,7 +274,9 @@ def _choose_codes(tasks, widths, passes, damping):   # of layers, those of a tas
         steps = [fitted_step(w, h, cfg, widths) for w in ws]
         found.append((layers, ws, h, steps, torch.cat(ws), torch.cat([_spread(s, w, cfg) for s,w in zip(steps, ws)])))
     w,h,whole = (torch.stack([f[i] for f in found]) for i in (4, 2, 5))
-    def each(function, *args, **kw): return torch.vmap(partial(function, **kw))(*args) if len(w)>1 else function(*(a[0] for a in args), **kw)[None]
+    def each(function, *args, **kw):
+        if len(w)==1: return function(*(a[0] for a in args), **kw)[None]   # vmap takes room and time of its own
+        return torch.vmap(partial(function, **kw))(*args)
     codes = each(compensated_codes, w, h, whole, widths=widths, damping=damping)
     codes = each(settled_codes, w, h, whole, codes, widths=widths, passes=passes, damping=damping)
     return {l.index:_hold(l, w, h, c, s, widths) for (layers,ws,h,steps,*_),cs in zip(found, codes)

@@ -23,7 +23,6 @@ from ..quantizers import Bits, EMAObserver, QuantConfig, fake_quant
 from ..core.experts import Experts, expert_stacks, share_of, unstack_
 from ..core.rotation import rotate
 from ..core.layers import LAYERS, Setting
-from ..core.opaque import Bank
 from ..core.profiles import Profile, Site
 from ..core.switching import Switch
 from ..lora_routing import LoRA, router
@@ -34,7 +33,7 @@ from .packed_file import (
     FLOATS, check_config, check_data, check_description, check_tensors, check_values, checksum, layer_tensors,
     check_ids, identity_of, make_tokenizer, naming, read_head)
 from .generating import model_class, packed_class
-from ..core.opaque import Opaque
+from ..core.opaque import Bank, Opaque
 from ..attention.attending import cache_obstacle
 
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a
