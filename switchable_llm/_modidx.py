@@ -2120,6 +2120,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                            'switchable_llm/lora_routing.py'),
                                              'switchable_llm.lora_routing.JoinedLoRA.b': ( 'lora_routing.html#joinedlora.b',
                                                                                            'switchable_llm/lora_routing.py'),
+                                             'switchable_llm.lora_routing.JoinedLoRA.dropout': ( 'lora_routing.html#joinedlora.dropout',
+                                                                                                 'switchable_llm/lora_routing.py'),
                                              'switchable_llm.lora_routing.JoinedLoRA.forward': ( 'lora_routing.html#joinedlora.forward',
                                                                                                  'switchable_llm/lora_routing.py'),
                                              'switchable_llm.lora_routing.LoRA': ( 'lora_routing.html#lora',

@@ -79,6 +79,8 @@ class JoinedLoRA(nn.Module):
         self.alpha = self.scaling*self.r
 
     @property
+    def dropout(self)->nn.Module: return self.parts[0].dropout
+    @property
     def a(self)->Tensor: return torch.cat([m.a for m in self.parts])
     @property
     def b(self)->Tensor: return torch.cat([m.b*(m.scaling/self.scaling) for m in self.parts], 1)

@@ -351,3 +351,41 @@ def test_the_lean_loop_gives_the_same(tmp_path, kind):
             many = again.prompt(ids)
         for y,w in zip(one, want): assert (y-w).abs().max()<=(.02 if p=='w4' else .3)*w.std()
         assert torch.equal(many, one[-1]) or (many-one[-1]).abs().max()<1e-3*one[-1].std()
+
+def test_neighbours_turn_one_input_once(monkeypatch):
+    "Queries, keys and values read one input; its gradient is the sum that they have when each turns its own."
+    from switchable_llm.core import layers
+    calls = []
+    def counting(x, back=False): calls.append(x.shape); return rotate(x, back)
+    model = rotated(adapters=True)
+    def run():
+        model.zero_grad()
+        with use_profile(model, 'w8a8'): model(**BATCH, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    run()                                        # weights are ready
+    monkeypatch.setattr(layers, 'rotate', counting)
+    shared = run()
+    assert len(calls)==2*4                       # of a block's seven layers: qkv, out, gate and up, down
+    monkeypatch.setattr(layers.QuantLayer, 'rotated', lambda self, x, plain=False: rotate(x) if self.rotates and not plain else x)
+    for a,b in zip(run(), shared, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+def test_what_was_turned_is_not_kept_beyond_its_input():
+    "Neither for one that changed in place, nor without a gradient for one that needs it, nor outside a pass."
+    layer = (model := rotated()).switch.layers[0]
+    x = torch.randn(3, 48)
+    assert layer.rotated(x) is not layer.rotated(x)
+    frame = model.switch.frame
+    seen = []
+    def look(module, args):
+        x = args[0].detach().clone()
+        first = layer.rotated(x)
+        assert layer.rotated(x) is first
+        x.mul_(2)
+        assert torch.equal(layer.rotated(x), rotate(x))
+        y = x.clone().requires_grad_()
+        with torch.no_grad(): layer.rotated(y)
+        seen.append(layer.rotated(y).requires_grad)
+    hook = model.switch.layers[0].register_forward_pre_hook(look)
+    with use_profile(model, 'w8a8'): model(**BATCH)
+    hook.remove()
+    assert seen==[True] and model.switch.frame is frame

@@ -57,7 +57,7 @@ def make_switchable(
     cfg:QuantConfig=QuantConfig(act='per_token'), # How layers quantize
     r:int=8,                 # Rank of the adapters
     alpha:float=16,          # Their scaling is `alpha/r`
-    route:str='bits',        # Which adapter a layer uses: that of its 'bits', of the 'profile', or one that is 'shared'
+    route:str='bits',        # Which adapter a layer uses: that of its 'bits', of the 'profile', one that is 'shared', or 'shared+bits'
     sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names, for a family that FAMILIES lacks
     experts:str='quantized', # What a mixture's experts are: 'quantized', or 'float' as they are
 )->list[str]: # Names of the layers that became switchable

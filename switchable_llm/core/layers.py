@@ -124,8 +124,13 @@ class QuantLayer(Opaque):
         x:Tensor,         # Activations, (..., in)
         plain:bool=False, # Without the rotation that the layer has
     )->Tensor: # In the basis in which they are quantized
-        "The input, turned where the layer has a rotation."
-        return rotate(x) if self.rotates and not plain else x
+        "The input, turned where the layer has a rotation; once in a pass for neighbours that have the same one."
+        if plain or not self.rotates: return x
+        frame = self.switch.frame
+        if frame is None or frame.turned is None: return rotate(x)
+        key = None if x.is_inference() else x._version, torch.is_grad_enabled()
+        if not frame.turned or frame.turned[0] is not x or frame.turned[1]!=key: frame.turned[:] = x, key, rotate(x)
+        return frame.turned[2]
 
     def rotated_weight(self,
         plain:bool=False, # Without the rotation that the layer has

@@ -44,6 +44,7 @@ class _Frame(NamedTuple):   # what is live in this thread or task
     module:nn.Module|None=None   # whose pass it is; `None` for a `with` block and for what is carried
     told:object=None             # what a gate noted of the pass when it began
     starts:Tensor|None=None      # where the texts of its rows begin, for a cache in few bits
+    turned:list|None=None        # the last input that was rotated in this pass: see `QuantLayer.rotated`
 
 class _Bound(dict):   # name -> settings; a profile that still lacks an adapter says which
     def __init__(self, switch, bound): super().__init__(bound); self.switch = switch
@@ -272,7 +273,7 @@ class Switch:
         _refuse_recomputation()
         if not _goes_on(kwargs) and not self.live.still: self.verify()   # for the whole pass; one that goes on with a text is spared
         mask = kwargs.get('attention_mask', args[1] if len(args)>1 else None)
-        self._put(_Frame(self.live, 1, frame, True, module, starts=row_starts(mask) if self.live.cache else None))
+        self._put(_Frame(self.live, 1, frame, True, module, starts=row_starts(mask) if self.live.cache else None, turned=[]))
 
     @torch.compiler.disable
     def _look(self, module, args, kwargs):   # a gate that chooses by rows or tokens notes which are coming
