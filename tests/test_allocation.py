@@ -16,9 +16,10 @@ from switchable_llm.search.sensitivity import (
     Meter, Sensitivity, bit_options, highest, outliers, sensitivity, tolerance)
 from switchable_llm.search.groups import find_groups
 from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model
-from switchable_llm.core.profiles import Profile, Rule
+from switchable_llm.core.profiles import Profile, Rule, as_profile
 from switchable_llm.core.calibration import calibrate_
-from switchable_llm.core.switching import make_switchable_
+from switchable_llm.core.switching import make_switchable_, use_profile
+from switchable_llm.profiles_eval import perplexity
 
 def toy(kind='gpt2', act='per_token', adapters=False, tied=False, **kw):
     torch.manual_seed(0)
@@ -44,13 +45,30 @@ def test_an_anchored_meter_says_the_same(kind, score):
     anchored.anchor('bw6')
     for block in range(3):
         p = Profile('p', Bits(6, 6), (Rule(Bits(4, 8), layers=(block,)),))
-        assert anchored._same_blocks(anchored._settings(p))==block
+        assert anchored._same_blocks(anchored._does(p))==block
         assert anchored(p).tolist()==plain(p).tolist()
     assert anchored('bw8').tolist()==plain('bw8').tolist()          # nothing in common: from the first block
     with pytest.raises(RuntimeError), anchored_failure(model):
         anchored(Profile('q', Bits(6, 6), (Rule(Bits(8, 8), layers=(2,)),)))
     # after a failure too
     assert all('forward' not in vars(b) for b in (model.transformer.h if kind=='gpt2' else model.model.layers))
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_a_cache_in_few_bits_is_measured(kind):
+    "Profiles that differ in their cache alone are measured each for itself, as scoring sees them, from the first block that differs."
+    model,items = toy(kind)
+    m = Meter(model, items, score='text', tokens_per_batch=400)
+    for p in map(as_profile, ('float','k2v2','w8a8','w8a8k2v2')):
+        model.switch.add(p)
+        with use_profile(model, p): scored = perplexity(model, Pads, items)
+        np.testing.assert_allclose(m(p), scored.nll_text, rtol=1e-5)
+    assert m.runs==4 and (m('k2v2')!=m('float')).all()
+    last = Profile('last', Bits(8, 8), (Rule(Bits(8, 8, 2, 2), layers=(2,)),))
+    m.anchor('w8a8')
+    assert m._same_blocks(m._does(last))==2
+    assert m(last).tolist()==Meter(model, items, score='text', tokens_per_batch=400)(last).tolist()
+
+class Pads: pad_token_id,eos_token_id = 0,1
 
 class anchored_failure:   # the last block fails
     def __init__(self, model):

@@ -68,7 +68,8 @@ def test_for_peft(made, tmp_path):
         make_switchable_(plain, ['w4a8'], QuantConfig(act='per_token'))
         assert sl.import_peft(plain, '4', tmp_path/key)
         assert plain.switch.layers[0].adapters['4'].r==r
-    with pytest.raises(ValueError, match="adapter '5\\+shared': the bank has 4, 8, shared"): sl.export_peft(model, '5+shared', tmp_path/'no')
+    with pytest.raises(ValueError, match="adapter '5\\+shared': the bank has 4, 8, shared"):
+        sl.export_peft(model, '5+shared', tmp_path/'no')
 
 def test_its_cost(made):
     model,*_ = made

@@ -150,7 +150,7 @@ def _train_options(parser):
     add_task(parser)
     add_preset_options(parser, only=TRAIN)
     add_policy(parser)
-    how = 'which adapters a layer trains: those of its bits (the default), of the profile, one shared by all, or both of the first and the last'
+    how = "which adapters a layer trains: of its 'bits' (the default), of the 'profile', one 'shared' by all, or 'shared+bits'"
     parser.group('how long to train').add_argument('--route', choices=list(ROUTES), default='bits', help=how)
     add_device(parser, 'an accelerator where there is one, else cpu')
     output = parser.group('output')

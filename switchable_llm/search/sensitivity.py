@@ -71,16 +71,16 @@ class Meter:
         profile:'str|Profile', # A profile, or the name of one that the model has
     )->np.ndarray: # Nats per example, in their order
         "Measure a profile, or look it up."
-        settings = self._settings(profile)
-        key = _key(settings)
-        if key not in self.seen: self._add(key, self._measure(profile, settings))
+        does = self._does(profile)
+        key = _key(does)
+        if key not in self.seen: self._add(key, self._measure(profile, does))
         return np.array(self.seen[key])
 
     def knows(self,
         profile:'str|Profile', # A profile, or its name
     )->bool: # As said
         "Whether it was measured."
-        return _key(self._settings(profile)) in self.seen
+        return _key(self._does(profile)) in self.seen
 
     def loss(self,
         profile:'str|Profile', # A profile, or its name
@@ -92,24 +92,26 @@ class Meter:
         profile:'str|Profile', # A profile, or its name
     ):
         "Keep what each block returns at a profile, for profiles that differ from it in later blocks only."
-        kept,settings = [[] for _ in self.groups],self._settings(profile)
-        nll = self._measure(profile, settings, keep=kept)
-        self.anchored = settings,kept
-        if _key(settings) not in self.seen: self._add(_key(settings), nll)
+        kept,does = [[] for _ in self.groups],self._does(profile)
+        nll = self._measure(profile, does, keep=kept)
+        self.anchored = does,kept
+        if _key(does) not in self.seen: self._add(_key(does), nll)
 
-    def _settings(self, profile):
+    def _does(self, profile):
         switch = switch_of(self.model)
-        return switch.bind(switch.profiles.get(profile) or as_profile(profile) if isinstance(profile, str) else profile)
+        p = switch.profiles.get(profile) or as_profile(profile) if isinstance(profile, str) else profile
+        return _Does(switch.bind(p), switch.cache_of(p))
 
-    def _same_blocks(self, settings):   # how many blocks, from the first, do what they do at the anchor
+    def _same_blocks(self, does):   # how many blocks, from the first, do what they do at the anchor
         if self.anchored is None: return 0
-        other = [s.layer or 0 for s,a,b in zip(switch_of(self.model).sites, settings, self.anchored[0]) if a!=b]
-        return min(other, default=0)
+        last,sites = self.anchored[0],switch_of(self.model).sites
+        other = [s.layer or 0 for s,a,b in zip(sites, does.settings, last.settings) if a!=b]
+        return min(other+[i for i,(a,b) in enumerate(itertools.zip_longest(does.cache, last.cache)) if a!=b], default=0)
 
     @torch.no_grad()
-    def _measure(self, profile, settings, keep=None):
+    def _measure(self, profile, does, keep=None):
         out,blocks,device = np.zeros(len(self.items)),_blocks(self.model),next(self.model.parameters()).device
-        k = 0 if keep is not None else self._same_blocks(settings)
+        k = 0 if keep is not None else self._same_blocks(does)
         with scoring_mode(self.model), use_profile(self.model, profile):
             for g,rows in enumerate(self.groups):
                 batch = {n:t.to(device) for n,t in collate([self.items[i] for i in rows], self.pad_id).items()}
@@ -157,7 +159,13 @@ class Meter:
         if whole!=old: self.log.write_text(whole)
         with self.log.open('a') as f: f.write(json.dumps(dict(key=key, nll=nll))+'\n')
 
-def _key(settings): return hashlib.sha256(json.dumps([f'{s.bits}/{s.adapter}'+'/p'*s.plain for s in settings]).encode()).hexdigest()[:16]
+class _Does(NamedTuple):   # what a profile makes a model do: of layers, and of each block's cache
+    settings:tuple
+    cache:tuple
+
+def _key(does):
+    said = [f'{s.bits}/{s.adapter}'+'/p'*s.plain for s in does.settings]+[str(c and c.cache) for c in does.cache]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 # %% ../../nbs/search/sensitivity.ipynb #16a5c7b5
 def bit_options(
