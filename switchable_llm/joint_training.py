@@ -302,7 +302,7 @@ def _groups(model, cfg):   # by learning rate and decay
             for (factor,decays),ps in groups.items()]
 
 def _call(callback, model, step, curve):   # it may do anything to the weights
-    callback(step, curve)
+    with model.switch.still(False) if hasattr(model, 'switch') else nullcontext(): callback(step, curve)
     if hasattr(model, 'switch'): model.switch.verify()
 
 @contextmanager

@@ -115,12 +115,19 @@ def router(
 def _route(name, switch, index, profile, bits):
     key = ROUTES[name](profile, bits)
     if key in switch.layers[index].adapters: return key
-    if 'float' in (profile.name, key): return None
-    if any(key in l.adapters for l in switch.layers): return None    # this layer has none
+    parts = key.split('+')
+    here = [k for k in parts if k in switch.layers[index].adapters]
+    if 'float' not in (profile.name, *parts):   # another layer may have the rest
+        lost = next((k for k in parts if not any(k in l.adapters for l in switch.layers)), None)
+        if lost: _refuse(switch, index, profile, lost)
+    return '+'.join(here) or None
+
+def _refuse(switch, index, profile, key):
     bank = dict.fromkeys(k for l in switch.layers for k in l.adapters)
     raise ValueError(f"profile {profile.name!r}: layer {switch.sites[index].name} needs adapter {key!r}, "
                      f"the bank has {', '.join(bank)}: call add_adapters_(model, [{key!r}]) or import_peft, "
                      "or change the profile")
+
 
 # %% ../nbs/01_lora_routing.ipynb #d63eac98
 def add_adapters_(
@@ -140,12 +147,12 @@ def add_adapters_(
     layers,has = _layers_at(switch, sites),adapter_keys(model)
     if isinstance(keys, str): raise ValueError(f"keys={keys!r}: needs a list of keys, like [{keys!r}]")
     keys = _needed_keys(switch, ROUTES[route]) if keys is None else [p for k in keys for p in str(k).split('+')]
-    ranks = _ranks(route, r, own)
+    ranks = _ranks(route, r, own, alpha, dropout)
     new = [k for k in dict.fromkeys(keys) if k not in has]
     if not new:
         raise ValueError(f"keys={keys}: the bank has {', '.join(has) or 'nothing'} and nothing new was asked for; "
                          "give the model a profile that is not float, or other keys")
-    def lora(l, n): return LoRA(l.in_features, l.out_features, n, alpha*n/r, dropout)
+    def lora(l, n): return LoRA(l.in_features, l.out_features, n, alpha if n==r else alpha*n/r, dropout)
     _fill(model, [(l, k, lora(l, ranks(k))) for l in layers for k in new], route, freeze)
     return new
 
@@ -156,8 +163,8 @@ def _route_name(model, route):
         raise ValueError(f"route={route!r}: the adapters that the model has are found by {has!r}; leave it out")
     return route or has or 'bits'
 
-def _ranks(route, r, own):   # key -> rank
-    if fault := lora_fault(r, 1, 0): raise ValueError(fault)
+def _ranks(route, r, own, alpha, dropout):   # key -> rank
+    if fault := lora_fault(r, alpha, dropout): raise ValueError(fault)
     if route!='shared+bits':
         if own is not None: raise ValueError(f"own={own!r}: is for route='shared+bits', and this is {route!r}")
         return lambda key: r
@@ -199,7 +206,7 @@ def adapter_params(
 )->dict[str,nn.Parameter]: # Name -> parameter
     "The adapters' parameters."
     return {f'{s.name}.adapters.{k}.{n}':p for l,s in zip(switch_of(model).layers, switch_of(model).sites)
-            for k,m in l.adapters.items() if key in (None, k) for n,p in m.named_parameters()}
+            for k,m in l.adapters.items() if key is None or k in key.split('+') for n,p in m.named_parameters()}
 
 @contextmanager
 def use_adapter(
@@ -208,7 +215,7 @@ def use_adapter(
 ):
     "Override the route at the live profile, for the length of a `with` block."
     switch = switch_of(model)
-    if key is not None and key not in adapter_keys(model):
+    if key is not None and not any(key in l.adapters for l in switch.layers):
         raise ValueError(f"adapter {key!r}: the bank has {', '.join(adapter_keys(model))}")
     rows = zip(switch.settings, switch.layers)
     settings = tuple(s._replace(adapter=key if key in l.adapters else None) for s,l in rows)
@@ -343,6 +350,9 @@ def import_peft(
 )->list[str]: # Names of the layers that got it, in the order of the model
     "Read a LoRA adapter of PEFT into the bank; layers that it does not cover stay without one."
     switch,route,key,folder = check_unfrozen(model),_route_name(model, route),str(key),Path(folder)
+    if '+' in key:
+        raise ValueError(f"key={key!r}: stands for several adapters at work together: "
+                         f"import each under its own, like {key.split('+')[0]!r}")
     if key in adapter_keys(model):
         raise ValueError(f"adapter {key!r} is in the bank already: "
                          "import it before add_adapters_ makes a new one, or choose another key")

@@ -121,10 +121,10 @@ def _check_encoded(e, name, room, positions):
 def room_in_batch(
     model:nn.Module,     # Any model
     asked:int|None=None, # What somebody asked for
-)->int: # That; else 2,048 on a CPU, and 16,384 on a GPU, where few large batches are fastest
+)->int: # That; else 2,048, and on a CUDA device up to 16,384 whose logits take 2 GiB at most
     "Tokens that are scored at a time."
-    if asked is not None: return asked
-    return 2048 if next(model.parameters()).device.type=='cpu' else 16384
+    if asked is not None or next(model.parameters()).device.type!='cuda': return 2048 if asked is None else asked
+    return min(16384, 2**29//model.config.vocab_size)
 
 def pad_id(
     tokenizer, # Of the model

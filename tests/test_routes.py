@@ -1,7 +1,6 @@
 "Adapters that are shared and own at once: kept, opened, packed, merged and exported like one of their joint rank."
 import pytest, torch
 import switchable_llm as sl
-from switchable_llm.apps.cli import main
 from switchable_llm.core.switching import use_profile
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.data.encoding import encode
@@ -76,8 +75,14 @@ def test_its_cost(made):
     sizes = sum(l.in_features+l.out_features for l in model.switch.layers)
     assert profile_cost(model, 'bw8').adapter_bytes==2*8*sizes
 
-def test_the_command(tmp_path, capsys):
-    how = '--preset tiny --steps 2 --policy equal_exposure --route shared+bits --profiles bw8 w4a8 --quiet'.split()
-    assert main(['train', *how, '--out', str(tmp_path/'m')])==0
-    model,_ = sl.load(tmp_path/'m')
-    assert model.switch.route_name=='shared+bits' and model.switch.bound['bw8'][0].adapter=='8+shared'
+def test_from_the_front_door(tmp_path):
+    "Six lines as in the README, with both kinds of adapters; what was trained is what is opened."
+    model,tokenizer = sl.load('tiny')
+    sl.make_switchable(model, PROFILES, route='shared+bits', r=6)
+    sl.train(model, tokenizer, sl.squad('tiny', n=32), steps=4, batch_size=8, progress=False)
+    moved = {n.split('.')[-2] for n,p in adapter_params(model).items() if n.endswith('.b') and p.any()}
+    assert 'shared' in moved and moved<={'shared','4','8'}
+    model.save_pretrained(tmp_path/'m'); tokenizer.save_pretrained(tmp_path/'m')
+    again,_ = sl.load(tmp_path/'m')
+    assert again.switch.bound['bw8'][0].adapter=='8+shared'
+    for a,b in zip(adapter_params(model).values(), adapter_params(again).values(), strict=True): assert torch.equal(a, b)

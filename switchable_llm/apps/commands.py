@@ -26,7 +26,6 @@ from ..study.records import PRESETS, Preset, save_record, check_name, free_name,
 from ..data.chat import find_template
 from ..data.squad import load_squad
 from ..joint_training import high_to_low
-from ..lora_routing import ROUTES
 from ..profiles_eval import evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import packed_size
@@ -150,8 +149,6 @@ def _train_options(parser):
     add_task(parser)
     add_preset_options(parser, only=TRAIN)
     add_policy(parser)
-    how = "which adapters a layer trains: of its 'bits' (the default), of the 'profile', one 'shared' by all, or 'shared+bits'"
-    parser.group('how long to train').add_argument('--route', choices=list(ROUTES), default='bits', help=how)
     add_device(parser, 'an accelerator where there is one, else cpu')
     output = parser.group('output')
     output.add_argument('--out', required=True, help='the model, a folder that transformers opens')
@@ -191,7 +188,7 @@ def _train(args):
     calibrate_(model, batches)
     with training_on(device):
         fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training',
-            progress=not args.quiet, route=args.route)
+            progress=not args.quiet)
     switch_of(model).profile = high_to_low(model, (n for n in switch_of(model).profiles if n!='float'))[0]   # live at first
     if args.adapters_only: save_switchable(model, out, base=preset.model)
     else:

@@ -49,7 +49,8 @@ def _quantize_options(parser):
                           'best (default: minmax); codes that are chosen have the best step either way')
     how.add_argument('--rotate', nargs='*', metavar='SITE',
                      help='of a base model: turn the inputs of all layers by a Hadamard transform before they are quantized, or of '
-                          'those sites (such as mlp_in): better at few bits, and llama.cpp cannot read it (default: no rotation)')
+                          'those sites (such as mlp_in): better at few bits, and llama.cpp cannot read it (default: no rotation); '
+                          'write it behind the checkpoint')
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
                      help='widths that one code has to serve (default: 4 6 8)')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
@@ -64,7 +65,8 @@ def _new_(model, args):   # what a base model becomes
 def _refuse_old(args):   # of a model that is switchable already
     for k in ('profiles','weight','group_size','weight_range','rotate'):
         if (v := getattr(args, k)) is not None:
-            raise ValueError(f"--{k.replace('_', '-')} {v}: {args.checkpoint} is switchable already and says so itself")
+            given = ' '.join([k.replace('_', '-'), *map(str, v if isinstance(v, list) else [v])])
+            raise ValueError(f"--{given}: {args.checkpoint} is switchable already and says so itself")
 
 def _quantize(args):
     check_model_target(args.out)

@@ -127,8 +127,8 @@ class QuantLayer(Opaque):
         "The input, turned where the layer has a rotation; once in a pass for neighbours that have the same one."
         if plain or not self.rotates: return x
         frame = self.switch.frame
-        if frame is None or frame.turned is None: return rotate(x)
-        key = None if x.is_inference() else x._version, torch.is_grad_enabled()
+        if frame is None or frame.turned is None or x.is_inference(): return rotate(x)   # torch counts no changes of those
+        key = x._version, torch.is_grad_enabled()
         if not frame.turned or frame.turned[0] is not x or frame.turned[1]!=key: frame.turned[:] = x, key, rotate(x)
         return frame.turned[2]
 

@@ -83,8 +83,9 @@ class Bank(nn.ModuleDict):
     def __getitem__(self, key):
         parts = tuple(self._modules[k] for k in self._parts(key))
         if len(parts)==1: return parts[0]
-        if key not in self._pairs or self._pairs[key][0]!=parts: self._pairs[key] = parts,type(parts[0]).joined(parts)
-        return self._pairs[key][1]
+        known = self._pairs.get(key)
+        if known is None or known[0]!=parts: self._pairs[key] = known = parts,type(parts[0]).joined(parts)
+        return known[1]
     def _parts(self, key): return [key] if key in self._modules or not isinstance(key, str) else key.split('+')
     def __setitem__(self, key, module):
         if not isinstance(key, str) or not key or '.' in key:

@@ -34,7 +34,6 @@ class Live(NamedTuple):
     mask:Tensor|None=None               # Which tokens they count, (batch, length)
     own:tuple=()                        # ((name, Profile, settings), ...): profiles that only this caller has
     cache:tuple=()                      # Bits of each block's keys and values, `None` for float; empty for all float
-    still:bool=False                    # Whether the caller has promised to change no weight: see `Switch.still`
 
 class _Frame(NamedTuple):   # what is live in this thread or task
     live:Live
@@ -50,6 +49,8 @@ class _Bound(dict):   # name -> settings; a profile that still lacks an adapter 
     def __init__(self, switch, bound): super().__init__(bound); self.switch = switch
     def __missing__(self, name): return self.switch.find(name)['settings']
 
+# Switches whose weights the caller has promised not to change.
+_STILL:ContextVar[tuple] = ContextVar('switchable_llm_still', default=())
 # Switch -> its frame. The dictionary is never changed in place.
 _FRAMES:ContextVar[dict] = ContextVar('switchable_llm_frames', default={})
 
@@ -258,10 +259,14 @@ class Switch:
         for l in self.layers: l.verify()
 
     @contextmanager
-    def still(self):
+    def still(self,
+        on:bool=True, # False within such a block: weights may change again
+    ):
         "Compare weights once, not before each pass, for the length of a `with` block in which the caller changes none."
         self.verify()
-        with self.block(still=True): yield self
+        before = _STILL.set(tuple(s for s in _STILL.get() if s is not self)+(self,)*on)
+        try: yield self
+        finally: _STILL.reset(before)
 
     @torch.compiler.disable
     def _begin(self, module, args, kwargs):
@@ -271,7 +276,7 @@ class Switch:
         frame = self._settled()
         if frame is not None and frame.passes: return self._put(frame._replace(passes=frame.passes+1))
         _refuse_recomputation()
-        if not _goes_on(kwargs) and not self.live.still: self.verify()   # for the whole pass; one that goes on with a text is spared
+        if not _goes_on(kwargs) and self not in _STILL.get(): self.verify()   # for the whole pass; one that goes on with a text is spared
         mask = kwargs.get('attention_mask', args[1] if len(args)>1 else None)
         self._put(_Frame(self.live, 1, frame, True, module, starts=row_starts(mask) if self.live.cache else None, turned=[]))
 

@@ -258,9 +258,10 @@ def _rotated_sum(h):   # of products of x R, from that of x
 
 def _alike(tasks, widths, memory):   # in lots of one shape, which are solved at once
     by = {}
-    for layers,h in tasks: by.setdefault((sum(l.out_features for l in layers), layers[0].in_features), []).append((layers, h))
-    for (out,size),found in by.items():
-        n = max(1, memory//(16*len(widths)*out*size+16*size**2))
+    for layers,h in tasks:
+        by.setdefault((sum(l.out_features for l in layers), layers[0].in_features, layers[0].device), []).append((layers, h))
+    for (out,size,_),found in by.items():
+        n = max(1, memory//(44*len(widths)*out*size+48*size**2))   # bytes of all that is there at once
         yield from (found[i:i+n] for i in range(0, len(found), n))
 
 def _choose_codes(tasks, widths, passes, damping):   # of layers, those of a task having one input

@@ -159,12 +159,15 @@ def _layer_bits(model, names):   # that layers have under these profiles
     switch = switch_of(model)
     return dict.fromkeys(str(b) for n in names for b in switch.profiles[n].bits(switch.sites).values())
 
-def _widths_of(model, name):   # by which its adapters go
-    return tuple(dict.fromkeys(s.bits.w for s in switch_of(model).bound[name]))
+def _width_of(model, name):   # by which its adapters go
+    found = dict.fromkeys(s.bits.w for s in switch_of(model).bound[name])
+    if len(found)==1: return next(iter(found))
+    raise ValueError(f"policy='equal_exposure': profile {name!r} has widths {', '.join(map(str, found))}, so its steps are not those "
+                     "of one width: leave it out of the profiles, or choose random_profile")
 
 POLICIES = dict(   # name -> (model, names of the profiles, seed) -> policy
     random_profile = lambda model, names, seed: random_profile(names, seed),
-    equal_exposure = lambda model, names, seed: equal_exposure(names, [_widths_of(model, n) for n in names], seed),
+    equal_exposure = lambda model, names, seed: equal_exposure(names, [_width_of(model, n) for n in names], seed),
     all_profiles   = lambda model, names, seed: all_profiles(names),
     with_highest   = lambda model, names, seed: with_highest(high_to_low(model, names), 1, seed),
     random_layers  = lambda model, names, seed: random_layers(model, _layer_bits(model, names), seed),
