@@ -70,6 +70,10 @@ def test_for_peft(made, tmp_path):
     with pytest.raises(ValueError, match="adapter '5\\+shared': the bank has 4, 8, shared"):
         sl.export_peft(model, '5+shared', tmp_path/'no')
 
+def test_a_joint_adapter_is_imported_by_parts(made, tmp_path):
+    model,*_ = made
+    with pytest.raises(ValueError, match="import each under its own, like '4'"): sl.import_peft(model, '4+shared', tmp_path)
+
 def test_its_cost(made):
     model,*_ = made
     sizes = sum(l.in_features+l.out_features for l in model.switch.layers)
