@@ -260,9 +260,8 @@ def _alike(tasks, widths, memory):   # in lots of one shape, which are solved at
     by = {}
     for layers,h in tasks:
         by.setdefault((sum(l.out_features for l in layers), layers[0].in_features, layers[0].device), []).append((layers, h))
-    for (out,size,device),found in by.items():
+    for (out,size,_),found in by.items():
         n = max(1, memory//(44*len(widths)*out*size+48*size**2))   # bytes of all that is there at once
-        if device.type=='cpu': n = 1                               # where vmap is no gain
         yield from (found[i:i+n] for i in range(0, len(found), n))
 
 def _choose_codes(tasks, widths, passes, damping):   # of layers, those of a task having one input
