@@ -214,6 +214,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                       'switchable_llm/apps/harness.py')},
             'switchable_llm.apps.options': { 'switchable_llm.apps.options._finite': ( 'apps/options.html#_finite',
                                                                                       'switchable_llm/apps/options.py'),
+                                             'switchable_llm.apps.options._is_profile': ( 'apps/options.html#_is_profile',
+                                                                                          'switchable_llm/apps/options.py'),
                                              'switchable_llm.apps.options._kind': ( 'apps/options.html#_kind',
                                                                                     'switchable_llm/apps/options.py'),
                                              'switchable_llm.apps.options._meant': ( 'apps/options.html#_meant',

@@ -57,8 +57,8 @@ def made(tmp_path_factory):
     "The embedded model with adapters of noise, as a checkpoint and packed."
     folder = tmp_path_factory.mktemp('made')
     model,tokenizer = sl.load('tiny')
+    torch.manual_seed(0)   # before the adapters: one half of each is random at the start
     sl.make_switchable(model, PROFILES)
-    torch.manual_seed(0)
     for l in model.switch.layers:
         for a in l.adapters.values(): torch.nn.init.normal_(a.b, std=.02)
     sl.save_switchable(model, folder/'mine', 'tiny')

@@ -14,14 +14,14 @@ from ..quantizers import QuantConfig
 from ..core.calibration import calibrate_
 from ..system.files import whole_folder
 from ..core.switching import make_switchable_, switch_of
-from ..lora_routing import add_adapters_
+from ..lora_routing import ROUTES, add_adapters_, lora_fault
 from ..models.checkpoints import load_switchable, read_switchable
 from ..data.encoding import encode
 from ..models.loading import load_model
 from ..profiles_eval import pad_id, room_of
 from ..search.gptq import WIDTHS, Chosen, quantize_
 from ..joint_training import Policy, batch_rows, random_profile, train as train_loop
-from ..training.settings import TrainConfig
+from ..training.settings import TrainConfig, one_of
 from ..data.sources import check_examples
 from ..data.tasks import answering, lengths_of
 from ..serving.packed import load_packed, load_packed_tokenizer
@@ -62,6 +62,8 @@ def make_switchable(
     experts:str='quantized', # What a mixture's experts are: 'quantized', or 'float' as they are
 )->list[str]: # Names of the layers that became switchable
     "Give every layer switchable bits, and adapters that are found by them; the base is frozen."
+    if fault := lora_fault(r, alpha, 0.): raise ValueError(fault)   # before the model is touched
+    one_of('route', route, ROUTES)
     names = make_switchable_(model, profiles, cfg, sites, experts=experts)
     add_adapters_(model, route=route, r=r, alpha=alpha)
     return names

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable
 from fastcore.docments import docments
-from ..core.profiles import PROFILES, Profile, read_profiles
+from ..core.profiles import PROFILES, Profile, as_profile, read_profiles
 from ..study.records import PRESETS, Preset
 from ..study.runs import NUMBERS, WORDS, Number, check_preset
 from .cli import Parser
@@ -25,6 +25,10 @@ from ..data.text import Text, text
 # %% ../../nbs/apps/options.ipynb #af096f7b
 _FILES = '.json','.yaml','.yml'
 
+def _is_profile(name):   # built in, or bits for all layers
+    try: return bool(as_profile(name))
+    except ValueError: return False
+
 def named_profiles(
     names:Iterable[str],        # Names of profiles, and files of profiles
     known:dict|None=None,       # Profiles of a model, by name; by default the built-in ones alone
@@ -33,10 +37,10 @@ def named_profiles(
     "Profiles by name or from files; a `ValueError` says which there are."
     names = list(names)
     for n in names:
-        if n in (known or {}) or n in PROFILES or Path(n).suffix in _FILES: continue
+        if n in (known or {}) or Path(n).suffix in _FILES or _is_profile(n): continue
         own = f"not of {of}, which has {', '.join(known)}; " if known else ''
-        raise ValueError(f"profile {n!r}: {own}built in are {', '.join(PROFILES)}; another one is read from a file "
-                         "that ends in .json, .yaml or .yml")
+        raise ValueError(f"profile {n!r}: {own}built in are {', '.join(PROFILES)}; write bits for all layers, like "
+                         "w4a8 or w4a8k8v4, or name a file that ends in .json, .yaml or .yml")
     return read_profiles(names, known or PROFILES)
 
 # %% ../../nbs/apps/options.ipynb #d48bdd01

@@ -50,7 +50,7 @@ def _quantize_options(parser):
     how.add_argument('--rotate', nargs='*', metavar='SITE',
                      help='of a base model: turn the inputs of all layers by a Hadamard transform before they are quantized, or of '
                           'those sites (such as mlp_in): better at few bits, and llama.cpp cannot read it (default: no rotation); '
-                          'write it behind the checkpoint')
+                          'give it after the name of the model')
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
                      help='widths that one code has to serve (default: 4 6 8)')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
