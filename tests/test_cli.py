@@ -179,9 +179,9 @@ def test_what_only_the_data_can_tell(cli, monkeypatch, toy_folder):
     monkeypatch.setattr(module, 'calibrate_', begun); monkeypatch.setattr('switchable_llm.study.runs.calibrate_', begun)
     small = ['--model', toy_folder, '--train-n', 10, '--profiles', 'bw4', '--quiet']
     for line,says in (
-            (['train', '--batch-size', 11], 'batch_size=11: there are 10'),
-            (['run', '--batch-size', 11, '--calibration-size', 2], 'batch_size=11: there are 10'),
-            (['run', '--batch-size', 2, '--calibration-size', 11], 'calibration_size=11: there are 10')):
+            (['train', '--batch-size', 11], '--batch-size 11: there are 10'),
+            (['run', '--batch-size', 11, '--calibration-size', 2], '--batch-size 11: there are 10'),
+            (['run', '--batch-size', 2, '--calibration-size', 11], '--calibration-size 11: there are 10')):
         status,out,err = cli(*line, *small, '--out', '-'.join(map(str, line)))
         assert (status, out)==(1, '') and says in err and err.count('\n')==1, err
 
@@ -498,7 +498,7 @@ def test_a_mistake_is_one_line(refused, cli, mine, tmp_path):
     refused('evaluate', mine/'mine', '--data', 'nowhere.json', says='nowhere.json')
     refused('evaluate', mine/'mine', '--profiles', 'bw5', says="'bw5'")
     for q,c in ((' ', 'C'), ('Q', '')): refused('answer', mine/'mine', '--question', q, '--context', c, says='is empty')
-    refused('answer', mine/'mine', '--question', 'Q', '--context', 'C', '--max-length', 5, says='max_length=5')
+    refused('answer', mine/'mine', '--question', 'Q', '--context', 'C', '--max-length', 5, says='--max-length 5')
     (tmp_path/'no.safetensors').write_bytes(b'\x00'*9)
     refused('answer', 'no.safetensors', *ASK, says='no.safetensors')
     status,out,err = cli('evaluate', 'nowhere', '--debug')

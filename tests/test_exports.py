@@ -7,6 +7,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from switchable_llm.models.loading import gguf_overrides, load_model
 from switchable_llm.data.embedded import tiny_tokenizer
+from switchable_llm.data.squad import load_squad
 from switchable_llm.formats.torchao import LinearWithLoRA, export_torchao, logit_gap, use_weights_only
 from switchable_llm.formats.gguf_blocks import block_type, gguf_blocks, nearest_q8
 from switchable_llm.formats.gguf_file import GGUF_DTYPES, adapter_file, export_gguf
@@ -18,6 +19,7 @@ from switchable_llm.core.profiles import PROFILES, Profile, Rule, load_profiles
 from switchable_llm.core.layers import QuantLayer, Setting
 from switchable_llm.core.calibration import calibrate_
 from switchable_llm.core.switching import make_switchable_, use_profile
+from switchable_llm.profiles_eval import answer
 
 IDS = torch.randint(2, 200, (3, 12), generator=torch.Generator().manual_seed(2))
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))
@@ -703,3 +705,15 @@ def test_a_gguf_export_is_read_by_load_model(tmp_path):
     ids = dict(input_ids=torch.tensor([tok(TEXTS[1]).input_ids]))
     assert torch.equal(back(**ids).logits, merge(m, 'bw4')(**ids).logits)
     assert said(TEXTS[0]).input_ids==tok(TEXTS[0]).input_ids
+
+def test_the_words_of_the_embedded_model_are_read_back(tmp_path):
+    "Its questions become the same tokens, and its answers stay right."
+    model,tok = load_model('tiny')
+    make_switchable_(model, ['w8'], QuantConfig(weight='per_group', group_size=32))
+    again,words = load_model(export_gguf(model, 'w8', tmp_path/'m.gguf', tokenizer=tok))
+    asked = load_squad('tiny', 'validation')
+    texts = [x+e for q in asked for x in (q['question'], q['context']) for e in ('', '\n', '  ')]
+    assert all(tok(x).input_ids==words(x).input_ids for x in texts)
+    assert all(words.decode(words(x).input_ids)==tok.decode(tok(x).input_ids) for x in texts)
+    with use_profile(model, 'w8'): said = answer(model, tok, asked[:20], 256, 8)
+    assert answer(again, words, asked[:20], 256, 8)==said and len(set(said))>5

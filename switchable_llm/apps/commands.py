@@ -258,7 +258,7 @@ def add_checkpoint(
     base:bool=False, # Whether a base model will do
 ):
     "What a command works on, and where its base model is."
-    kinds = ['a folder that `run` or `train` wrote', 'a file that `freeze` wrote', "a base model: a folder, a .gguf file, "
+    kinds = ['a folder that `train`, `quantize` or `run` wrote', 'a file that `freeze` wrote', "a base model: a folder, a .gguf file, "
              "a name on the hub, or 'tiny'"]
     what,work = ', or '.join(k for k,ok in zip(kinds, (True, packed, base)) if ok),parser.group('what to work on')
     parser.add_argument('checkpoint', help=what)

@@ -170,11 +170,12 @@ _SCORING = 'stride',   # say how to score, and are no options of `train`
 def add_task(
     parser:Parser,      # Gets `--task`, and how text and chats are read
     scoring:bool=False, # Whether the command scores them
+    usual:str='squad',  # What `--data` holds where nothing is said
 ):
     "The options that say what `--data` holds."
     work,own = parser.group('what to work on'),parser.group('how text and chats are read')
-    work.add_argument('--task', choices=('squad', *TASKS), default='squad',
-                      help='what --data holds: questions (squad, the default), '+', '.join(TASKS))
+    work.add_argument('--task', choices=('squad', *TASKS), default=usual,
+                      help=f'what --data holds: questions (squad), text or chat (default: {usual})')
     for name,(said,kw) in _OWN.items():
         if scoring or name not in _SCORING: own.add_argument('--'+name.replace('_', '-'), help=said, **kw)
 

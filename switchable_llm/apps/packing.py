@@ -29,8 +29,7 @@ _GRAINS = 'per_channel','per_group','per_tensor'
 
 def _quantize_options(parser):
     add_checkpoint(parser, packed=False, base=True)
-    add_task(parser)
-    parser.set_defaults(task='text')
+    add_task(parser, usual='text')
     add_device(parser)
     add_json(parser)
     work,how = parser.group('what to work on'),parser.group('how layers are quantized')
@@ -45,14 +44,14 @@ def _quantize_options(parser):
     how.add_argument('--group-size', type=option_type(COUNT), metavar='N',
                      help='of a base model: inputs of a group (default: 32)')
     how.add_argument('--weight-range', choices=('minmax','mse'),
-                     help='of a base model: what of the range of a weight that is rounded is kept, all of it or as much as is '
-                          'best (default: minmax); codes that are chosen have the best step either way')
+                     help='of a base model: the step of weights whose codes are not chosen, such as an embedding: from the largest '
+                          'weight (minmax, the default), or the one with the least squared error (mse)')
     how.add_argument('--rotate', nargs='*', metavar='SITE',
-                     help='of a base model: turn the inputs of all layers by a Hadamard transform before they are quantized, or of '
-                          'those sites (such as mlp_in): better at few bits, and llama.cpp cannot read it (default: no rotation); '
-                          'give it after the name of the model')
+                     help='of a base model: turn the inputs of all layers, or of the sites named (such as mlp_in), by a Hadamard '
+                          'transform before they are quantized: better at few bits, but no GGUF file can hold the codes '
+                          '(default: no rotation). The name of the model comes before it')
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
-                     help='widths that one code has to serve (default: 4 6 8)')
+                     help='weight bits at which the codes are read (default: 4 6 8)')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
 
 def _new_(model, args):   # what a base model becomes
@@ -60,6 +59,7 @@ def _new_(model, args):   # what a base model becomes
         raise ValueError(f"--group-size {args.group_size}: is for --weight per_group")
     given = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
     if args.rotate is not None: given['rotate'] = tuple(args.rotate) or True
+    torch.manual_seed(0)   # of adapters that nobody has trained yet: the same folder each time
     make_switchable(model, named_profiles(args.profiles or ['bw8','bw6','w4a8']), replace(GROUPED, **given))
 
 def _refuse_old(args):   # of a model that is switchable already

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from tokenizers import decoders, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -41,7 +42,8 @@ def gguf_overrides(
     arch,shapes = get('general.architecture'),{t.name:t.shape for t in reader.tensors}
     if arch=='gpt2':
         sizes = dict(n_positions=get('gpt2.context_length'), n_inner=get('gpt2.feed_forward_length'))
-        return sizes | dict(vocab_size=shapes['token_embd.weight'][-1].item())
+        ends = {f'{k}_token_id':get(f'tokenizer.ggml.{k}_token_id') for k in ('bos','eos')}   # else GPT-2's own, past a small vocabulary
+        return sizes | ends | dict(vocab_size=shapes['token_embd.weight'][-1].item())
     size = get(f'{arch}.attention.key_length')
     if arch=='qwen3' and size: return dict(head_dim=size)
     if arch=='gemma3' and size: return _gemma3_overrides(get, size)
@@ -187,6 +189,14 @@ def _read_tokenizer(source, name, file, revision):
         if not tokenizer.vocab_size: raise ValueError("it has no words; tokenizer.json may be missing")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    return _spaced_as_said(tokenizer, file) if file else tokenizer
+
+def _spaced_as_said(tokenizer, file):   # a list of words keeps its spaces where the file says so: transformers' reader never does
+    fields = optional('gguf', 'load_model').GGUFReader(str(file)).fields
+    get = lambda k: fields[f'tokenizer.ggml.{k}'].contents() if f'tokenizer.ggml.{k}' in fields else None
+    if (get('model'), get('add_space_prefix'), get('remove_extra_whitespaces'))==('t5', False, False):
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='never', split=False)
+        tokenizer.backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme='never', split=False)
     return tokenizer
 
 def _read_weights(source, name, file, revision, dtype, spans):

@@ -101,7 +101,8 @@ def settings_of(
     "The settings of a model, with a checksum of what its layers have beside the original ones."
     switch,d = switch_of(model),describe(model)
     saved = dict(adapters=_groups(d['adapters'], _with_adapters(switch.sites)), gates=d['gates'], frozen=d['frozen'],
-                 trained=d.get('trained', []), tensors_sha256=digest(added_tensors(model) if state is None else state))
+                 trained=d.get('trained', []), base=None if d.get('trained') else model.config._name_or_path,
+                 tensors_sha256=digest(added_tensors(model) if state is None else state))
     live = switch.profile.name
     profiles = [p for p in d['profiles'] if p['name']!='float'] or d['profiles']
     return SwitchableConfig(profiles, d['quantizer'], d['route'] or 'bits', **switch.asked,
@@ -170,6 +171,7 @@ def _make_saved_(model, cfg, files):
                          "damaged, or files of two models")
     rehearsed(model, d, state, {}, fault)
     switch_of(model).asked = _asked(cfg)   # in these words it is saved again
+    if saved.get('base'): model.config._name_or_path = str(saved['base'])   # whose weights these are, and what exports name
 
 def _read_added(files, sites):   # from the same files as the base's weights
     starts,state = tuple(f'{s.name}.{part}.' for s in sites for part in ADDED),{}

@@ -21,10 +21,11 @@ from ..core.switching import check_unfrozen
 WIDTHS = 4, 6, 8   # that one code is made for, unless others are asked for
 
 def weights_of(
-    widths:tuple, # Ascending
+    widths:tuple,    # Ascending
+    more:float=1.5,  # A bit more counts 2 to this power times as much
 )->list[float]: # One for each
-    "What a squared error counts: at equal care each bit would count 4 times more, with this the lowest widths gain more."
-    return [2**(1.5*(b-widths[0])) for b in widths]
+    "What a squared error counts. A bit more makes errors 4 times smaller: below a power of 2, low widths are cared for most."
+    return [2**(more*(b-widths[0])) for b in widths]
 
 def fitted_step(
     w:Tensor,            # Weight, (out, in)
@@ -111,7 +112,7 @@ def compensated_codes(
     block:int=64,         # Columns after which the rest is moved
 )->Tensor: # uint8, 0 to 239, (out, in)
     "Nested codes whose errors cancel at the output, at each of the widths, in one pass."
-    c,n = _Columns(w, h, step, widths, [1.]*len(widths)),w.shape[1]
+    c,n = _Columns(w, h, step, widths, weights_of(widths, .75)),w.shape[1]
     u,codes = factor(c.h, damping).to(w.dtype),torch.empty_like(c.w)
     moved = c.w.expand(len(widths), -1, -1).contiguous()   # (widths, in, out)
     for i in range(0, n, block):
@@ -133,7 +134,7 @@ def settled_codes(
     step:Tensor,          # Step of each weight, (out, in)
     codes:Tensor,         # Where to start, (out, in)
     widths:tuple=WIDTHS,  # Widths that the codes have to serve, ascending
-    passes:int=2,         # Over all columns
+    passes:int=3,         # Over all columns
     damping:float=.01,    # See `factor`
     block:int=64,         # Columns after which the rest is told
 )->Tensor: # uint8, 0 to 239, (out, in)
@@ -219,7 +220,7 @@ def quantize_(
     model:nn.Module,         # A model after `make_switchable_` with nested codes; its layers get codes, and are frozen
     batches:Iterable[dict],  # Calibration batches with `input_ids` and, where padded, `attention_mask`; never what is scored
     widths:tuple=WIDTHS,     # Widths that one code has to serve, 2 to 8
-    passes:int=2,            # Over all columns, after GPTQ's own
+    passes:int=3,            # Over all columns, after GPTQ's own
     damping:float=.01,       # Of the mean diagonal of H; more trusts the texts less
     memory:int=2**31,        # Bytes that the sums over inputs may take at a time, and as many for what is made of them
     progress:bool=False,     # Show a bar
