@@ -248,7 +248,7 @@ def test_no_permission_is_told_before_the_work(refused, tmp_path, mine):
 def test_a_name_stays_in_its_folder(name, refused, mine):
     refused('evaluate', mine/'mine', '--into', name, says='--into=')
     if name: refused('evaluate', mine/'mine', '--name', name, says='--name=')
-    refused('run', '--name', name, says='name=')
+    refused('run', '--name', name, says='--name')
 
 def test_the_second_of_two_is_told(cli, tmp_path, toy_folder):
     "Work folders of `run`, `train` and each experiment and seed."
