@@ -26,7 +26,7 @@ from switchable_llm.joint_training import equal_exposure, fixed_profile, high_to
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.models.checkpoints import base_hash
 from switchable_llm.models.loading import load_model
-from switchable_llm.profiles_eval import answer, perplexity
+from switchable_llm.profiles_eval import answer, perplexity, room_of
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.search.gptq import quantize_
 from switchable_llm.study.methods import method_texts
@@ -44,7 +44,7 @@ class Arm:
     route:str='shared'            # As `add_adapters_` takes it; 'float' for an adapter of the float model
     policy:str='equal_exposure'   # Or one of the schedules of cyclic training, or 'with_highest', 'none'
     objective:str='cross_entropy' # One of `OBJECTIVES`
-    profiles:tuple=PRESET.profiles # That are trained
+    profiles:tuple|None=None      # That are trained; by default those that the model was prepared for
     steps:float=1.                # As a share of the preset's
 
     def ranks(self, widths):   # that come to `RANK` together
@@ -63,16 +63,16 @@ def prepare(args):
     "Load, make switchable, choose codes; written whole, so that every process starts from the same."
     out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
     preset = replace(PRESET, name=args.name, model=args.model, data=args.data, weight=args.weight, eval_seed=0,
-                     batch_size=args.batch_size, kernel=args.kernel)
+                     batch_size=args.batch_size, kernel=args.kernel, profiles=tuple(args.profiles))
     cfg = QuantConfig(act='per_token', weight=args.weight, group_size=32, rotate=tuple(args.sites) if args.sites else args.rotate)
     model,tok = load_model(preset.model, preset.dtype)
     model.to(study_device()).set_attn_implementation(preset.attention)
-    profiles = [p for p in read_profiles(('bw8','w7a7','bw6','w4a8','bw4','mixed8648'))]
-    make_switchable_(model, profiles, cfg)
+    make_switchable_(model, read_profiles([*args.profiles, *(p for p in args.also if p not in args.profiles)]), cfg)
     start = time.perf_counter()
     if args.chosen:
-        texts = method_texts(preset, tok, 'train', 64, 512)
-        quantize_(model, [dict(input_ids=torch.tensor([t.ids for t in texts[i:i+4]])) for i in range(0, len(texts), 4)])
+        texts = method_texts(preset, tok, 'train', 64, room_of(model, 512))
+        quantize_(model, [dict(input_ids=torch.tensor([t.ids for t in texts[i:i+4]])) for i in range(0, len(texts), 4)],
+                  tuple(args.widths))
     base = dict(name=Path(preset.model).name, dtype=preset.dtype, sha256=base_hash(model))
     torch.save(dict(model=model.cpu(), tokenizer=tok, quantizer=as_saved(cfg.to_dict()), chosen=args.chosen,
                     preset=asdict(preset), base=base), out/'start.pt')
@@ -100,7 +100,8 @@ def policy_of(arm, model, steps, seed):
     return SCHEDULES[arm.policy](model, steps, seed, CYCLE)
 
 def run_arm(name, seed, model, d, data, asked, args):
-    arm,preset = ARMS[name],Preset(**d['preset'] | dict(profiles=tuple(d['preset']['profiles'])))
+    preset = Preset(**d['preset'] | dict(profiles=tuple(d['preset']['profiles'])))
+    arm = replace(ARMS[name], profiles=ARMS[name].profiles or preset.profiles)
     preset = replace(preset, seed=seed, steps=round(args.steps*arm.steps))
     named = asdict(preset) | dict(model=Path(preset.model).name, data='squad')
     config = as_saved(dict(preset=named, arm=asdict(arm), rank=RANK, cycle=asdict(CYCLE), quantizer=d['quantizer'],
@@ -117,7 +118,7 @@ def run_arm(name, seed, model, d, data, asked, args):
         policy = policy_of(arm, model, preset.steps, seed)
         trained = train(model, data, policy, train_config(preset), tok.pad_token_id, objective=OBJECTIVES[arm.objective],
                         progress=False)
-    scored = ['float'] if arm.route=='float' else [*(['float'] if not arm.steps else []), 'bw8','w7a7','bw6','w4a8','bw4','mixed8648']
+    scored = ['float'] if arm.route=='float' else [*(['float'] if not arm.steps else []), *(n for n in switch_of(model).profiles if n!='float')]
     scores = {p:score(model, tok, p, asked, args.answers, preset) for p in scored}
     settings = policy and as_saved({k:v for k,v in policy.settings.items() if k!='profiles'})
     curve = [[i, round(l, 4), n] for i,l,n,_ in trained['curve']]
@@ -185,6 +186,9 @@ def main():
     for name in ('model','data','out'): p.add_argument(name)
     r.add_argument('out')
     for name in ('--rotate','--chosen'): p.add_argument(name, action='store_true')
+    p.add_argument('--profiles', nargs='+', default=PRESET.profiles, help='that are trained and scored')
+    p.add_argument('--also', nargs='*', default=('w7a7','mixed8648'), help='profiles that are scored')
+    p.add_argument('--widths', nargs='+', type=int, default=(4, 6, 8), help='that codes are chosen for')
     p.add_argument('--sites', nargs='*')
     for name in ('weight','batch_size','kernel','name'):
         p.add_argument(f'--{name}', default=getattr(PRESET, name), type=type(getattr(PRESET, name)))

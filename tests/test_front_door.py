@@ -73,3 +73,12 @@ def test_what_the_extra_brings_is_told_by_its_name(child_env):
             "print(sl.answer(m, t, sl.squad('tiny', 'validation', 1)))\nassert pydoc.render_doc(sl)\n"
             "try: sl.evaluate(m, t, sl.squad('tiny', 'validation', 2), 'bw8')\nexcept ImportError as e: print(e)")
     assert "pip install 'switchable-llm[study]'" in run(code, child_env)
+
+def test_a_packed_model_says_that_it_is_frozen(tmp_path):
+    import switchable_llm as sl
+    model,tokenizer = sl.load('tiny')
+    sl.make_switchable(model, ['w4'])
+    sl.freeze(model, tmp_path/'m.safetensors', tokenizer=tokenizer)
+    packed,tokenizer = sl.load(tmp_path/'m.safetensors')
+    for work in (sl.train, sl.quantize):
+        with pytest.raises(ValueError, match='loaded from a packed file and is frozen'): work(packed, tokenizer, sl.squad('tiny', n=4))

@@ -101,7 +101,7 @@ def test_places(tmp_path, folder, monkeypatch):
     (tmp_path/'m.gguf').write_bytes(b''); (tmp_path/'x.gguf').write_bytes(b'GGUF'+bytes(100))
     for source,why in ((tmp_path/'empty', 'a folder without config.json'), (tmp_path/'none.gguf', 'no such file'),
                        (tmp_path/'m.gguf', 'cannot be read'), (tmp_path/'x.gguf', 'cannot be read'),
-                       (folder/'model.safetensors', 'a packed file is opened with `load_packed`'),
+                       (folder/'model.safetensors', 'a packed file is frozen'),
                        (tmp_path/'none', 'no such file or folder'),
                        ('no/such-model', 'the hub could not give it')):
         with pytest.raises(ValueError, match=why) as e: load_model(source)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..quantizers import QuantConfig
 from ..core.calibration import calibrate_
 from ..system.files import whole_folder
-from ..core.switching import make_switchable_, switch_of
+from ..core.switching import check_unfrozen, make_switchable_
 from ..lora_routing import ROUTES, add_adapters_, lora_fault
 from ..models.checkpoints import load_switchable, read_switchable
 from ..data.encoding import encode
@@ -106,7 +106,7 @@ def train(
     progress:bool=True,          # Show a bar
 )->dict: # `curve`, `skipped`, `tokens`, `seconds`, ... as `joint_training.train` returns it
     "Train the adapters of all profiles together, on questions, on text or on conversations."
-    switch,cfg = switch_of(model),TrainConfig(steps=steps, batch_size=batch_size, lr=lr, accumulate=1, seed=seed)
+    switch,cfg = check_unfrozen(model),TrainConfig(steps=steps, batch_size=batch_size, lr=lr, accumulate=1, seed=seed)
     (data,task),pad = training_data(model, tokenizer, examples, max_length),pad_id(tokenizer)
     if _uncalibrated(switch): _calibrate(model, data, task, pad, batch_size, seed)
     policy = policy or random_profile([n for n in switch.profiles if n!='float'], seed)

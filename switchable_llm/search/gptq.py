@@ -219,7 +219,7 @@ class Chosen(NamedTuple):
 def quantize_(
     model:nn.Module,         # A model after `make_switchable_` with nested codes; its layers get codes, and are frozen
     batches:Iterable[dict],  # Calibration batches with `input_ids` and, where padded, `attention_mask`; never what is scored
-    widths:tuple=WIDTHS,     # Widths that one code has to serve, 2 to 8
+    widths:tuple=WIDTHS,     # Widths at which the codes are read, 2 to 8
     passes:int=3,            # Over all columns, after GPTQ's own
     damping:float=.01,       # Of the mean diagonal of H; more trusts the texts less
     memory:int=2**31,        # Bytes that the sums over inputs may take at a time, and as many for what is made of them
