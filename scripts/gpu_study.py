@@ -118,7 +118,8 @@ def run_arm(name, seed, model, d, data, asked, args):
         policy = policy_of(arm, model, preset.steps, seed)
         trained = train(model, data, policy, train_config(preset), tok.pad_token_id, objective=OBJECTIVES[arm.objective],
                         progress=False)
-    scored = ['float'] if arm.route=='float' else [*(['float'] if not arm.steps else []), *(n for n in switch_of(model).profiles if n!='float')]
+    quantized = [n for n in switch_of(model).profiles if n!='float']
+    scored = ['float'] if arm.route=='float' else quantized if arm.steps else ['float', *quantized]
     scores = {p:score(model, tok, p, asked, args.answers, preset) for p in scored}
     settings = policy and as_saved({k:v for k,v in policy.settings.items() if k!='profiles'})
     curve = [[i, round(l, 4), n] for i,l,n,_ in trained['curve']]

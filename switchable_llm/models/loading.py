@@ -126,7 +126,8 @@ def _where_is(source):   # what transformers is to open, and the .gguf file wher
         return str(path), None
     if path.suffix!='.gguf':
         if path.exists():
-            raise ValueError(f"{name}: no .gguf file; a packed file is frozen, and `load_packed` opens it: give the model that it was made from")
+            raise ValueError(f"{name}: no .gguf file; a packed file is frozen, and `load_packed` opens it: "
+                             "give the model that it was made from")
         if _is_path(str(source)): raise ValueError(f"{name}: no such file or folder")
         return str(source), None
     if not path.exists(): raise ValueError(f"{name}: no such file")

@@ -148,4 +148,5 @@ def method_table(
 def _words(m):
     share = 'a step per channel' if m.weight=='per_channel' else f'a step per {m.group_size} inputs'
     basis = 'as it is' if not m.rotate else 'rotated' if m.rotate is True else f"{', '.join(m.rotate)} rotated"
-    return share+', the least error'*(m.weight_range=='mse')+', off the grid'*m.rough, basis, 'chosen from 2 bits up' if m.few else 'chosen' if m.chosen else 'nearest'
+    codes = 'chosen from 2 bits up' if m.few else 'chosen' if m.chosen else 'nearest'
+    return share+', the least error'*(m.weight_range=='mse')+', off the grid'*m.rough, basis, codes
