@@ -135,7 +135,7 @@ def test_what_cannot_be_is_told_before_a_model_is_loaded(made, tasks, tmp_path, 
     known = ['--tasks', 'likely', '--include-path', str(tasks)]
     for argv,says in (
             (['--tasks', 'likley', '--include-path', str(tasks)], "'likley': not known to lm-eval (likely"),
-            (['--tasks', 'likely', '--include-path', 'nowhere'], "'nowhere': no such folder"),
+            (['--tasks', 'likely', '--include-path', 'nowhere'], '--include-path nowhere: no such folder'),
             ([*known, '--out', 'letter.json'], 'letter.json'), ([*known, '--device', 'gpu'], '--device gpu')):
         assert main(['lm-eval', str(made/'mine'), *argv])==1
         out,err = capsys.readouterr()
