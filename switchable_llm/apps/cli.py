@@ -191,7 +191,7 @@ def as_options(
     def option(m):
         if m[1] not in names: return m[0]
         return '--'+m[1].replace('_', '-')+('' if m[2]=='True' else ' '+m[2].strip("'"))
-    return re.sub(r"(?<![-\w])([a-z]\w*)=(True\b|'[^']*'|\d[\w.]*)", option, text)
+    return re.sub(r"(?<![^\s(])([a-z]\w*)=(True\b|'[^']*'|\d[\w.]*)", option, text)
 
 def complain(
     e:Any,             # An exception, or what is wrong in words

@@ -43,6 +43,7 @@ def gguf_overrides(
     if arch=='gpt2':
         sizes = dict(n_positions=get('gpt2.context_length'), n_inner=get('gpt2.feed_forward_length'))
         ends = {f'{k}_token_id':get(f'tokenizer.ggml.{k}_token_id') for k in ('bos','eos')}   # else GPT-2's own, past a small vocabulary
+        if ends['eos_token_id'] is None: del ends['eos_token_id']   # what ends a text stays GPT-2's own
         return sizes | ends | dict(vocab_size=shapes['token_embd.weight'][-1].item())
     size = get(f'{arch}.attention.key_length')
     if arch=='qwen3' and size: return dict(head_dim=size)
