@@ -74,7 +74,7 @@ def prepare(args):
         quantize_(model, [dict(input_ids=torch.tensor([t.ids for t in texts[i:i+4]])) for i in range(0, len(texts), 4)],
                   tuple(args.widths))
     base = dict(name=Path(preset.model).name, dtype=preset.dtype, sha256=base_hash(model))
-    torch.save(dict(model=model.cpu(), tokenizer=tok, quantizer=as_saved(cfg.to_dict()), chosen=args.chosen,
+    torch.save(dict(model=model.cpu(), tokenizer=tok, quantizer=as_saved(cfg.to_dict()), chosen=list(args.widths)*args.chosen,
                     preset=asdict(preset), base=base), out/'start.pt')
     print(f'prepared in {time.perf_counter()-start:.0f} s', flush=True)
 

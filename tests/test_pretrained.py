@@ -9,7 +9,7 @@ import switchable_llm as sl
 from switchable_llm.core.calibration import calibrate_, learn_ranges_
 from switchable_llm.core.gates import add_gates_
 from switchable_llm.core.switching import make_switchable_
-from switchable_llm.lora_routing import adapter_params, add_adapters_
+from switchable_llm.lora_routing import adapter_params, add_adapters_, export_peft
 from switchable_llm.models.checkpoints import save_switchable
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.serving.packed import load_packed
@@ -309,3 +309,14 @@ def test_the_class_is_named_where_it_does_not_fit(tmp_path):
                                    dict(embedding='yes'), dict(r=10**12)])
 def test_settings_of_another_kind(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): sl.SwitchableConfig(**wrong)
+
+def test_an_adapter_names_the_base_and_not_the_folder(tmp_path):
+    "After reopening too: on the switchable folder, PEFT would add the adapter to what has it already."
+    adapter = tmp_path/'adapter'
+    llama().save_pretrained(tmp_path/'base')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path/'base')
+    sl.make_switchable(model, ['bw8'])
+    model.save_pretrained(tmp_path/'mine')
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/'mine')
+    export_peft(again, '8', adapter)
+    assert json.loads((adapter/'adapter_config.json').read_text())['base_model_name_or_path']==str(tmp_path/'base')

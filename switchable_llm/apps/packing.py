@@ -49,9 +49,9 @@ def _quantize_options(parser):
     how.add_argument('--rotate', nargs='*', metavar='SITE',
                      help='of a base model: turn the inputs of all layers, or of the sites named (such as mlp_in), by a Hadamard '
                           'transform before they are quantized: better at few bits, but no GGUF file can hold the codes '
-                          '(default: no rotation). The name of the model comes before it')
+                          '(default: no rotation). Write the name of the model before it: what follows is read as sites')
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
-                     help='weight bits at which the codes are read (default: 4 6 8)')
+                     help='weight bits at which the codes are read (default: 4 6 8); with 2 or 3 among them, 8 get worse')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
 
 def _new_(model, args):   # what a base model becomes
@@ -59,7 +59,7 @@ def _new_(model, args):   # what a base model becomes
         raise ValueError(f"--group-size {args.group_size}: is for --weight per_group")
     given = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
     if args.rotate is not None: given['rotate'] = tuple(args.rotate) or True
-    torch.manual_seed(0)   # of adapters that nobody has trained yet: the same folder each time
+    torch.manual_seed(0)   # of the adapters, which are empty: the same folder each time
     make_switchable(model, named_profiles(args.profiles or ['bw8','bw6','w4a8']), replace(GROUPED, **given))
 
 def _refuse_old(args):   # of a model that is switchable already

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -194,6 +194,7 @@ def _read_tokenizer(source, name, file, revision):
     return _spaced_as_said(tokenizer, file) if file else tokenizer
 
 def _spaced_as_said(tokenizer, file):   # a list of words keeps its spaces where the file says so: transformers' reader never does
+    if not isinstance(tokenizer.backend_tokenizer.model, models.Unigram): return tokenizer   # what such a list becomes
     fields = optional('gguf', 'load_model').GGUFReader(str(file)).fields
     get = lambda k: fields[f'tokenizer.ggml.{k}'].contents() if f'tokenizer.ggml.{k}' in fields else None
     if (get('model'), get('add_space_prefix'), get('remove_extra_whitespaces'))==('t5', False, False):

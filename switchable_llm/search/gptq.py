@@ -24,7 +24,7 @@ def weights_of(
     widths:tuple,    # Ascending
     more:float=1.5,  # A bit more counts 2 to this power times as much
 )->list[float]: # One for each
-    "What a squared error counts. A bit more makes errors 4 times smaller: below a power of 2, low widths are cared for most."
+    "What a squared error counts. A bit more makes it 4 times smaller, so with `more` below 2 the low widths are cared for most."
     return [2**(more*(b-widths[0])) for b in widths]
 
 def fitted_step(
