@@ -91,7 +91,7 @@ def test_a_port_that_is_taken(capsys, monkeypatch):
         port = s.getsockname()[1]
         assert main(['explore', '--no-browser', '--port', str(port)])==1
     out,err = capsys.readouterr()
-    assert out=='' and f'port={port}: another program answers there' in err and err.count('\n')==1
+    assert out=='' and f'--port {port}: another program answers there' in err and err.count('\n')==1
 
 def test_the_page_works_elsewhere(tmp_path, monkeypatch):
     "So what lies here is named in full, and names that are no paths stay as they are."
