@@ -55,6 +55,17 @@ static const char *NAMES[] = {"none"};
 static int find() { return 0; }
 #endif
 
+// A level leaves out instructions of one below it on some processors: with AVX-512, AVX_VNNI is a thing of its own.
+static int at_most(int level) {
+    const int f = isa_found();
+    if (f <= level) return f;
+#if defined(SL_X86)
+    unsigned a, b, c, d;
+    if (level == AVX_VNNI && !(__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1))) return AVX2;
+#endif
+    return level;
+}
+
 static const int COUNT = sizeof NAMES/sizeof *NAMES;
 static int allowed() {   // -1: a name that is none of ours, which the caller of sl_isa reports
     const char *s = getenv("SWITCHABLE_LLM_MAX_ISA");
@@ -64,8 +75,8 @@ static int allowed() {   // -1: a name that is none of ours, which the caller of
 }
 int isa_found() { static const int f = find(); return f; }
 int isa_level() {
-    static const int most = allowed(), f = isa_found() < most ? isa_found() : most;
-    return f < 0 ? 0 : f;
+    static const int most = allowed(), level = most < 0 ? 0 : at_most(most);
+    return level;
 }
 #define SL_API extern "C" __attribute__((visibility("default")))
 SL_API int sl_isa_found() { return isa_found(); }
