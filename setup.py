@@ -3,7 +3,7 @@ import sys
 from glob import glob
 from setuptools import Extension, setup
 
-flags = ['-O3', '-std=c++17', '-fopenmp', '-fno-math-errno', '-fvisibility=hidden']
+flags = ['-O3', '-std=c++17', '-fopenmp', '-fno-math-errno', '-ffp-contract=off', '-fvisibility=hidden']
 kernels = Extension(
     'switchable_llm._native', sorted(glob('csrc/*.cpp')), depends=sorted(glob('csrc/*.h')), language='c++',
     extra_compile_args=flags, extra_link_args=['-fopenmp'], optional=True)

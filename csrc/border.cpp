@@ -2,21 +2,14 @@
 #include "packed.h"
 
 #ifdef SL_HERE
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-static int detect() {           // bit 0: vector kernels, bit 1: tile kernels
-    __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vnni"))) return 0;
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return 1;
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 3 : 1;   // ask the system for tile registers
-}
-int features() { static const int f = detect(); return f; }
-SL_API int sl_packed_features() { int f = features(); return (f & 1) | (f & 2 ? 6 : 0); }
+#if defined(SL_X86)
+extern const Calls calls_avx2, calls_avx_vnni, calls_avx512;
+static const Calls *LEVELS[] = {nullptr, &calls_avx2, &calls_avx_vnni, &calls_avx512, &calls_avx512};
+#else
+extern const Calls calls_dot, calls_i8mm;
+static const Calls *LEVELS[] = {nullptr, &calls_dot, &calls_i8mm};
+#endif
+const Calls *calls() { return LEVELS[isa_level()]; }
 
 static const i64 CHECKED = 0x736c5f636865636b;
 static i64 times(i64 a, i64 b) { i64 c; return __builtin_mul_overflow(a, b, &c) ? -1 : c; }
@@ -179,7 +172,36 @@ int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 po
     for (i64 t = 0; t < m; t++) if (ids[t] < 0 || ids[t] >= M->embedding->n) return TOKEN;
     return FINE;
 }
+// ---- the calls: checks first, then the kernels of the level ----
+
+// y (m,n) = x (m,k) times the weight. n and k are those of the caller's x and y, type is of both, xstride counts
+// the numbers from one token to the next.
+SL_API int sl_linear(const SlLinear *d, const void *x, i64 m, i64 k, i64 xstride, int type, void *y, i64 n) {
+    if (!calls()) return CANNOT;
+    if (int fault = check_linear(d)) return fault;
+    if (d->n != n || d->k != k) return SHAPES;
+    if (d->dense || !within(m, 0, MOST) || !within(type, 0, 2) || xstride < 0) return RANGE;
+    if (m == 0) return FINE;
+    return x && y ? calls()->linear(d, x, m, xstride, type, y, n) : BUFFER;
+}
+// Token `id` at position `pos`: its keys and values go into the cache, the logits of the next token to `logits` (if
+// not null).
+SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits) {
+    if (!calls()) return CANNOT;
+    if (int fault = check_pass(M, C, &id, 1, pos)) return fault;
+    return calls()->decode(M, C, id, pos, logits);
+}
+// Tokens ids (m) at positions pos, pos+1, ...: like m decoding steps, of which only the last makes logits (if not
+// null). Layers must be packed.
+SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
+    if (!calls()) return CANNOT;
+    if (!ids) return BUFFER;
+    if (int fault = check_pass(M, C, ids, m, pos)) return fault;
+    return M->packed ? calls()->prompt(M, C, ids, m, pos, logits) : SHAPES;
+}
 #else
-SL_API int sl_packed_features() { return 0; }
 SL_API int sl_check_model(SlModel*, i64*) { return 1; }
+SL_API int sl_linear(const SlLinear*, const void*, i64, i64, i64, int, void*, i64) { return 1; }
+SL_API int sl_decode_step(const SlModel*, const SlCache*, i64, i64, float*) { return 1; }
+SL_API int sl_prompt(const SlModel*, const SlCache*, const i64*, i64, i64, float*) { return 1; }
 #endif

@@ -1,12 +1,8 @@
 // Keys and values in few bits: packing, and products with what is packed. The rule is that of nbs/attention/caches.ipynb,
-// the layout that of nbs/serving/kept.ipynb.
-#pragma once
-#include "vectors.h"
-
-SL_VECTORS_ON
-static inline float half_at(const uint8_t *p, i64 i) { uint16_t h; memcpy(&h, p + 2*i, 2); return _cvtsh_ss(h); }
+// the layout that of nbs/serving/kept.ipynb. model.h includes this.
+static inline float half_at(const uint8_t *p, i64 i) { uint16_t h; memcpy(&h, p + 2*i, 2); return from_half(h); }
 static inline void put_half(uint8_t *p, i64 i, float x) {
-    const uint16_t h = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); memcpy(p + 2*i, &h, 2);
+    const uint16_t h = to_half(x); memcpy(p + 2*i, &h, 2);
 }
 static inline float bounded(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 // Codes of n numbers, `stride` apart, as `range_codes` of attention/caches makes them, several in a byte.
@@ -39,92 +35,85 @@ static void put_unit(const float *recent, i64 hd, i64 bits, uint8_t *unit) {
     uint8_t *low = unit + hd*span;
     for (i64 c = 0; c < hd; c++) put_codes(recent + c, GROUP, hd, bits, unit + c*span, low, low + 2*hd, c);
 }
-static inline __m512 half16(const uint8_t *p, i64 i, __mmask16 m) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p + 2*i));
-}
+static inline F half16(const uint8_t *p, i64 i, Lanes m) { return load16(p, 2, i, m); }
 // Codes of 32 tokens of one channel, as floats.
-static inline void codes32(const uint8_t *p, i64 bits, __m512 *a, __m512 *b) {
-    __m512i x, y;
+static inline void codes32(const uint8_t *p, i64 bits, F *a, F *b) {
+    I x, y;
     if (bits == 8) {
-        x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-        y = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
+        x = load_bytes(p); y = load_bytes(p + 16);
     } else if (bits == 4) {
-        const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-        x = _mm512_and_si512(v, _mm512_set1_epi32(15)); y = _mm512_srli_epi32(v, 4);
+        const I v = load_bytes(p);
+        x = v & all_ints(15); y = shift_right<4>(v);
     } else {
-        const __m128i v8 = _mm_loadl_epi64((const __m128i*)p);
-        const __m512i v = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(v8, v8)), three = _mm512_set1_epi32(3);
-        const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(2), 1);
-        x = _mm512_and_si512(_mm512_srlv_epi32(v, by), three);
-        y = _mm512_and_si512(_mm512_srlv_epi32(_mm512_srli_epi32(v, 4), by), three);
+        const I v = load_8_twice<2>(p);
+        x = v & all_ints(3); y = shift_right<4>(v) & all_ints(3);
     }
-    *a = _mm512_cvtepi32_ps(x); *b = _mm512_cvtepi32_ps(y);
+    *a = floats(x); *b = floats(y);
 }
 // p (32) = scale q k for the tokens of a unit; w (n) is scratch.
 static void score_unit(const float *q, const uint8_t *unit, i64 n, i64 bits, float scale, float *w, float *p) {
     const i64 span = GROUP*bits/8;
     const uint8_t *low = unit + n*span, *steps = low + 2*n;
-    __m512 base = _mm512_setzero_ps();
+    F base = zero();
     for (i64 i = 0; i < n; i += 16) {
-        const __mmask16 m = head(n - i);
-        const __m512 x = _mm512_maskz_loadu_ps(m, q + i);
-        base = _mm512_fmadd_ps(x, half16(low, i, m), base);
-        _mm512_mask_storeu_ps(w + i, m, _mm512_mul_ps(x, half16(steps, i, m)));
+        const Lanes m = head(n - i);
+        const F x = load(q + i, m);
+        base = fma(x, half16(low, i, m), base);
+        store(w + i, m, x*half16(steps, i, m));
     }
-    __m512 a = _mm512_set1_ps(_mm512_reduce_add_ps(base)), b = a, c = _mm512_setzero_ps(), d = c, x, y;
+    F a = each(sum_of(base)), b = a, c = zero(), d = c, x, y;
     i64 i = 0;
     for (; i + 1 < n; i += 2) {
         codes32(unit + i*span, bits, &x, &y);
-        a = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), x, a); b = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), y, b);
+        a = fma(each(w[i]), x, a); b = fma(each(w[i]), y, b);
         codes32(unit + (i + 1)*span, bits, &x, &y);
-        c = _mm512_fmadd_ps(_mm512_set1_ps(w[i + 1]), x, c); d = _mm512_fmadd_ps(_mm512_set1_ps(w[i + 1]), y, d);
+        c = fma(each(w[i + 1]), x, c); d = fma(each(w[i + 1]), y, d);
     }
     if (i < n) {
         codes32(unit + i*span, bits, &x, &y);
-        a = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), x, a); b = _mm512_fmadd_ps(_mm512_set1_ps(w[i]), y, b);
+        a = fma(each(w[i]), x, a); b = fma(each(w[i]), y, b);
     }
-    const __m512 s = _mm512_set1_ps(scale);
-    _mm512_storeu_ps(p, _mm512_mul_ps(s, _mm512_add_ps(a, c)));
-    _mm512_storeu_ps(p + 16, _mm512_mul_ps(s, _mm512_add_ps(b, d)));
+    const F s = each(scale);
+    store(p, s*(a + c));
+    store(p + 16, s*(b + d));
 }
 // y (n) = inv sum p v over `count` rows and the last one.
 template<int B> static void mix_rows(const float *p, const uint8_t *rows, const uint8_t *last, i64 count, i64 n, float inv,
                                      float *y) {
     constexpr int several = 8/B, loads = 4/several;
     const i64 codes = packed_bytes(n, B), row = codes + 4, span = codes;
-    __m512 lows = _mm512_setzero_ps();
+    F lows = zero();
     float low = 0;
     for (i64 t = 0; t <= count; t++) low += p[t]*half_at((t < count ? rows + t*row : last) + codes, 0);
-    lows = _mm512_set1_ps(low);
+    lows = each(low);
     for (i64 i = 0; i < span; i += 16*loads) {
-        __m512 a[4]; __mmask16 m[loads];
+        F a[4]; Lanes m[loads];
         for (int j = 0; j < 4; j++) a[j] = lows;
-        for (int l = 0; l < loads; l++) m[l] = i + 16*l < span ? head(span - i - 16*l) : 0;
+        for (int l = 0; l < loads; l++) m[l] = head(span - i - 16*l);
         for (i64 t = 0; t <= count; t++) {
             const uint8_t *r = t < count ? rows + t*row : last;
-            const __m512 w = _mm512_set1_ps(p[t]*half_at(r + codes, 1));
+            const F w = each(p[t]*half_at(r + codes, 1));
             for (int l = 0; l < loads; l++) {
-                const __m512i v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m[l], r + i + 16*l));
-                for (int j = 0; j < several; j++) {
-                    const __m512i c = B == 8 ? v : _mm512_and_si512(_mm512_srli_epi32(v, B*j), _mm512_set1_epi32((1 << B) - 1));
-                    a[l*several + j] = _mm512_fmadd_ps(w, _mm512_cvtepi32_ps(c), a[l*several + j]);
-                }
+                const I v = load_bytes(r + i + 16*l, m[l]);
+                I c[4] = {v, shift_right<B>(v), shift_right<B*2 % 32>(v), shift_right<B*3 % 32>(v)};
+                for (int j = 0; j < several; j++)
+                    a[l*several + j] = fma(w, floats(c[j] & all_ints((1 << B) - 1)), a[l*several + j]);
             }
         }
         for (int l = 0; l < loads; l++) for (int j = 0; j < several; j++) {
             const i64 at = j*span + i + 16*l;
-            const __mmask16 k = at < n ? m[l] & head(n - at) : 0;
-            _mm512_mask_storeu_ps(y + at, k, _mm512_mul_ps(a[l*several + j], _mm512_set1_ps(inv)));
+            const i64 left = span - i - 16*l < n - at ? span - i - 16*l : n - at;
+            store(y + at, head(left), a[l*several + j]*each(inv));
         }
     }
 }
 static void mix_floats(const float *p, const float *rows, const float *last, i64 count, i64 n, float inv, float *y) {
     for (i64 i = 0; i < n; i += 16) {
-        const __mmask16 m = head(n - i);
-        __m512 a = _mm512_setzero_ps();
+        const Lanes m = head(n - i);
+        F a = zero();
         for (i64 t = 0; t <= count; t++)
-            a = _mm512_fmadd_ps(_mm512_set1_ps(p[t]), _mm512_maskz_loadu_ps(m, t < count ? rows + t*n + i : last + i), a);
-        _mm512_mask_storeu_ps(y + i, m, _mm512_mul_ps(a, _mm512_set1_ps(inv)));
+            a = fma(each(p[t]), load(t < count ? rows + t*n + i : last + i, m), a);
+        store(y + i, m, a*each(inv));
     }
 }
 // What a head of keys and values has in a block.
@@ -150,11 +139,11 @@ static void unpack_units(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *k
     for (i64 k = a; k < b; k += GROUP) {
         const uint8_t *unit = h.keys + k/GROUP*h.unit, *low = unit + hd*span, *steps = low + 2*hd;
         for (i64 j = 0; j < hd; j++) {
-            __m512 x, y;
+            F x, y;
             codes32(unit + j*span, bits, &x, &y);
-            const __m512 s = _mm512_set1_ps(half_at(steps, j)), l = _mm512_set1_ps(half_at(low, j));
-            _mm512_storeu_ps(kt + j*keys + k, _mm512_fmadd_ps(x, s, l));
-            _mm512_storeu_ps(kt + j*keys + k + 16, _mm512_fmadd_ps(y, s, l));
+            const F s = each(half_at(steps, j)), l = each(half_at(low, j));
+            store(kt + j*keys + k, fma(x, s, l));
+            store(kt + j*keys + k + 16, fma(y, s, l));
         }
     }
 }
@@ -167,4 +156,3 @@ static void unpack_rows(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *v)
             v[t*hd + i] = low + step*(float)(row[i % span] >> i/span*bits & ((1 << bits) - 1));
     }
 }
-SL_VECTORS_OFF

@@ -9,7 +9,8 @@
 // token) take three. All sums are integers; scales, zero points and bias are applied in double, and the result is
 // rounded once.
 //
-// border.cpp checks what comes in, planes.cpp multiplies, model.cpp runs tokens through a whole model.
+// border.cpp checks what comes in, planes.h multiplies, model.h runs tokens through a whole model. Both are compiled for
+// each level of isa.h, with the vectors of vec.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -98,30 +99,29 @@ struct SlCache {                // mirrored by parts._Cache: one sequence
 // What the calls return; mirrored by kernels.FAULTS.
 enum { FINE, CANNOT, NO_MEMORY, POSITION, TOKEN, STRUCT, RANGE, BUFFER, SHAPES, UNCHECKED };
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#include "isa.h"
+#if defined(SL_X86) || defined(SL_ARM)
 #define SL_HERE 1               // elsewhere every call returns a fault
 #endif
 
 #ifdef SL_HERE
 // ---- border.cpp ----
-int features();                 // bit 0: vector kernels, bit 1: tile kernels
 int check_linear(const SlLinear *d);
 int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos);
 
-// ---- planes.cpp ----
+// ---- what a level does, after the checks ----
+struct Calls {
+    int (*linear)(const SlLinear *d, const void *x, i64 m, i64 xstride, int type, void *y, i64 ystride);
+    int (*decode)(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits);
+    int (*prompt)(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits);
+};
+const Calls *calls();           // of `isa_level()`; null where it has none
+
 static inline i64 groups_of(const SlLinear *d) { return (d->k + d->group - 1)/d->group; }
 static const i64 GROUP = 32;     // tokens whose keys share ranges
 static inline i64 packed_bytes(i64 n, i64 bits) { return (n*bits + 7)/8; }
 static inline i64 unit_bytes(i64 hd, i64 bits) { return hd*(GROUP*bits/8 + 4); }
 static inline i64 row_bytes(i64 hd, i64 bits) { return packed_bytes(hd, bits) + 4; }
-
-struct Own {                    // scratch of one thread
-    int8_t *bytes; float *h, *norm, *scores, *q, *k, *spare, *turned;
-    mutable const float *of;    // the input that `turned` is made of; null when its numbers have changed
-};
-size_t turned_room(i64 kp);     // bytes of `turned` for a layer of so many inputs
-void share(const SlLinear *d, const float *x, float *y, bool add, const Own *o, int me, int all);
-void tokens_linear(const SlLinear *d, const float *x, i64 m, float *y, i64 stride);
 
 // ---- threads and memory ----
 static inline int max_threads() {

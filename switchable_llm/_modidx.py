@@ -603,6 +603,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                       'switchable_llm/core/integer.py'),
                                              'switchable_llm.core.integer.native_features': ( 'core/integer.html#native_features',
                                                                                               'switchable_llm/core/integer.py'),
+                                             'switchable_llm.core.integer.native_level': ( 'core/integer.html#native_level',
+                                                                                           'switchable_llm/core/integer.py'),
                                              'switchable_llm.core.integer.native_report': ( 'core/integer.html#native_report',
                                                                                             'switchable_llm/core/integer.py'),
                                              'switchable_llm.core.integer.pick_kernel': ( 'core/integer.html#pick_kernel',

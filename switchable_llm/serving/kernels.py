@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from ..core.rotation import rotate, rotation_of
-from ..core.integer import try_kernel, library, native_features, native_report
+from ..core.integer import try_kernel, library, native_features, native_level, native_report
 from ..quantizers import QParams, qrange, quantize, token_qparams
 
 # %% ../../nbs/serving/kernels.ipynb #e91b026c
@@ -418,7 +418,8 @@ def plan_report(
     digits = 3 if p.act is None or p.act.bits>8 else 1
     if p.ref is None: return f"PyTorch operators: the weight is on {p.planes.high.device.type}"
     if _native() is None: return native_report()['decode']
-    if p.grouped: how = f'AVX-512 vectors, a step for each group of {p.scale.size} inputs'
-    elif tokens*digits<=6: how = 'AVX-512 vectors: too few tokens for tiles'
-    else: how = 'AMX tiles' if 'int8 prompt' in native_features() else 'AVX-512 vectors, without AMX tiles'
+    level = native_level()
+    tiles = level=='AMX' and not p.grouped and tokens*digits>6
+    how = 'AMX tiles' if tiles else f"{'AVX512' if level=='AMX' else level} vectors"
+    if p.grouped: how += f', a step for each group of {p.scale.size} inputs'
     return f"native, {planes}, {'byte activations' if digits==1 else 'activations of three bytes'}, {how}"

@@ -1,70 +1,71 @@
 // Tokens through a whole model in one call (nbs/serving/lean.ipynb): one, or all of a prompt.
-#include "packed.h"
-
-#ifdef SL_HERE
+// Included once for each level, after planes.h.
 #include "kept.h"
 
-static thread_local Arena arena;
-
-SL_VECTORS_ON
 // ---- one token ----
-static inline __m512 exp16(__m512 x) {   // within 2 units in the last place
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.7f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.f/5040);
+static inline F exp16(F x) {   // within 2 units in the last place
+    x = least(most(x, each(-87.3f)), each(88.7f));
+    const F n = nearest(x*each(1.44269504f));
+    F r = fnma(n, each(0.693359375f), x);
+    r = fnma(n, each(-2.12194440e-4f), r);
+    F p = each(1.f/5040);
     const float c[] = {1.f/720, 1.f/120, 1.f/24, 1.f/6, .5f, 1.f, 1.f};
-    for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[i]));
-    return _mm512_scalef_ps(p, n);
+    for (int i = 0; i < 7; i++) p = fma(p, r, each(c[i]));
+    return times_two_to(p, n);
 }
-static inline __m512 sigmoid16(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+static inline F sigmoid16(F x) {
+    const F one = each(1.f);
+    return one/(one + exp16(zero() - x));
 }
 static void activate(float *y, const float *gate, i64 a, i64 b, bool silu) {   // y = act(gate)*y, or act(y)
     for (i64 i = a; i < b; i += 16) {
-        const __mmask16 m = head(b - i);
-        const __m512 up = _mm512_maskz_loadu_ps(m, y + i), g = gate ? _mm512_maskz_loadu_ps(m, gate + i) : up;
-        __m512 u = g;
+        const Lanes m = head(b - i);
+        const F up = load(y + i, m), g = gate ? load(gate + i, m) : up;
+        F u = g;
         if (!silu) {                      // x/2 (1 + tanh v) = x sigmoid(2v)
-            u = _mm512_mul_ps(_mm512_mul_ps(g, g), g);
-            u = _mm512_fmadd_ps(u, _mm512_set1_ps(0.044715f), g);
-            u = _mm512_mul_ps(u, _mm512_set1_ps(2*0.7978845608028654f));
+            u = g*g*g;
+            u = fma(u, each(0.044715f), g);
+            u = u*each(2*0.7978845608028654f);
         }
-        const __m512 v = _mm512_mul_ps(g, sigmoid16(u));
-        _mm512_mask_storeu_ps(y + i, m, gate ? _mm512_mul_ps(v, up) : v);
+        const F v = g*sigmoid16(u);
+        store(y + i, m, gate ? v*up : v);
     }
 }
 static void normalize(const float *x, const float *w, const float *b, i64 n, bool rms, double eps, float *y) {
-    __m512 s = _mm512_setzero_ps();
+    F s = zero();
     float mean = 0;
     if (!rms) {
-        for (i64 i = 0; i < n; i += 16) s = _mm512_add_ps(s, _mm512_maskz_loadu_ps(head(n - i), x + i));
-        mean = _mm512_reduce_add_ps(s)/(float)n; s = _mm512_setzero_ps();
+        for (i64 i = 0; i < n; i += 16) s = s + load(x + i, head(n - i));
+        mean = sum_of(s)/(float)n; s = zero();
     }
-    const __m512 mu = _mm512_set1_ps(mean);
+    const F mu = each(mean);
     for (i64 i = 0; i < n; i += 16) {
-        const __mmask16 m = head(n - i);
-        const __m512 v = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + i), mu);
-        s = _mm512_fmadd_ps(v, v, s);
+        const Lanes m = head(n - i);
+        const F v = keep(load(x + i, m) - mu, m);
+        s = fma(v, v, s);
     }
-    const __m512 r = _mm512_set1_ps(1.f/sqrtf(_mm512_reduce_add_ps(s)/(float)n + (float)eps));
+    const F r = each(1.f/sqrtf(sum_of(s)/(float)n + (float)eps));
     for (i64 i = 0; i < n; i += 16) {
-        const __mmask16 m = head(n - i);
-        const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), mu), r);
-        const __m512 scale = w ? _mm512_maskz_loadu_ps(m, w + i) : _mm512_set1_ps(1.f);
-        const __m512 c = b ? _mm512_maskz_loadu_ps(m, b + i) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(y + i, m, _mm512_fmadd_ps(v, scale, c));
+        const Lanes m = head(n - i);
+        const F v = (load(x + i, m) - mu)*r;
+        const F scale = w ? load(w + i, m) : each(1.f);
+        const F c = b ? load(b + i, m) : zero();
+        store(y + i, m, fma(v, scale, c));
     }
 }
 // y = rows[row], or y += rows[row].
 static void add_row(const void *rows, int type, i64 row, i64 n, bool fresh, float *y) {
     for (i64 i = 0; i < n; i += 16) {
-        const __mmask16 m = head(n - i);
-        const __m512 v = load16(rows, type, row*n + i, m);
-        _mm512_mask_storeu_ps(y + i, m, fresh ? v : _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, y + i)));
+        const Lanes m = head(n - i);
+        const F v = load16(rows, type, row*n + i, m);
+        store(y + i, m, fresh ? v : v + load(y + i, m));
     }
+}
+static float number_at(const void *x, int type, i64 i) {
+    if (type == 0) return ((const float*)x)[i];
+    float some[16];
+    store(some, load16(x, type, i, head(1)));
+    return some[0];
 }
 static void embed_row(const SlLinear *d, i64 id, float *y) {   // row `id` of the weight
     if (d->dense) { add_row(d->dense, (int)d->dense_type, id, d->k, true, y); return; }
@@ -74,7 +75,7 @@ static void embed_row(const SlLinear *d, i64 id, float *y) {   // row `id` of th
     for (i64 i = 0; i < d->k; i++) {
         if (groups && i % d->group == 0) {
             const i64 step = ((id >> 4)*groups + i/d->group)*16 + (id & 15);
-            s = _mm512_cvtss_f32(load16(d->scale, (int)d->step_type, step, 1))*(float)(1 << (8 - d->bits));
+            s = number_at(d->scale, (int)d->step_type, step)*(float)(1 << (8 - d->bits));
         }
         const i64 u = base + (i >> 4), v = (i >> 2) & 3, at = lane + (i & 3);
         int c = (d->high[u*128 + (v >> 1)*64 + at] >> (v & 1)*4 & 15) << 4;
@@ -122,18 +123,18 @@ static i64 first_seen(const SlLayer *L, i64 pos) {
 }
 // p (n) = exp(p - largest); returns 1/sum.
 static float soften(float *p, i64 n) {
-    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    F top = each(-INFINITY), sum = zero();
     for (i64 t = 0; t < n; t += 16) {
-        const __mmask16 m = head(n - t);
-        top = _mm512_mask_max_ps(top, m, top, _mm512_maskz_loadu_ps(m, p + t));
+        const Lanes m = head(n - t);
+        top = pick(m, most(load(p + t, m), top), top);
     }
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    top = each(largest_of(top));
     for (i64 t = 0; t < n; t += 16) {
-        const __mmask16 m = head(n - t);
-        const __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, p + t), top)));
-        _mm512_mask_storeu_ps(p + t, m, e); sum = _mm512_add_ps(sum, e);
+        const Lanes m = head(n - t);
+        const F e = keep(exp16(load(p + t, m) - top), m);
+        store(p + t, m, e); sum = sum + e;
     }
-    return 1.f/_mm512_reduce_add_ps(sum);
+    return 1.f/sum_of(sum);
 }
 // One head: q (n) against `pos` cached keys and the new one; y = softmax(scale q k) v.
 static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 pos,
@@ -142,18 +143,18 @@ static void attend(const float *q, const float *keys, const float *values, const
     p[pos] = scale*dot(k, q, 0, n);
     const float inv = soften(p, pos + 1);
     for (i64 i = 0; i < n; i += 64) {
-        __m512 a[4]; __mmask16 m[4];
+        F a[4]; Lanes m[4];
         for (int j = 0; j < 4; j++) {
-            m[j] = i + 16*j < n ? head(n - i - 16*j) : 0;
-            a[j] = _mm512_mul_ps(_mm512_set1_ps(p[pos]), _mm512_maskz_loadu_ps(m[j], v + i + 16*j));
+            m[j] = head(n - i - 16*j);
+            a[j] = each(p[pos])*load(v + i + 16*j, m[j]);
         }
         for (i64 t = 0; t < pos; t++) {
-            const __m512 w = _mm512_set1_ps(p[t]);
+            const F w = each(p[t]);
             const float *row = values + t*n + i;
-            for (int j = 0; j < 4; j++) a[j] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(m[j], row + 16*j), a[j]);
+            for (int j = 0; j < 4; j++) a[j] = fma(w, load(row + 16*j, m[j]), a[j]);
         }
         for (int j = 0; j < 4; j++)
-            _mm512_mask_storeu_ps(y + i + 16*j, m[j], _mm512_mul_ps(a[j], _mm512_set1_ps(inv)));
+            store(y + i + 16*j, m[j], a[j]*each(inv));
     }
 }
 static void attend_kept(const SlKept *S, const Head &h, const float *q, const float *k, const float *v, const uint8_t *last,
@@ -262,11 +263,7 @@ static void run_layer(const SlModel *M, const SlCache *C, i64 i, i64 pos, const 
     add_product(M, L->down, r->mid, L->after[1], r->x, r->y, o, me, all);
 }
 
-// Token `id` at position `pos`: its keys and values go into the cache, the logits of the next token to `logits` (if
-// not null).
-SL_API int sl_decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits) {
-    if (!(features() & 1)) return CANNOT;
-    if (int fault = check_pass(M, C, &id, 1, pos)) return fault;
+static int decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits) {
     const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
     const size_t score = round64(pos + 17 + GROUP);
@@ -308,50 +305,50 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
     const i64 last = pos + g;   // keys that the last query sees
     const i64 start = window && pos >= window ? (pos + 1 - window) & ~(i64)15 : 0;   // nobody sees what is before
     for (i64 k = start; k < last; k += 16) {
-        __m512 a[8];
-        for (int i = 0; i < 8; i++) a[i] = _mm512_setzero_ps();
+        F a[8];
+        for (int i = 0; i < 8; i++) a[i] = zero();
         for (i64 j = 0; j < n; j++) {
-            const __m512 v = _mm512_loadu_ps(kt + j*wide + k);
+            const F v = load(kt + j*wide + k);
             for (int i = 0; i < 8; i++)
-                a[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[(i < g ? i : 0)*qstride + j]), v, a[i]);
+                a[i] = fma(each(q[(i < g ? i : 0)*qstride + j]), v, a[i]);
         }
         for (int i = 0; i < g; i++)
-            _mm512_storeu_ps(p + i*wide + k, _mm512_mul_ps(a[i], _mm512_set1_ps(scale)));
+            store(p + i*wide + k, a[i]*each(scale));
     }
     for (int i = 0; i < g; i++) {
         float *s = p + i*wide;
         const i64 sees = pos + i + 1, from = window && sees > window ? sees - window : 0;
         for (i64 k = start; k < from; k++) s[k] = -INFINITY;
-        __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        F top = each(-INFINITY), sum = zero();
         for (i64 k = start; k < sees; k += 16)
-            top = _mm512_mask_max_ps(top, head(sees - k), top, _mm512_loadu_ps(s + k));
-        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+            top = pick(head(sees - k), most(load(s + k), top), top);
+        top = each(largest_of(top));
         for (i64 k = start; k < sees; k += 16) {
-            __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + k), top));
-            e = _mm512_maskz_mov_ps(head(sees - k) & ~(k < from ? head(from - k) : 0), e);
-            _mm512_storeu_ps(s + k, e); sum = _mm512_add_ps(sum, e);
+            F e = exp16(load(s + k) - top);
+            e = drop(keep(e, head(sees - k)), head(from - k));
+            store(s + k, e); sum = sum + e;
         }
-        const float inv = 1.f/_mm512_reduce_add_ps(sum);
+        const float inv = 1.f/sum_of(sum);
         for (i64 k = start; k < sees; k += 16)
-            _mm512_storeu_ps(s + k, _mm512_mul_ps(_mm512_loadu_ps(s + k), _mm512_set1_ps(inv)));
+            store(s + k, load(s + k)*each(inv));
         for (i64 k = sees; k < last; k++) s[k] = 0;
     }
     for (int i0 = 0; i0 < g; i0 += 4) for (i64 c = 0; c < n; c += 64) {
-        __m512 a[4][4]; __mmask16 m[4];
+        F a[4][4]; Lanes m[4];
         for (int j = 0; j < 4; j++) {
-            m[j] = c + 16*j < n ? head(n - c - 16*j) : 0;
-            for (int i = 0; i < 4; i++) a[i][j] = _mm512_setzero_ps();
+            m[j] = head(n - c - 16*j);
+            for (int i = 0; i < 4; i++) a[i][j] = zero();
         }
         for (i64 k = start; k < last; k++) {
-            __m512 v[4];
-            for (int j = 0; j < 4; j++) v[j] = _mm512_maskz_loadu_ps(m[j], values + k*n + c + 16*j);
+            F v[4];
+            for (int j = 0; j < 4; j++) v[j] = load(values + k*n + c + 16*j, m[j]);
             for (int i = 0; i < 4; i++) {
-                const __m512 w = _mm512_set1_ps(p[(i0 + i < g ? i0 + i : 0)*wide + k]);
-                for (int j = 0; j < 4; j++) a[i][j] = _mm512_fmadd_ps(w, v[j], a[i][j]);
+                const F w = each(p[(i0 + i < g ? i0 + i : 0)*wide + k]);
+                for (int j = 0; j < 4; j++) a[i][j] = fma(w, v[j], a[i][j]);
             }
         }
         for (int i = 0; i < 4 && i0 + i < g; i++)
-            for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
+            for (int j = 0; j < 4; j++) store(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
     }
 }
 // Normalizes and rotates queries and keys, and puts keys and values into the cache.
@@ -460,13 +457,7 @@ static int finish_token(const SlModel *M, const float *x, float *norm, float *lo
     return FINE;
 }
 
-// Tokens ids (m) at positions pos, pos+1, ...: like m decoding steps, of which only the last makes logits (if not
-// null). Layers must be packed.
-SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
-    if (!(features() & 1)) return CANNOT;
-    if (!ids) return BUFFER;
-    if (int fault = check_pass(M, C, ids, m, pos)) return fault;
-    if (!M->packed) return SHAPES;
+static int prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim;
     const i64 hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16 + (C->kept ? GROUP : 0);
     const int threads = max_threads();
@@ -531,9 +522,3 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
     }
     return logits ? finish_token(M, x + (m - 1)*dim, norm, logits, threads) : FINE;
 }
-SL_VECTORS_OFF
-
-#else
-SL_API int sl_decode_step(const SlModel*, const SlCache*, i64, i64, float*) { return 1; }
-SL_API int sl_prompt(const SlModel*, const SlCache*, const i64*, i64, i64, float*) { return 1; }
-#endif
