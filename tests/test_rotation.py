@@ -224,7 +224,7 @@ def test_a_rule_leaves_it_off(tmp_path):
 
 def test_codes_that_are_held_have_one_basis():
     off = Profile('off', 'w4', (Rule('w4', site=('mlp_in',), rotate=False),))
-    model = rotated(profiles=('w4','w8', off))
+    model = rotated(profiles=('w4','w8'))
     batches = [dict(input_ids=torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(i))) for i in range(6)]
     found = quantize_(model, batches, widths=(4, 8))
     assert all(c.chosen[4]<=c.rounded[4]*1.001 for c in found.values())
@@ -240,6 +240,10 @@ def test_codes_that_are_held_have_one_basis():
     assert abs(gap()/found[name].chosen[4]-1)<.02        # the sums were of rotated inputs
     l.codes.clear(); l.forget()
     assert abs(gap()/found[name].rounded[4]-1)<.02
+    model.switch.add(off)
+    with pytest.raises(ValueError, match='rotate: no'): quantize_(model, batches)
+    l.hold_codes_(*l.nested_parts())
+    model.switch.layers[4].hold_codes_(*model.switch.layers[4].nested_parts())
     with pytest.raises(ValueError, match='rotate: no'): logits(model, 'off')
 
 # --- out of the process and back -------------------------------------------------------------------------------------
