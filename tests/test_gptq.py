@@ -244,11 +244,11 @@ def test_infinite_inputs_of_the_last_share_are_seen_in_the_first_pass():
 
 @pytest.mark.parametrize('live', ['w4a4k4v2','k2v2'])
 def test_what_is_live_does_not_show(live):
-    "Neither its bits nor its cache: layers are fitted to what they see at float."
+    "Neither its bits nor its cache, nor autocast: layers are fitted to what they see at float."
     one,two = llama(),llama()
     for m in (one, two): make_switchable_(m, [*PROFILES, live], QuantConfig(act='per_token'))
     a = quantize_(one, batches(200))
-    with use_profile(two, live): b = quantize_(two, batches(200))
+    with use_profile(two, live), torch.autocast('cpu', torch.bfloat16): b = quantize_(two, batches(200))
     assert a==b and all(torch.equal(k.codes['nested'].codes, l.codes['nested'].codes)
                         for k,l in zip(switch_of(one).layers, switch_of(two).layers))
 

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from ..system.progress import tqdm
 from ..quantizers import Bits, QuantConfig, blocks, check_bits, least_error, unblocks, whole_step
 from ..core.layers import Setting
-from ..core.rotation import rotate
+from ..core.rotation import no_autocast, rotate
 from ..core.switching import check_unfrozen
 
 # %% ../../nbs/search/gptq.ipynb #ee8a93f8
@@ -216,7 +216,7 @@ def _gather(model, batches, layers):
             b = {k:b[k].to(device) for k in ('input_ids','attention_mask') if k in b}
             mask = b['attention_mask'].bool() if 'attention_mask' in b else None
             # A float cache, whatever is live: layers must see what they see at float.
-            with switch.block(gate=inputs, mask=mask, cache=()): model(**b, use_cache=False)
+            with switch.block(gate=inputs, mask=mask, cache=()), no_autocast(device): model(**b, use_cache=False)
     finally: model.train(training)
     return inputs
 
@@ -272,7 +272,7 @@ def quantize_(
     with tqdm(total=len(layers), desc='layers', disable=not progress, leave=False) as bar, _whole_or_not(layers):
         for share in _shares(layers, memory):
             for some in _alike(_tasks(share, _gather(model, batches, share)), widths, memory):
-                found |= _choose_codes(some, widths, passes, damping)
+                with no_autocast(some[0][0][0].device): found |= _choose_codes(some, widths, passes, damping)
                 bar.update(sum(len(ls) for ls,_ in some))
     return {s.name:found[l.index] for l,s in zip(switch.layers, switch.sites) if l.index in found}
 
