@@ -720,7 +720,7 @@ def test_the_words_of_the_embedded_model_are_read_back(tmp_path):
 
 # --- scales that float16 cannot hold ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('grain', [dict(), dict(weight='per_group', group_size=32)], ids=str)
+@pytest.mark.parametrize('grain', [dict(), dict(codes='independent')], ids=str)
 @pytest.mark.parametrize('bits', [4, 5, 6, 8])
 def test_rows_too_small_for_the_scales_of_gguf_are_refused(bits, grain, tmp_path):
     "Each row is compared by its own step: small ones would be off by several of them, and nobody would know."

@@ -218,7 +218,8 @@ def test_all_layers_get_codes_or_none(held):
     switch.layers[3].weight.requires_grad_(False)
     before = [(len(l.codes) and l.codes['nested'], l.weight.requires_grad, l.codes_at(4)[0].clone()) for l in switch.layers]
     for wrong in (ValueError, KeyboardInterrupt):
-        with pytest.raises(wrong, match='down_proj: the sums over its inputs' if wrong is ValueError else None), pytest.MonkeyPatch.context() as m:
+        said = 'down_proj: the sums over its inputs' if wrong is ValueError else None
+        with pytest.raises(wrong, match=said), pytest.MonkeyPatch.context() as m:
             if wrong is KeyboardInterrupt: m.setattr(gptq, '_tasks', stops_after(5, gptq._tasks))
             quantize_(model, batches(200), memory=1)
         for l,(codes,trained,at) in zip(switch.layers, before):

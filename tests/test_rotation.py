@@ -92,7 +92,8 @@ def test_autocast_does_not_show_in_what_is_kept(monkeypatch, compiled, kind, cfg
     def made(l):
         l.forget()
         with torch.no_grad():
-            out = [l.weight_at(None), l.unrotated_weight_at(4), *l.weight_at(8), *l.codes_at(4)[:1], *(t for t in l.codes_at(4)[1] if t is not None)]
+            q,qp = l.codes_at(4)
+            out = [l.weight_at(None), l.unrotated_weight_at(4), l.weight_at(8), q, *(t for t in qp if t is not None)]
             return out+[t for t in l.prepared_at(4, kernel) if torch.is_tensor(t)] if cfg=={} else out
     for l in model.switch.layers:
         plain = made(l)

@@ -166,8 +166,8 @@ def _checked_blocks(gguf, layer, bits, plain, name):   # that what is written is
     most = (1.2 if bits==8 else .25)*own+torch.finfo(layer.weight.dtype).eps*want.abs()+1e-8*want.abs().max()
     if (wrong := (got-want).abs()>most).any():
         if (small := own[wrong].min())<_NORMAL*2:
-            raise ValueError(f"layer {name}: {int(wrong.any(1).sum())} of its rows have steps as small as {small:.2g} at w{bits}, too small for "
-                             "the float16 of GGUF's blocks: choose dtype='BF16' or 'F32', or leave it float in the profile")
+            raise ValueError(f"layer {name}: {int(wrong.any(1).sum())} of its rows have steps as small as {small:.2g} at w{bits}, "
+                             "too small for the float16 of GGUF's blocks: choose dtype='BF16' or 'F32', or leave it float in the profile")
         raise ValueError(f"layer {name}: its weight at w{bits} is no code times a scale, under {layer.switch.cfg}: choose dtype='F16'")
     return kind, data
 
