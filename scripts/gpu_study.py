@@ -29,7 +29,7 @@ from switchable_llm.models.loading import load_model
 from switchable_llm.profiles_eval import answer, perplexity, room_of
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.search.gptq import quantize_
-from switchable_llm.study.methods import method_texts
+from switchable_llm.study.methods import check_apart, method_texts
 from switchable_llm.study.records import Preset, PRESETS, known_record, save_record
 from switchable_llm.study.runs import OBJECTIVES, as_saved, study_device, train_config
 
@@ -64,6 +64,7 @@ def prepare(args):
     out = Path(args.out); out.mkdir(parents=True, exist_ok=True)
     preset = replace(PRESET, name=args.name, model=args.model, data=args.data, weight=args.weight, eval_seed=0,
                      batch_size=args.batch_size, kernel=args.kernel, profiles=tuple(args.profiles))
+    check_apart(preset)   # before a model is loaded: nothing that chooses codes or trains is scored
     cfg = QuantConfig(act='per_token', weight=args.weight, group_size=32, rotate=tuple(args.sites) if args.sites else args.rotate)
     model,tok = load_model(preset.model, preset.dtype)
     model.to(study_device()).set_attn_implementation(preset.attention)

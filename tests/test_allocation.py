@@ -13,7 +13,7 @@ from switchable_llm.models.checkpoints import save_switchable
 from switchable_llm.search.costs import profile_cost, total
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.search.sensitivity import (
-    Meter, Sensitivity, bit_options, highest, outliers, sensitivity, tolerance)
+    Meter, Sensitivity, bit_options, dropped, highest, outliers, sensitivity, tolerance)
 from switchable_llm.search.groups import find_groups
 from switchable_llm.study.runs import calibration_batches, fit, study_data, study_model
 from switchable_llm.core.profiles import Profile, Rule, as_profile
@@ -95,6 +95,26 @@ def test_an_embedding_has_no_activation_bits_to_drop():
     s = sensitivity(Meter(model, items), w_bits=(4,), a_bits=(4,))
     assert ('embedding', 'w', 4) in s.rises and ('embedding', 'a', 4) not in s.rises
     assert Choices(model, s).rises.shape[0]==13
+
+def test_all_choices_have_the_cache_of_the_reference():
+    "What was measured beside a cache in few bits is predicted, made and found again beside it."
+    model,items = toy('llama')
+    reference = as_profile('w8a8k4v2')
+    model.switch.add(reference)
+    meter = Meter(model, items, score='text')
+    s = sensitivity(meter, reference, w_bits=(4,), a_bits=(4,))
+    for g in s.groups:
+        low = dropped(model, reference, g, w=4)
+        assert low.cache_bits(model.switch.sites)==reference.cache_bits(model.switch.sites)
+        assert dropped(model, reference, g, w=8) is None
+    choices = Choices(model, s)
+    top = choices.choice_of(reference)
+    assert top is not None and choices.profile(top).bits(model.switch.sites)==reference.bits(model.switch.sites)
+    assert abs(choices.predicted(top)-meter.loss(choices.profile(top)))<1e-9
+    one = (choices.options.index(Bits(4, 8)), *top[1:])
+    assert abs(choices.predicted(one)-meter.loss(choices.profile(one)))<1e-6 and choices.choice_of(choices.profile(one))==one
+    assert choices.choice_of(as_profile('bw8')) is None and meter.loss('bw8')!=meter.loss(reference)
+    with pytest.raises(ValueError, match='option w4a4k8v8.*here w4a4'): Choices(model, s, ['w4a4k8v8'])
 
 @pytest.mark.parametrize('seed', range(5))
 def test_allocations_never_exceed_their_budget_and_never_get_worse(seed):

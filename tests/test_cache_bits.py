@@ -316,3 +316,21 @@ def test_profiles_that_do_not_fit():
         make_switchable_(few, ['w8k8v8'], sites=dict(mlp_in=('*.up_proj',)))
 
 def test_the_families_are_those_of_the_native_steps(): assert ATTENDING==set(PARTS)
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('mean', [0., 5., 50., 5000.])
+def test_the_bound_of_a_kept_number(bits, mean):
+    "Half a step, and what float16 rounds off the smallest number and the steps above it: no more, also far from 0."
+    x = mean+torch.randn(400, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    codes,lo,step = range_codes(x, bits, -1)
+    off = (range_numbers(codes, lo, step)-x).abs()
+    low,high = x.amin(-1, keepdim=True),x.amax(-1, keepdim=True)
+    whole = (high-low)/(2**bits-1)
+    ends = 2**-11*low.abs()+2**-25+(2**bits-1)*(2**-11*whole+2**-25)
+    assert (off<=whole*(1+2**-11)/2+ends+1e-6*x.abs()).all()
+    if mean==50 and bits==8: assert 1<(off/whole).max()<1.5   # more than the half a step that one would expect
+    if mean==0: assert (off/whole).max()<.5+.07*(bits==8)+.01
+
+def test_beyond_float16_numbers_end():
+    x = torch.tensor([[-1e5, 0, 7e4, 1e5]])
+    assert range_numbers(*range_codes(x, 8, -1)).min()==-65504 and torch.isfinite(range_numbers(*range_codes(x, 8, -1))).all()

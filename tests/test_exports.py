@@ -717,3 +717,20 @@ def test_the_words_of_the_embedded_model_are_read_back(tmp_path):
     assert all(words.decode(words(x).input_ids)==tok.decode(tok(x).input_ids) for x in texts)
     with use_profile(model, 'w8'): said = answer(model, tok, asked[:20], 256, 8)
     assert answer(again, words, asked[:20], 256, 8)==said and len(set(said))>5
+
+# --- scales that float16 cannot hold ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('grain', [dict(), dict(codes='independent')], ids=str)
+@pytest.mark.parametrize('bits', [4, 5, 6, 8])
+def test_rows_too_small_for_the_scales_of_gguf_are_refused(bits, grain, tmp_path):
+    "Each row is compared by its own step: small ones would be off by several of them, and nobody would know."
+    pytest.importorskip('gguf', reason='the extra `gguf` is not installed')
+    m = switchable('llama', (f'w{bits}',), QuantConfig(act='per_token', **grain), adapters=False)
+    export_gguf(m, f'w{bits}', tmp_path/'fine.gguf')
+    layer = m.switch.layers[1]
+    with torch.no_grad(): layer.weight[1:] *= 3e-6
+    with pytest.raises(ValueError, match=f"{layer.out_features-1} of its rows|rows have steps as small as.*dtype='BF16'"):
+        export_gguf(m, f'w{bits}', tmp_path/'small.gguf')
+    assert not (tmp_path/'small.gguf').exists()
+    with torch.no_grad(): layer.weight[1:] *= 1e-12   # nothing, as rows of words that no text had
+    export_gguf(m, f'w{bits}', tmp_path/'nothing.gguf')

@@ -2,6 +2,8 @@
 import copy
 import pytest, torch
 import switchable_llm as sl
+from switchable_llm.search import gptq
+from switchable_llm.core.profiles import Rule
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from switchable_llm.core.integer import ReferenceKernel, signed_codes
 from switchable_llm.core.switching import make_switchable_, switch_of, use_profile
@@ -188,7 +190,68 @@ def test_bad_input_is_named():
     make_switchable_(other, PROFILES, QuantConfig(act='per_token', codes='independent'))
     with pytest.raises(ValueError, match="codes='independent'.*nested"): quantize_(other, batches(200))
     with torch.no_grad(): switch_of(model).layers[6].weight[0, 0] = float('nan')
-    with pytest.raises(ValueError, match='NaN'): quantize_(model, batches(200))
+    with pytest.raises(ValueError, match='down_proj: its weight holds NaN'): quantize_(model, batches(200))
+
+def test_what_can_be_known_is_refused_before_a_pass():
+    off = sl.Profile('off', 'w4', (Rule('w4', layers=(1,), rotate=False),))
+    model = llama()
+    make_switchable_(model, [*PROFILES, off], QuantConfig(act='per_token', rotate=('mlp_in',)))
+    begun = []
+    model.register_forward_pre_hook(lambda m, a: begun.append(m))
+    with pytest.raises(ValueError, match="profile 'off'.*layers.1.mlp.gate_proj off .rotate: no."): quantize_(model, batches(200))
+    other = sl.Profile('off', 'w4', (Rule('w4', site=('attn_out',), rotate=False), Rule('float', site=('mlp_in',), rotate=False)))
+    plain = llama()
+    make_switchable_(plain, [*PROFILES, other], QuantConfig(act='per_token', rotate=('mlp_in',)))
+    assert len(quantize_(plain, batches(200)))==14 and torch.isfinite(logits(plain, 'off')).all()   # it leaves nothing off in codes
+    with pytest.raises(ValueError, match='80 tokens'): quantize_(model, batches(200, 1))
+    assert not begun
+
+@pytest.mark.parametrize('held', [False, True])
+def test_all_layers_get_codes_or_none(held):
+    "What shows only in the last share of the layers leaves the first as they were, and so does an interrupt."
+    model = llama()
+    make_switchable_(model, PROFILES, QuantConfig(act='per_token'))
+    switch = switch_of(model)
+    with torch.no_grad(): switch.layers[12].weight.mul_(1e22)   # the input of the last one: its square is too large
+    if held:
+        for l in switch.layers: l.hold_codes_(*(t.clone() for t in l.nested_parts()))
+    switch.layers[3].weight.requires_grad_(False)
+    before = [(len(l.codes) and l.codes['nested'], l.weight.requires_grad, l.codes_at(4)[0].clone()) for l in switch.layers]
+    for wrong in (ValueError, KeyboardInterrupt):
+        said = 'down_proj: the sums over its inputs' if wrong is ValueError else None
+        with pytest.raises(wrong, match=said), pytest.MonkeyPatch.context() as m:
+            if wrong is KeyboardInterrupt: m.setattr(gptq, '_tasks', stops_after(5, gptq._tasks))
+            quantize_(model, batches(200), memory=1)
+        for l,(codes,trained,at) in zip(switch.layers, before):
+            assert (len(l.codes) and l.codes['nested']) is codes and l.weight.requires_grad==trained
+            assert torch.equal(l.codes_at(4)[0], at)
+
+def stops_after(n, function):
+    left = iter(range(n))
+    def f(*args):
+        if next(left, None) is None: raise KeyboardInterrupt
+        return function(*args)
+    return f
+
+def test_infinite_inputs_of_the_last_share_are_seen_in_the_first_pass():
+    model = llama()
+    make_switchable_(model, PROFILES, QuantConfig(act='per_token'))
+    begun = []
+    model.register_forward_pre_hook(lambda m, a: begun.append(m))
+    with torch.no_grad():
+        for i in (11, 12): switch_of(model).layers[i].weight.mul_(1e30)   # their product is the input of the last one
+    with pytest.raises(ValueError, match='1.mlp.down_proj: its inputs hold'): quantize_(model, batches(200), memory=1)
+    assert len(begun)==1
+
+@pytest.mark.parametrize('live', ['w4a4k4v2','k2v2'])
+def test_what_is_live_does_not_show(live):
+    "Neither its bits nor its cache, nor autocast: layers are fitted to what they see at float."
+    one,two = llama(),llama()
+    for m in (one, two): make_switchable_(m, [*PROFILES, live], QuantConfig(act='per_token'))
+    a = quantize_(one, batches(200))
+    with use_profile(two, live), torch.autocast('cpu', torch.bfloat16): b = quantize_(two, batches(200))
+    assert a==b and all(torch.equal(k.codes['nested'].codes, l.codes['nested'].codes)
+                        for k,l in zip(switch_of(one).layers, switch_of(two).layers))
 
 def test_memory_for_the_sums_is_kept_and_changes_nothing():
     one,two = llama(),llama()

@@ -3,7 +3,8 @@ import copy, json
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.core.calibration import calibrate_, learn_ranges_
-from switchable_llm.core.integer import native_features
+from switchable_llm.core import rotation
+from switchable_llm.core.integer import ReferenceKernel, native_features
 from switchable_llm.core.layers import Setting, fake_quant_product
 from switchable_llm.core.profiles import Profile, Rule, load_profiles, save_profiles
 from switchable_llm.core.rotation import rotate, rotate_plain, rotation_of
@@ -78,6 +79,34 @@ def test_half_precision_is_rounded_once(dtype):
     for back in (False, True):
         assert torch.equal(rotate(x, back), rotate(x.float(), back).to(dtype))
     assert (rotate(x).float()-rotate_plain(x).float()).abs().max()<=x.abs().max()*.01
+
+KEPT = [dict(), dict(weight='per_tensor', codes='independent'), dict(weight='per_group', group_size=16, weight_range='mse')]
+
+@pytest.mark.parametrize('cfg', KEPT)
+@pytest.mark.parametrize('kind', ['llama','gpt2','mixtral'])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_autocast_does_not_show_in_what_is_kept(monkeypatch, compiled, kind, cfg):
+    "Weights, codes and what kernels make of them are the same, whoever is the first to ask."
+    if not compiled: monkeypatch.setattr(rotation, '_native', lambda: None)
+    model,kernel = rotated(MAKES[kind], **cfg),ReferenceKernel()
+    def made(l):
+        l.forget()
+        with torch.no_grad():
+            q,qp = l.codes_at(4)
+            out = [l.weight_at(None), l.unrotated_weight_at(4), l.weight_at(8), q, *(t for t in qp if t is not None)]
+            return out+[t for t in l.prepared_at(4, kernel) if torch.is_tensor(t)] if cfg=={} else out
+    for l in model.switch.layers:
+        plain = made(l)
+        with torch.autocast('cpu', torch.bfloat16): cast = made(l)
+        assert len(plain)==len(cast) and all(a is b or a==b if isinstance(a, int) else torch.equal(a, b) for a,b in zip(plain, cast))
+
+def test_autocast_does_not_show_in_the_gradient():
+    x = torch.randn(4, 576, requires_grad=True)
+    grads = []
+    for cast in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=cast): y = rotate_plain(x)
+        grads += torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(*grads) and rotate_plain(torch.empty(3, 48, device='meta')).shape==(3, 48)
 
 def test_rows_with_gaps_and_none_at_all():
     x = torch.randn(6, 100)[:, 8:56]
@@ -224,7 +253,7 @@ def test_a_rule_leaves_it_off(tmp_path):
 
 def test_codes_that_are_held_have_one_basis():
     off = Profile('off', 'w4', (Rule('w4', site=('mlp_in',), rotate=False),))
-    model = rotated(profiles=('w4','w8', off))
+    model = rotated(profiles=('w4','w8'))
     batches = [dict(input_ids=torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(i))) for i in range(6)]
     found = quantize_(model, batches, widths=(4, 8))
     assert all(c.chosen[4]<=c.rounded[4]*1.001 for c in found.values())
@@ -240,6 +269,10 @@ def test_codes_that_are_held_have_one_basis():
     assert abs(gap()/found[name].chosen[4]-1)<.02        # the sums were of rotated inputs
     l.codes.clear(); l.forget()
     assert abs(gap()/found[name].rounded[4]-1)<.02
+    model.switch.add(off)
+    with pytest.raises(ValueError, match='rotate: no'): quantize_(model, batches)
+    l.hold_codes_(*l.nested_parts())
+    model.switch.layers[4].hold_codes_(*model.switch.layers[4].nested_parts())
     with pytest.raises(ValueError, match='rotate: no'): logits(model, 'off')
 
 # --- out of the process and back -------------------------------------------------------------------------------------

@@ -113,6 +113,35 @@ def test_threads(kind):
     for t in threads: t.join(120)
     assert not wrong and not any(t.is_alive() for t in threads) and model.switch.gate is None
 
+@torch.no_grad()
+def cached(model, at):
+    with use_profile(model, at) if isinstance(at, str) else use_strategy(model, at, KEYS): return model(IDS, attention_mask=MASK).logits
+
+@pytest.mark.parametrize('live', ['float','w8','w8k2v2'])
+def test_the_cache_is_that_of_the_draw(live):
+    "A fixed strategy is its profile to the bit, cache included, whatever is live; so is one draw for a batch."
+    model = switchable('llama')
+    for b in ('w8k4v2','w8k2v2','w4k2v2'): model.switch.add(b)
+    at = {n:cached(model, n) for n in ('w8','w8k4v2','w8k2v2')}
+    assert not any(torch.equal(at['w8'], at[n]) for n in ('w8k4v2','w8k2v2'))
+    with use_profile(model, live):
+        for n in at: assert torch.equal(cached(model, strategy(f'fixed_{n}')), at[n])
+        s = strategy('random_batch', tuple(at))
+        drawn = set()
+        for seed in range(12):
+            with use_strategy(model, s, KEYS, seed): got = model(IDS, attention_mask=MASK).logits
+            drawn.add(n := list(at)[s.draw('a', seed=seed).item()])
+            assert torch.equal(got, at[n])
+        assert len(drawn)==3
+        same = cached(model, strategy('random_profile', ('w8k2v2','w4k2v2')))   # rows differ, their caches do not
+        picks = [strategy('random_profile', ('w8k2v2','w4k2v2')).draw(k).item() for k in KEYS]
+        for row,k in enumerate(picks):
+            want = cached(model, ('w8k2v2','w4k2v2')[k])[row]
+            torch.testing.assert_close(same[row][MASK[row].bool()], want[MASK[row].bool()], atol=1e-4, rtol=1e-4)
+        for name in ('random_profile','random_layer','random_token'):
+            s = strategy(name, ('w8','w8k4v2'))
+            with pytest.raises(ValueError, match="different caches.*per 'batch' or 'run'"), use_strategy(model, s, KEYS): pass
+
 def test_hooks_go_with_the_block():
     model = switchable('opt'); decoder = model.get_decoder(); before = dict(decoder._forward_pre_hooks)
     with pytest.raises(ValueError, match='3 keys for a batch of 2 rows'), use_strategy(model, PER_TOKEN, KEYS):

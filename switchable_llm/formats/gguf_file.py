@@ -152,12 +152,22 @@ def _gguf_add(gguf, w, name, v, dtype):
     w.add_tensor(name, data, raw_dtype=kind)
     return kind.name if v.ndim>1 else None
 
+_NORMAL = 2.**-14   # the smallest float16 with all its digits
+
 def _checked_blocks(gguf, layer, bits, plain, name):   # that what is written is the layer's weight
     kind,data = gguf_blocks(layer, bits, name, plain)
     got = torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
     want = layer.weight_at(bits, plain).detach().float().cpu()
-    want,most = (want.T if layer.axis==1 else want),layer.codes_at(bits, plain)[1].scale.max()
-    if (got-want).abs().max()>1.2*most+1e-7:   # at w8, asymmetric, rounded again, a step can be missed
+    want,step = (want.T if layer.axis==1 else want),layer.codes_at(bits, plain)[1].scale.detach().float().cpu()
+    own = step.expand(len(want), -1, 1).repeat_interleave(want.shape[1]//step.shape[1], 1)[:, :want.shape[1], 0]
+    if step.shape[1]*layer.switch.cfg.group_size!=want.shape[1] and step.shape[1]>1:   # the last group is a shorter one
+        own = step.repeat_interleave(layer.switch.cfg.group_size, 1)[:, :want.shape[1], 0]
+    # Each weight by its own step. At w8, rounded again, a step can be missed; a row 1e8 times smaller is nothing.
+    most = (1.2 if bits==8 else .25)*own+torch.finfo(layer.weight.dtype).eps*want.abs()+1e-8*want.abs().max()
+    if (wrong := (got-want).abs()>most).any():
+        if (small := own[wrong].min())<_NORMAL*2:
+            raise ValueError(f"layer {name}: {int(wrong.any(1).sum())} of its rows have steps as small as {small:.2g} at w{bits}, "
+                             "too small for the float16 of GGUF's blocks: choose dtype='BF16' or 'F32', or leave it float in the profile")
         raise ValueError(f"layer {name}: its weight at w{bits} is no code times a scale, under {layer.switch.cfg}: choose dtype='F16'")
     return kind, data
 

@@ -8,7 +8,7 @@ __all__ = ['Choices', 'Allocation', 'allocate', 'Step', 'search', 'best', 'Point
 # %% ../../nbs/search/allocation.ipynb #93757289
 import itertools
 import numpy as np
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Callable, Iterable, NamedTuple
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import kron, eye
@@ -33,12 +33,15 @@ class Choices:
         float_bits:int=16,             # What an unquantized number counts as
     ):
         self.model,self.s,self.float_bits,self.sites = model,s,float_bits,switch_of(model).sites
-        top = s.reference.bits(self.sites)
+        self.top = top = s.reference.bits(self.sites)   # its cache is that of all choices
         own = lambda k: sorted({getattr(b, k) for b in top.values()}, key=lambda b: b or 99)
         pairs = itertools.product(*(s.bits(k)+own(k) for k in 'wa'))
         self.options = list(dict.fromkeys(Bits(*p) for p in pairs) if options is None
                             else dict.fromkeys(map(Bits.parse, options)))
         if not self.options: raise ValueError("options is empty: give at least one pair of bits")
+        if odd := [o for o in self.options if o!=o.layer]:
+            raise ValueError(f"option {odd[0]}: a group chooses the bits of its layers, here {odd[0].layer}; "
+                             "those of a cache are the reference's")
         self.members = [[x.name for x in self.sites if g.rule.matches(x)] for g in s.groups]
         groups = list(zip(s.groups, self.members))
         self.rises = np.array([[self._rise(g, m, o, top) for o in self.options] for g,m in groups])   # and examples
@@ -75,15 +78,17 @@ class Choices:
         name:str='chosen',    # Of the profile
     )->Profile: # With these bits
         "The profile of a choice, in few rules."
-        bits = self.s.reference.bits(self.sites)
-        for members,o in zip(self.members, choice): bits |= dict.fromkeys(members, self.options[o])
+        bits = dict(self.top)
+        for members,o in zip(self.members, choice):
+            bits |= {m:replace(self.options[o], k=self.top[m].k, v=self.top[m].v) for m in members}
         return compact_profile(name, self.sites, bits)
     def choice_of(self,
         profile:Profile, # Any
-    )->tuple[int,...]|None: # `None` if it gives a group other bits than the options, or several
+    )->tuple[int,...]|None: # `None` if it gives a group other bits than the options, or several, or has another cache
         "The choice that a profile is."
         bits,at = profile.bits(self.sites),{o:i for i,o in enumerate(self.options)}
-        found = [{at.get(bits[m]) for m in members} for members in self.members]
+        if any(b.cache!=self.top[n].cache for n,b in bits.items()): return None
+        found = [{at.get(bits[m].layer) for m in members} for members in self.members]
         return tuple(f.pop() for f in found) if all(len(f)==1 and None not in f for f in found) else None
     def predicted(self,
         choice:Iterable[int], # Option of each group

@@ -7,6 +7,7 @@ __all__ = ['WIDTHS', 'MIN_TOKENS', 'weights_of', 'fitted_step', 'nearest_code', 
            'settled_codes', 'Chosen', 'quantize_', 'drop_codes_']
 
 # %% ../../nbs/search/gptq.ipynb #0b8504c9
+from contextlib import contextmanager
 from functools import partial
 from typing import Iterable, NamedTuple
 import torch
@@ -14,7 +15,7 @@ from torch import nn, Tensor
 from ..system.progress import tqdm
 from ..quantizers import Bits, QuantConfig, blocks, check_bits, least_error, unblocks, whole_step
 from ..core.layers import Setting
-from ..core.rotation import rotate
+from ..core.rotation import no_autocast, rotate
 from ..core.switching import check_unfrozen
 
 # %% ../../nbs/search/gptq.ipynb #ee8a93f8
@@ -167,19 +168,30 @@ _FLOAT = Setting(Bits(), None)
 MIN_TOKENS = 512   # of calibration: with fewer, errors are made up for on what these texts happen to hold
 
 class _Inputs:   # a gate: adds up the products of inputs, and changes nothing
-    def __init__(self, layers): self.wanted,self.sums,self.of,self.last = {l.index for l in layers},{},{},(None, None)
+    def __init__(self, layers): self.wanted,self.sums,self.of,self.last,self.checked = {l.index for l in layers},{},{},(None, None),None
     def __call__(self, layer, x):
+        if layer.multiplies and x.numel() and x is not self.checked: self.check(layer, x)
         if layer.index in self.wanted and x.numel(): self.add(layer, x)
         return layer.at(x, _FLOAT)
+    def check(self, layer, x):   # at every layer, so that what is wrong in the last share is known in the first
+        self.checked = x
+        if not torch.isfinite(x).all() and not torch.isfinite(_counted(layer, x)).all(): _refuse(layer, 'its inputs hold')
     def add(self, layer, x):
         i,(last,of) = layer.index,self.last
         self.of.setdefault(i, of if last is x else i)   # the input of the layer before, which counts it
         if self.of[i]!=i: return
-        self.last,mask = (x, i),layer.switch.mask
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if mask is not None and mask.numel()==len(rows): rows = rows[mask.flatten()]
+        self.last,rows = (x, i),_counted(layer, x).float()
         if i not in self.sums: self.sums[i] = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.sums[i].addmm_(rows.T, rows)
+
+def _counted(layer, x):   # rows of the tokens that count
+    rows,mask = x.reshape(-1, x.shape[-1]),layer.switch.mask
+    return rows[mask.flatten()] if mask is not None and mask.numel()==len(rows) else rows
+
+def _refuse(layer, what):
+    name = layer.switch.sites[layer.index].name
+    raise ValueError(f"layer {name}: {what} NaN or infinite numbers: no layer was changed; "
+                     "load the model anew, or give other texts")
 
 def _shares(layers, memory):   # of the layers, so that what is gathered for each fits
     share,used = [],0
@@ -196,19 +208,44 @@ def _chosen(switch):   # layers whose codes can be chosen: they multiply, and sh
     return [l for l,h in zip(switch.layers, holders) if l.multiplies and holders.count(h)==1]
 
 def _gather(model, batches, layers):
-    switch,inputs,training,tokens = check_unfrozen(model),_Inputs(layers),model.training,0
+    switch,inputs,training = check_unfrozen(model),_Inputs(layers),model.training
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     model.eval()
     try:
         for b in batches:
             b = {k:b[k].to(device) for k in ('input_ids','attention_mask') if k in b}
             mask = b['attention_mask'].bool() if 'attention_mask' in b else None
-            tokens += int(mask.sum()) if mask is not None else b['input_ids'].numel()
-            with switch.block(gate=inputs, mask=mask): model(**b, use_cache=False)
+            # A float cache, whatever is live: layers must see what they see at float.
+            with switch.block(gate=inputs, mask=mask, cache=()), no_autocast(device): model(**b, use_cache=False)
     finally: model.train(training)
+    return inputs
+
+def _check_all(switch, batches, layers):   # what can be known before the first pass
+    tokens = sum(int(b['attention_mask'].bool().sum()) if 'attention_mask' in b else b['input_ids'].numel() for b in batches)
     if tokens<MIN_TOKENS:
         raise ValueError(f"the calibration texts have {tokens} tokens: give {MIN_TOKENS} or more; some ten thousand are good")
-    return inputs
+    for l in layers:
+        if not l.weight.is_meta and not torch.isfinite(l.weight).all(): _refuse(l, 'its weight holds')
+    for p in switch.profiles.values():
+        off,bits = p.unrotated(switch.asked_sites),p.bits(switch.asked_sites)
+        for l in layers:
+            name = switch.sites[l.index].name
+            if l.rotates and name in off and bits[name].w is not None and bits[name].w<=8:
+                raise ValueError(f"profile {p.name!r}: a rule leaves the rotation of layer {name} off (rotate: no), and codes are "
+                                 "chosen in one basis: take that out of the rule, make the model switchable without this "
+                                 "profile, or leave the layer's site out of QuantConfig(rotate=...)")
+
+@contextmanager
+def _whole_or_not(layers):   # what goes wrong on the way leaves all as it was
+    before = [(dict(l.codes.items()), l.holder[0].requires_grad) for l in layers]
+    try: yield
+    except BaseException:
+        for l,(codes,trained) in zip(layers, before):
+            l.codes.clear()
+            l.codes.update(codes)
+            l.holder[0].requires_grad_(trained)
+            l.forget()
+        raise
 
 class Chosen(NamedTuple):
     "What became of one layer: the error of its output on the calibration texts, as a share of the output's square."
@@ -225,27 +262,30 @@ def quantize_(
     memory:int=2**31,        # Bytes that the sums over inputs may take at a time, and as many for what is made of them
     progress:bool=False,     # Show a bar
 )->dict[str,Chosen]: # Name of a layer -> its errors
-    "Choose the codes of all layers so that errors cancel at their outputs (GPTQ), at every width at once."
+    "Choose the codes of all layers so that errors cancel at their outputs (GPTQ), at every width at once; of all or of none."
     switch,batches,widths = check_unfrozen(model),list(batches),_check_widths(widths)
     if switch.cfg.codes!='nested':
         raise ValueError(f"codes={switch.cfg.codes!r}: one code for all widths is nested: use QuantConfig(codes='nested')")
     layers = _chosen(switch)
-    bar,found = tqdm(total=len(layers), desc='layers', disable=not progress, leave=False),{}
-    for share in _shares(layers, memory):
-        inputs = _gather(model, batches, share)
-        groups = {}
-        for l in share: groups.setdefault(inputs.of.get(l.index, l.index), []).append(l)
-        tasks = []
-        for i,group in groups.items():
-            h = inputs.sums.pop(i, None)   # of an expert that no token reached: nothing
-            for turned in (False, True):   # inputs that are rotated where others are not, have another sum
-                some = [l for l in group if l.rotates==turned]
-                if some: tasks.append((some, _rotated_sum(h) if turned else h))
-        for some in _alike(tasks, widths, memory):
-            found |= _choose_codes(some, widths, passes, damping)
-            bar.update(sum(len(ls) for ls,_ in some))
-    bar.close()
+    _check_all(switch, batches, layers)
+    found = {}
+    with tqdm(total=len(layers), desc='layers', disable=not progress, leave=False) as bar, _whole_or_not(layers):
+        for share in _shares(layers, memory):
+            for some in _alike(_tasks(share, _gather(model, batches, share)), widths, memory):
+                with no_autocast(some[0][0][0].device): found |= _choose_codes(some, widths, passes, damping)
+                bar.update(sum(len(ls) for ls,_ in some))
     return {s.name:found[l.index] for l,s in zip(switch.layers, switch.sites) if l.index in found}
+
+def _tasks(layers, inputs):   # (layers, sum of products) of those that have one input
+    groups,tasks = {},[]
+    for l in layers: groups.setdefault(inputs.of.get(l.index, l.index), []).append(l)
+    for i,group in groups.items():
+        h = inputs.sums.pop(i, None)   # of an expert that no token reached: nothing
+        if h is not None and not torch.isfinite(h).all(): _refuse(group[0], 'the sums over its inputs hold')
+        for turned in (False, True):   # inputs that are rotated where others are not, have another sum
+            some = [l for l in group if l.rotates==turned]
+            if some: tasks.append((some, _rotated_sum(h) if turned else h))
+    return tasks
 
 def _check_widths(widths):
     widths = tuple(sorted(set(widths)))
@@ -270,9 +310,6 @@ def _choose_codes(tasks, widths, passes, damping):   # of layers, those of a tas
     for layers,h in tasks:
         ws = [(w.T if l.axis else w).float() for l in layers for w in (l.rotated_weight().detach(),)]
         if h is None: h = torch.eye(ws[0].shape[1], device=ws[0].device)
-        if not torch.isfinite(h).all():
-            name = layers[0].switch.sites[layers[0].index].name
-            raise ValueError(f"layer {name}: its inputs hold NaN or infinite numbers on the calibration texts")
         steps = [fitted_step(w, h, cfg, widths) for w in ws]
         found.append((layers, ws, h, steps, torch.cat(ws), torch.cat([_spread(s, w, cfg) for s,w in zip(steps, ws)])))
     w,h,whole = (torch.stack([f[i] for f in found]) for i in (4, 2, 5))

@@ -269,7 +269,7 @@ def dropped(
     switch = switch_of(model)
     at = reference.bits(switch.sites)
     fewer = lambda now, b: now if b is None else min(now or 99, b)
-    def less(bits, layer): return Bits(fewer(bits.w, w), fewer(bits.a, a if layer.multiplies else None))
+    def less(b, layer): return Bits(fewer(b.w, w), fewer(b.a, a if layer.multiplies else None), b.k, b.v)   # the cache stays
     low = {s.name:less(at[s.name], l) for s,l in zip(switch.sites, switch.layers) if group.rule.matches(s)}
     return None if low.items()<=at.items() else compact_profile('dropped', switch.sites, at|low)
 

@@ -92,9 +92,18 @@ class Drawn:
         if mixed and strategy.per not in ('run','batch'):
             raise ValueError(f"strategy {strategy.name!r} draws per {strategy.per}: layer {mixed[0]} is one of several "
                              "experts, which sees some tokens of all rows; draw per 'batch' or 'run'")
-        self.bound = [self.switch.bound[p] if isinstance(p, str) else self.switch.bind(p) for p in strategy.profiles]
+        found = [self.switch.find(p) for p in strategy.profiles]
+        self.bound = [f['settings'] for f in found]
         self.rows = {'run':['']*len(self.keys), 'batch':self.keys[:1]*len(self.keys)}.get(strategy.per, self.keys)
         self.picks = None if strategy.per=='token' else self._draw()    # of a token: of the pass that began last
+        self.cache = self._cache([f['cache'] for f in found])
+
+    def _cache(self, caches):   # bits of keys and values, which a pass has once for all of its rows
+        if len(set(caches))==1: return caches[0]
+        if self.strategy.whole and self.strategy.per!='example': return caches[int(self.picks[0, 0, 0])]
+        per = 'layer' if self.strategy.layers else self.strategy.per
+        raise ValueError(f"strategy {self.strategy.name!r} draws per {per} from profiles with different caches, and all rows of a "
+                         "batch have one: give its profiles the same k and v, or draw per 'batch' or 'run'")
 
     def _draw(self, positions=1):   # (rows, positions, layers), each of the last two 1 where it does not matter
         layers = len(self.switch.layers) if self.strategy.layers else 1
@@ -169,9 +178,9 @@ def use_strategy(
     seed:int=0,         # Of all draws of a run
     number:int=0,       # Which of the independent draws
 ): # Yields the `Drawn`
-    "Choose precision by a strategy for the length of a `with` block; the live profile is not looked at."
+    "Choose precision by a strategy for the length of a `with` block; the live profile is not looked at, nor its cache."
     drawn = Drawn(model, strategy, keys, seed, number)
-    with drawn.switch.block(gate=drawn): yield drawn
+    with drawn.switch.block(gate=drawn, cache=drawn.cache): yield drawn
 
 # %% ../../nbs/search/strategies.ipynb #e59e14ea
 class StrategyScores(NamedTuple):
