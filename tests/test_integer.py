@@ -1,10 +1,11 @@
 "Integer arithmetic against float64, and against itself with kernels taken away."
-import json, os, subprocess, sys
+import ctypes, json, os, shutil, subprocess, sys
+from functools import lru_cache
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.core.integer import KERNELS, int_linear, pick_kernel, signed_codes, try_kernel
+from switchable_llm.core.integer import KERNELS, int_linear, library, pick_kernel, signed_codes, try_kernel
 from switchable_llm.lora_routing import add_adapters_, adapter_params
 from switchable_llm.quantizers import Bits, QuantConfig, fake_quant, fake_quant_weight, qparams, token_qparams
 from switchable_llm.core.profiles import Profile
@@ -189,3 +190,42 @@ def test_the_same_numbers_without(everywhere, without):
 def test_without_the_library_it_says_so(everywhere):
     without = everywhere['library']
     assert without['kernel']!='native' and all('SWITCHABLE_LLM_NATIVE=0' in v for v in without['native'].values())
+
+# --- the same numbers at every level of instructions ----------------------------------------------------------------
+
+def worker(*args, **env):
+    "Output of levels_worker.py in a process of its own."
+    here = Path(__file__).parent
+    paths = dict(PYTHONPATH=os.pathsep.join([str(here.parent)]), OMP_NUM_THREADS='2')
+    p = subprocess.run([sys.executable, str(here/'levels_worker.py'), *args], capture_output=True, text=True,
+                       env=os.environ|paths|env)
+    assert p.returncode==0, p.stderr[-3000:]
+    return p.stdout
+
+@lru_cache
+def levels():
+    lib = library()
+    if lib is None or not lib.sl_train_features(): return []
+    lib.sl_isa_name.restype = ctypes.c_char_p
+    names = [lib.sl_isa_name(i).decode() for i in range(1, lib.sl_isa_found()+1)]
+    capped = 'import ctypes,sys; print(ctypes.CDLL(sys.argv[1]).sl_isa())'
+    def reached(i, name):   # with AVX-512, AVX_VNNI is a thing of its own
+        p = subprocess.run([sys.executable, '-c', capped, lib._name], capture_output=True, text=True,
+                           env=os.environ|dict(SWITCHABLE_LLM_MAX_ISA=name))
+        return p.stdout.strip()==str(i)
+    return [n for i,n in enumerate(names, 1) if reached(i, n)]
+
+@pytest.mark.skipif(not levels(), reason='no compiled kernels here')
+@pytest.mark.parametrize('level', ['AVX2','AVX_VNNI','AVX512','AMX'])
+def test_the_same_bits_at_every_level(level):
+    if level not in levels(): pytest.skip(f'this processor has no {level}')
+    assert 'equal' in worker(SWITCHABLE_LLM_MAX_ISA=level)
+
+@pytest.mark.skipif('AVX512' not in levels() or not shutil.which('g++'), reason='needs AVX-512 and a compiler')
+def test_tiles_in_plain_code_give_the_same_bits(tmp_path):
+    "The file for AMX, where there is none: what tiles do is written out."
+    source,lib = Path(__file__).parent.parent/'csrc',tmp_path/'tiles.so'
+    files = [str(source/f'{n}.cpp') for n in ('isa','quantize','train','train_tiles','train_vectors')]
+    flags = ['-O1','-w','-std=c++17','-fopenmp','-fPIC','-shared','-DSL_EMULATE_TILES']
+    subprocess.run(['g++', *flags, *files, '-o', str(lib)], check=True)
+    assert 'equal' in worker(str(lib), SWITCHABLE_LLM_MAX_ISA='AVX512')

@@ -208,10 +208,12 @@ def _rows(x): return x if x.stride(-1)==1 and x.stride(0)>=x.shape[1] else x.con
 
 def _ptr(t): return None if t is None else t.data_ptr()
 
-def _bytes_of(x): return 4 if x.dtype==torch.float32 else 2   # for each float, as a fixed-point number
+# Bytes for each float, as a fixed-point number. Three hold what float32 does, beside the largest number of the row;
+# activations have far larger numbers than gradients have, and get one more.
+def _bytes_of(x, gradient=False): return 2 if x.dtype==torch.bfloat16 else 3 if gradient else 4
 
 class NativeKernel(ReferenceKernel):
-    "The compiled kernels, of CPUs with AMX."
+    "The compiled kernels, of CPUs with AVX2 or more."
     name = 'native'
     def __init__(self): self.lib = _declare(library())
 
@@ -261,7 +263,7 @@ class NativeKernel(ReferenceKernel):
         gx = torch.empty(g.shape[0], k, dtype=dtype)
         mask_stride = 0 if mask is None else mask.stride(0)
         _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k,
-              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(g), _ptr(mask), mask_stride, gx.data_ptr(),
+              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(g, True), _ptr(mask), mask_stride, gx.data_ptr(),
               _DTYPES[dtype], k, 0)
         return gx
 
