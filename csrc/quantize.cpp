@@ -84,6 +84,20 @@ API int sl_quantize(const void* x, int xtype, int64_t m, int64_t k, int64_t ldx,
     if (range) give(all, range);
     return OK;
 }
+
+// g (m,k), the gradient of the fake-quantized x: zero where x was clipped, in place. sums (m,2): what a row of it adds
+// to the gradient of the scale, and, where it was clipped, to that of the lower end.
+API int sl_range_gradient(const void* x, int xtype, int64_t ldx, void* g, int gtype, int64_t ldg, int64_t m, int64_t k,
+                          const float* scale, const int32_t* zero, int qmin, int qmax, double* sums) {
+    const TrainTable* table = train_table();
+    if (!table) return NO_CPU;
+    const Ends e{1.f / *scale, (float)(qmin - *zero), (float)(qmax - *zero), (float)qmin, (float)qmax};
+#pragma omp parallel for schedule(static) if (m * k > 32768)
+    for (int64_t i = 0; i < m; i++)
+        table->range_row(row_of(x, xtype, i * ldx), xtype, (void*)row_of(g, gtype, i * ldg), gtype, k, e, sums + 2 * i);
+    return OK;
+}
+
 API int sl_train_features(void) { return train_table() ? 7 : 0; }   // quantize, int8 forward, exact backward
 #else   // another processor or compiler: the caller has its torch path
 API int sl_train_features(void) { return 0; }

@@ -42,6 +42,7 @@ INL const void* row_of(const void* x, int type, int64_t i) {
 struct Range { float lo = INFINITY, hi = -INFINITY; bool bad = false; };
 struct Grid { float scale, inv; int zero; };   // one row's step; zero is the zero point of the unsigned code
 struct Limits { int qmin, qmax; };             // of the unsigned code
+struct Ends { float inv, lo, hi, qmin, qmax; };   // of a static range: 1/step; codes less the zero point; codes
 
 // ---------------------------------------------------------------- packed weight codes
 // [64 bytes: largest |c|][sum over inputs of the codes, int32, one per padded output][tiles]
@@ -114,6 +115,7 @@ struct TrainTable {    // the functions of a level
     Range (*row_range)(const void* x, int type, int64_t k);
     // codes of a row; what was not clipped as bits, or null; its range, or null. Returns the sum of the codes.
     int32_t (*quantize_row)(const void* x, int type, int64_t k, Grid, Limits, uint8_t* codes, uint64_t* kept, Range*);
+    void (*range_row)(const void* x, int xtype, void* g, int gtype, int64_t k, const Ends&, double* sums);
     part_fn parts[3][5];        // by mode and digits
     int64_t panel, chunk;       // rows of a panel; bytes of packed codes that stay in the second-level cache
 };

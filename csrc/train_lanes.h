@@ -16,9 +16,13 @@ INL F least(F a, F b) { return _mm512_min_ps(a, b); }   // b where one is NaN
 INL F most(F a, F b) { return _mm512_max_ps(a, b); }
 INL F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 INL F plus(F a, F b) { return _mm512_add_ps(a, b); }
+INL F minus(F a, F b) { return _mm512_sub_ps(a, b); }
 INL F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INL I rounded(F v) { return _mm512_cvtps_epi32(v); }
 INL F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+INL F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INL M below(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INL M either(M a, M b) { return (M)(a | b); }
 INL I plus(I a, I b) { return _mm512_add_epi32(a, b); }
 INL I minus(I a, I b) { return _mm512_sub_epi32(a, b); }
 INL I times(I a, I b) { return _mm512_mullo_epi32(a, b); }
@@ -78,9 +82,13 @@ INL F least(F a, F b) { return _mm256_min_ps(a, b); }
 INL F most(F a, F b) { return _mm256_max_ps(a, b); }
 INL F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 INL F plus(F a, F b) { return _mm256_add_ps(a, b); }
+INL F minus(F a, F b) { return _mm256_sub_ps(a, b); }
 INL F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INL I rounded(F v) { return _mm256_cvtps_epi32(v); }
 INL F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+INL F nearest(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INL M below(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+INL M either(M a, M b) { return _mm256_or_si256(a, b); }
 INL I plus(I a, I b) { return _mm256_add_epi32(a, b); }
 INL I minus(I a, I b) { return _mm256_sub_epi32(a, b); }
 INL I times(I a, I b) { return _mm256_mullo_epi32(a, b); }
@@ -153,6 +161,12 @@ INL uint32_t largest_of(I v) {   // of unsigned numbers
     uint32_t x[W], m = 0; storei(x, v);
     for (int i = 0; i < W; i++) m = x[i] > m ? x[i] : m;
     return m;
+}
+INL double total_of(F v) {
+    float x[W]; storef(x, v);
+    double s = 0;
+    for (int i = 0; i < W; i++) s += x[i];
+    return s;
 }
 INL float least_of(F v) {
     float x[W]; storef(x, v);

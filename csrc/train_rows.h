@@ -80,6 +80,21 @@ static int32_t quantize_row(const void* x, int type, int64_t k, Grid g, Limits t
                        : codes_row<BF16>(x, k, g, to, codes, kept, range);
 }
 
+// ---------------------------------------------------------------- gradient of a static range
+// Of a row: zeros in the gradient where x was clipped; before that, what scale and lower end of the range get.
+static void range_row(const void* x, int xtype, void* g, int gtype, int64_t k, const Ends& e, double* sums) {
+    const F inv = all(e.inv), lo = all(e.lo), hi = all(e.hi), qmin = all(e.qmin), qmax = all(e.qmax), none = all(0);
+    F to_scale = none, to_end = none;
+    for (int64_t i = 0; i < k; i += W) {
+        const F u = mul(load(x, xtype, i, k - i), inv), q = nearest(u), v = load(g, gtype, i, k - i);
+        const M low = below(q, lo), high = below(hi, q), clipped = either(low, high);
+        to_scale = fma(v, pick(low, qmin, pick(high, qmax, minus(q, u))), to_scale);
+        to_end = plus(to_end, pick(clipped, v, none));
+        store(g, gtype, i, k - i, pick(clipped, none, v));
+    }
+    sums[0] = total_of(to_scale); sums[1] = total_of(to_end);
+}
+
 // ---------------------------------------------------------------- first operand: a line for each digit of a row
 #ifdef SL_BYTES
 enum { SIZE = 1, UNIT = 4 };                 // bytes of a digit; digits that are multiplied at once
@@ -410,7 +425,7 @@ static void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int64_t c
 }
 
 static const TrainTable table = {
-    row_range, quantize_row,
+    row_range, quantize_row, range_row,
     {{nullptr, part<FORWARD_INT, 1>, nullptr, nullptr, nullptr},
      {nullptr, nullptr, part<FORWARD_FLOAT, 2>, part<FORWARD_FLOAT, 3>, part<FORWARD_FLOAT, 4>},
      {nullptr, nullptr, part<BACKWARD, 2>, part<BACKWARD, 3>, part<BACKWARD, 4>}},

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.core.integer import KERNELS, int_linear, library, pick_kernel, signed_codes, try_kernel
 from switchable_llm.lora_routing import add_adapters_, adapter_params
-from switchable_llm.quantizers import Bits, QuantConfig, fake_quant, fake_quant_weight, qparams, token_qparams
+from switchable_llm.quantizers import (
+    Bits, LearnedRange, QParams, QuantConfig, fake_quant, fake_quant_weight, qparams, range_gradient, token_qparams)
 from switchable_llm.core.profiles import Profile
-from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.calibration import calibrate_, learn_ranges_
 from switchable_llm.core.switching import kernel_report, make_switchable_, use_profile
 from switchable_llm.search.costs import held_bytes
 
@@ -151,6 +152,66 @@ def test_memory_against_speed():
     everything,last = used(None),used(1)
     assert any('w4' in k for k in everything) and not any('w4' in k for k in last)
     assert last['base']==everything['base']
+
+# --- learned ranges -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('name', HERE)
+def test_a_learned_range_gets_the_gradient_of_float_arithmetic(name, symmetric, dtype):
+    kernel,_ = try_kernel(name, 'cpu')
+    torch.manual_seed(0)
+    for m,k,n,bits in ((0, 5, 3, 8), (1, 1, 1, 2), (33, 130, 17, 4), (70, 300, 90, 8)):
+        w,cfg = torch.randn(n, k),QuantConfig()
+        dense = fake_quant_weight(w, 8, cfg)
+        prepared = kernel.prepare(signed_codes(w, 8, cfg), lambda: dense)
+        wide = torch.randn(m, 2*k).to(dtype)
+        got = []
+        for integer in (True, False):
+            learned = LearnedRange(torch.tensor(-1.3), torch.tensor(.8), symmetric)
+            leaf = wide.clone().requires_grad_()
+            x = leaf[:, ::2]
+            if integer and m: y = int_linear(x, prepared, kernel, bits, symmetric, learned=learned)
+            else: y = F.linear(learned.fake_quant(x, bits, symmetric), dense.to(dtype))
+            g = torch.randn(m, n, generator=torch.Generator().manual_seed(3)).to(dtype)
+            y.backward(g)
+            got.append((y.detach(), leaf.grad, learned.log_ratio.grad))
+        (y,gx,gr),(y2,gx2,gr2) = got
+        rel = 3e-2 if dtype==torch.bfloat16 else 1e-5
+        for a,b in ((y, y2), (gx, gx2), (gr, gr2)):
+            assert torch.equal(a!=0, b!=0) or dtype==torch.bfloat16 or a is y
+            assert (a.float()-b.float()).norm() <= rel*b.float().norm()+1e-6, (name, m, k, n, bits)
+
+@pytest.mark.skipif('native' not in HERE, reason='no compiled kernels here')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_the_pass_over_a_range_is_that_of_plain_operators(dtype):
+    kernel,_ = try_kernel('native', 'cpu')
+    torch.manual_seed(0)
+    for m,k in ((0, 4), (1, 1), (3, 15), (5, 64), (40, 333)):
+        for qp in (QParams(torch.tensor(.02), torch.tensor(100, dtype=torch.int32), 0, 255),
+                   QParams(torch.tensor(.3), torch.tensor(0, dtype=torch.int32), -7, 7)):
+            x,g = torch.randn(m, 2*k).to(dtype)[:, 1::2],torch.randn(m, k).to(dtype)
+            right,scale,end = range_gradient(g.double(), x, qp)
+            masked,s,e = kernel.range_gradient(g.clone(), x, qp)
+            bound = 1e-6*g.double().abs().sum()*max(1, qp.qmax)+1e-9
+            assert torch.equal(masked.double(), right) and abs(s-scale)<=bound and abs(e-end)<=bound
+
+@pytest.mark.parametrize('kind', ['gpt2','llama'])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_training_with_learned_ranges_is_the_same_with_and_without(kind, symmetric):
+    model = small(kind, codes='nested', act_symmetric=symmetric)
+    learn_ranges_(model)
+    def step(profile):
+        loss,grads = gradients(model, profile)
+        ranges = {n:p.grad.clone() for n,p in model.named_parameters() if n.endswith('log_ratio') and p.grad is not None}
+        assert ranges
+        return loss, grads | ranges
+    for profile in ('bw4','bw8','mixed8648'):
+        model.switch.kernel = 'float'; right = step(profile)
+        for k in ['auto',*HERE]:
+            model.switch.kernel = k
+            if k!='auto': assert list(kernel_report(model, profile))[0].startswith(f'{k}:')
+            close(step(profile), right)
 
 # --- without the kernels --------------------------------------------------------------------------------------------
 
