@@ -4,7 +4,7 @@ test_integer.py runs it once for each level of instructions. It prints how many 
 import ctypes, sys
 import torch
 from switchable_llm.core.integer import NativeKernel, ReferenceKernel, SignedCodes, _declare
-from switchable_llm.quantizers import QParams
+from switchable_llm.quantizers import QParams, range_gradient
 
 class Native(NativeKernel):
     def __init__(self, path):
@@ -59,6 +59,12 @@ def compare(native, pick, m, k, n, dtype):
     q,r = native.quantize(strided(x, how), bits, symmetric, qp),ReferenceKernel().quantize(x, bits, symmetric, qp)
     assert torch.equal(q.codes[:, :k], r.codes) and (q.codes[:, k:]==0).all(), ('codes', m, k, dtype, bits)
     assert qp is None or torch.equal(bits_of(q.mask, k), r.mask), ('clipped', m, k, dtype, bits)
+    if qp is not None:
+        gx = torch.randn(m, k).to(dtype)
+        right,*ends = range_gradient(gx.double(), x, qp)
+        masked,*got = native.range_gradient(gx.clone(), strided(x, how), qp)
+        bound = 1e-6*gx.double().abs().sum()*max(1, qp.qmax)+1e-9
+        assert torch.equal(masked.double(), right) and all(abs(a-b)<=bound for a,b in zip(got, ends)), ('range', m, k)
     sums = (r.codes.double()-r.zero) @ (codes.double()+d).T
     right = sums.float()*q.scale.view(-1, 1)*s
     assert torch.equal(native.forward(q, prepared, None, out), right.to(out)), ('forward', m, k, n, dtype)

@@ -213,6 +213,23 @@ def test_training_with_learned_ranges_is_the_same_with_and_without(kind, symmetr
             if k!='auto': assert list(kernel_report(model, profile))[0].startswith(f'{k}:')
             close(step(profile), right)
 
+@pytest.mark.skipif(not pick_kernel()[0], reason='no integer kernel here')
+@pytest.mark.parametrize('route', ['bits','shared','shared+bits'])
+@pytest.mark.parametrize('rotate', [False, True])
+def test_rotation_and_shared_adapters_stay_on_integers(route, rotate):
+    torch.manual_seed(0)
+    model = llama()
+    make_switchable_(model, ['bw4','bw8'], QuantConfig(codes='nested', rotate=rotate))
+    calibrate_(model, [batch()])
+    learn_ranges_(model)
+    add_adapters_(model, dropout=0., route=route)
+    for profile in ('bw4','bw8'):
+        assert list(kernel_report(model, profile))[0].startswith(f'{pick_kernel()[0].name}:')
+        right = gradients(model, profile)
+        model.switch.kernel = 'float'
+        close(right, gradients(model, profile))
+        model.switch.kernel = 'auto'
+
 # --- without the kernels --------------------------------------------------------------------------------------------
 
 PROBE = """
