@@ -6,7 +6,7 @@
 __all__ = ['MIN_BITS', 'MAX_BITS', 'CACHE_BITS', 'check_bits', 'Bits', 'qrange', 'QParams', 'qparams', 'quantize', 'dequantize',
            'fake_quant', 'QuantConfig', 'blocks', 'unblocks', 'least_error', 'weight_qparams', 'nested_codes',
            'whole_step', 'nested_at', 'quantize_weight', 'dequantize_weight', 'fake_quant_weight', 'EMAObserver',
-           'LearnedRange', 'token_qparams', 'fused_fake_quant']
+           'range_gradient', 'LearnedRange', 'token_qparams', 'fused_fake_quant']
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
 import re, warnings
@@ -348,6 +348,18 @@ class EMAObserver(nn.Module):
     def extra_repr(self): return f'[{self.lo:.4g}, {self.hi:.4g}], seen={int(self.seen)}'
 
 # %% ../nbs/00_quantizers.ipynb #1130bd7a
+def range_gradient(
+    g:Tensor,    # Gradient of the fake-quantized `x`
+    x:Tensor,    # What was quantized, of the same shape
+    qp:QParams,  # Scale and zero point of a static range
+)->tuple[Tensor,Tensor,Tensor]: # Gradients of `x`, of the scale, and of the lower end at a fixed scale
+    "Straight-through gradient, and what the range gets (LSQ eq. 3; LSQ+)."
+    u = x.float()*(1/qp.scale)
+    q = u.round()
+    low,high = q<qp.qmin-qp.zero_point,q>qp.qmax-qp.zero_point
+    slope = torch.where(low, float(qp.qmin), torch.where(high, float(qp.qmax), q-u))
+    return g*~(low | high), (g.float()*slope).sum(), (g.float()*(low | high)).sum()
+
 class _LearnedFakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, offset, qp, factor):
@@ -356,13 +368,9 @@ class _LearnedFakeQuant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x,scale,zero = ctx.saved_tensors
-        u = x.float()*(1/scale)
-        q,(qmin,qmax) = u.round(),ctx.ends
-        low,high = q<qmin-zero,q>qmax-zero
-        slope = torch.where(low, float(qmin), torch.where(high, float(qmax), q-u))
-        total = lambda t: (g.float()*t).sum()*ctx.factor
-        return g*~(low | high), total(slope), total(low | high) if ctx.needs_input_grad[2] else None, None, None
+        x,*qp = ctx.saved_tensors
+        g,scale,offset = range_gradient(g, x, QParams(*qp, *ctx.ends))
+        return g, scale*ctx.factor, offset*ctx.factor if ctx.needs_input_grad[2] else None, None, None
 
 class LearnedRange(nn.Module):
     "A static range with a gradient (LSQ eq. 3; LSQ+), in the place of an `EMAObserver`; always float32."
@@ -397,15 +405,23 @@ class LearnedRange(nn.Module):
         if self._last is None or self._last[0]!=key: self._last = key,qparams(self.lo, self.hi, bits, symmetric)
         return self._last[1]
 
+    def trained(self,
+        bits:int,        # Bit-width, 2 to 16
+        symmetric:bool,  # Symmetric or asymmetric codes
+        features:int,    # Of a token: the gradient of the range is made smaller by them
+    )->tuple[Tensor,Tensor|None,QParams,float]: # Scale and lower end with gradient, `qparams`, factor of their gradient
+        "What has a gradient of the range, for an operation that quantizes."
+        qp = self.qparams(bits, symmetric)
+        scale,_ = _scale_and_zero(self.lo, self.hi, qp.qmin, qp.qmax)
+        return scale, None if symmetric else self.lo, qp, (features*qp.qmax)**-.5
+
     def fake_quant(self,
         x:Tensor,        # Activations, (..., features)
         bits:int,        # Bit-width, 2 to 16
         symmetric:bool,  # Symmetric or asymmetric codes
     )->Tensor: # What `fake_quant` returns for this range, bit for bit
         "Quantize and dequantize, with a gradient for the range too."
-        qp = self.qparams(bits, symmetric)
-        scale,_ = _scale_and_zero(self.lo, self.hi, qp.qmin, qp.qmax)
-        return _LearnedFakeQuant.apply(x, scale, None if symmetric else self.lo, qp, (x.shape[-1]*qp.qmax)**-.5)
+        return _LearnedFakeQuant.apply(x, *self.trained(bits, symmetric, x.shape[-1]))
 
     def _apply(self, fn, recurse=True):   # .to(bfloat16) moves the range but must not round it
         start,log,self._last = self.start,self.log_ratio.detach(),None

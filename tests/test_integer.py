@@ -1,14 +1,16 @@
 "Integer arithmetic against float64, and against itself with kernels taken away."
-import json, os, subprocess, sys
+import ctypes, json, os, shutil, subprocess, sys
+from functools import lru_cache
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.core.integer import KERNELS, int_linear, pick_kernel, signed_codes, try_kernel
+from switchable_llm.core.integer import KERNELS, int_linear, library, pick_kernel, signed_codes, try_kernel
 from switchable_llm.lora_routing import add_adapters_, adapter_params
-from switchable_llm.quantizers import Bits, QuantConfig, fake_quant, fake_quant_weight, qparams, token_qparams
+from switchable_llm.quantizers import (
+    Bits, LearnedRange, QParams, QuantConfig, fake_quant, fake_quant_weight, qparams, range_gradient, token_qparams)
 from switchable_llm.core.profiles import Profile
-from switchable_llm.core.calibration import calibrate_
+from switchable_llm.core.calibration import calibrate_, learn_ranges_
 from switchable_llm.core.switching import kernel_report, make_switchable_, use_profile
 from switchable_llm.search.costs import held_bytes
 
@@ -151,6 +153,83 @@ def test_memory_against_speed():
     assert any('w4' in k for k in everything) and not any('w4' in k for k in last)
     assert last['base']==everything['base']
 
+# --- learned ranges -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('name', HERE)
+def test_a_learned_range_gets_the_gradient_of_float_arithmetic(name, symmetric, dtype):
+    kernel,_ = try_kernel(name, 'cpu')
+    torch.manual_seed(0)
+    for m,k,n,bits in ((0, 5, 3, 8), (1, 1, 1, 2), (33, 130, 17, 4), (70, 300, 90, 8)):
+        w,cfg = torch.randn(n, k),QuantConfig()
+        dense = fake_quant_weight(w, 8, cfg)
+        prepared = kernel.prepare(signed_codes(w, 8, cfg), lambda: dense)
+        wide = torch.randn(m, 2*k).to(dtype)
+        got = []
+        for integer in (True, False):
+            learned = LearnedRange(torch.tensor(-1.3), torch.tensor(.8), symmetric)
+            leaf = wide.clone().requires_grad_()
+            x = leaf[:, ::2]
+            if integer and m: y = int_linear(x, prepared, kernel, bits, symmetric, learned=learned)
+            else: y = F.linear(learned.fake_quant(x, bits, symmetric), dense.to(dtype))
+            g = torch.randn(m, n, generator=torch.Generator().manual_seed(3)).to(dtype)
+            y.backward(g)
+            got.append((y.detach(), leaf.grad, learned.log_ratio.grad))
+        (y,gx,gr),(y2,gx2,gr2) = got
+        rel = 3e-2 if dtype==torch.bfloat16 else 1e-5
+        for a,b in ((y, y2), (gx, gx2), (gr, gr2)):
+            assert torch.equal(a!=0, b!=0) or dtype==torch.bfloat16 or a is y
+            assert (a.float()-b.float()).norm() <= rel*b.float().norm()+1e-6, (name, m, k, n, bits)
+
+@pytest.mark.skipif('native' not in HERE, reason='no compiled kernels here')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_the_pass_over_a_range_is_that_of_plain_operators(dtype):
+    kernel,_ = try_kernel('native', 'cpu')
+    torch.manual_seed(0)
+    for m,k in ((0, 4), (1, 1), (3, 15), (5, 64), (40, 333)):
+        for qp in (QParams(torch.tensor(.02), torch.tensor(100, dtype=torch.int32), 0, 255),
+                   QParams(torch.tensor(.3), torch.tensor(0, dtype=torch.int32), -7, 7)):
+            x,g = torch.randn(m, 2*k).to(dtype)[:, 1::2],torch.randn(m, k).to(dtype)
+            right,scale,end = range_gradient(g.double(), x, qp)
+            masked,s,e = kernel.range_gradient(g.clone(), x, qp)
+            bound = 1e-6*g.double().abs().sum()*max(1, qp.qmax)+1e-9
+            assert torch.equal(masked.double(), right) and abs(s-scale)<=bound and abs(e-end)<=bound
+
+@pytest.mark.parametrize('kind', ['gpt2','llama'])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_training_with_learned_ranges_is_the_same_with_and_without(kind, symmetric):
+    model = small(kind, codes='nested', act_symmetric=symmetric)
+    learn_ranges_(model)
+    def step(profile):
+        loss,grads = gradients(model, profile)
+        ranges = {n:p.grad.clone() for n,p in model.named_parameters() if n.endswith('log_ratio') and p.grad is not None}
+        assert ranges
+        return loss, grads | ranges
+    for profile in ('bw4','bw8','mixed8648'):
+        model.switch.kernel = 'float'; right = step(profile)
+        for k in ['auto',*HERE]:
+            model.switch.kernel = k
+            if k!='auto': assert list(kernel_report(model, profile))[0].startswith(f'{k}:')
+            close(step(profile), right)
+
+@pytest.mark.skipif(not pick_kernel()[0], reason='no integer kernel here')
+@pytest.mark.parametrize('route', ['bits','shared','shared+bits'])
+@pytest.mark.parametrize('rotate', [False, True])
+def test_rotation_and_shared_adapters_stay_on_integers(route, rotate):
+    torch.manual_seed(0)
+    model = llama()
+    make_switchable_(model, ['bw4','bw8'], QuantConfig(codes='nested', rotate=rotate))
+    calibrate_(model, [batch()])
+    learn_ranges_(model)
+    add_adapters_(model, dropout=0., route=route)
+    for profile in ('bw4','bw8'):
+        assert list(kernel_report(model, profile))[0].startswith(f'{pick_kernel()[0].name}:')
+        right = gradients(model, profile)
+        model.switch.kernel = 'float'
+        close(right, gradients(model, profile))
+        model.switch.kernel = 'auto'
+
 # --- without the kernels --------------------------------------------------------------------------------------------
 
 PROBE = """
@@ -189,3 +268,42 @@ def test_the_same_numbers_without(everywhere, without):
 def test_without_the_library_it_says_so(everywhere):
     without = everywhere['library']
     assert without['kernel']!='native' and all('SWITCHABLE_LLM_NATIVE=0' in v for v in without['native'].values())
+
+# --- the same numbers at every level of instructions ----------------------------------------------------------------
+
+def worker(*args, **env):
+    "Output of levels_worker.py in a process of its own."
+    here = Path(__file__).parent
+    paths = dict(PYTHONPATH=os.pathsep.join([str(here.parent)]), OMP_NUM_THREADS='2')
+    p = subprocess.run([sys.executable, str(here/'levels_worker.py'), *args], capture_output=True, text=True,
+                       env=os.environ|paths|env)
+    assert p.returncode==0, p.stderr[-3000:]
+    return p.stdout
+
+@lru_cache
+def levels():
+    lib = library()
+    if lib is None or not lib.sl_train_features(): return []
+    lib.sl_isa_name.restype = ctypes.c_char_p
+    names = [lib.sl_isa_name(i).decode() for i in range(1, lib.sl_isa_found()+1)]
+    capped = 'import ctypes,sys; print(ctypes.CDLL(sys.argv[1]).sl_isa())'
+    def reached(i, name):   # with AVX-512, AVX_VNNI is a thing of its own
+        p = subprocess.run([sys.executable, '-c', capped, lib._name], capture_output=True, text=True,
+                           env=os.environ|dict(SWITCHABLE_LLM_MAX_ISA=name))
+        return p.stdout.strip()==str(i)
+    return [n for i,n in enumerate(names, 1) if reached(i, n)]
+
+@pytest.mark.skipif(not levels(), reason='no compiled kernels here')
+@pytest.mark.parametrize('level', ['AVX2','AVX_VNNI','AVX512','AMX'])
+def test_the_same_bits_at_every_level(level):
+    if level not in levels(): pytest.skip(f'this processor has no {level}')
+    assert 'equal' in worker(SWITCHABLE_LLM_MAX_ISA=level)
+
+@pytest.mark.skipif('AVX512' not in levels() or not shutil.which('g++'), reason='needs AVX-512 and a compiler')
+def test_tiles_in_plain_code_give_the_same_bits(tmp_path):
+    "The file for AMX, where there is none: what tiles do is written out."
+    source,lib = Path(__file__).parent.parent/'csrc',tmp_path/'tiles.so'
+    files = [str(source/f'{n}.cpp') for n in ('isa','quantize','train','train_tiles','train_vectors')]
+    flags = ['-O1','-w','-std=c++17','-fopenmp','-fPIC','-shared','-DSL_EMULATE_TILES']
+    subprocess.run(['g++', *flags, *files, '-o', str(lib)], check=True)
+    assert 'equal' in worker(str(lib), SWITCHABLE_LLM_MAX_ISA='AVX512')

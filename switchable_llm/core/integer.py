@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import torch   # loads the OpenMP runtime that the kernels share
 from torch import Tensor
-from ..quantizers import QParams, QuantConfig, quantize_weight, token_qparams
+from ..quantizers import (
+    LearnedRange, QParams, QuantConfig, quantize_weight, range_gradient, token_qparams)
 
 # %% ../../nbs/core/integer.ipynb #b6241ef8
 ABI = 7   # of csrc/abi.cpp
@@ -162,6 +163,15 @@ class ReferenceKernel:
         g = (g @ prepared[-1]().to(g.dtype)).to(dtype)
         return g if mask is None else g*mask
 
+    def range_gradient(self,
+        g:Tensor,   # Gradient of the quantized activations, from `backward` without a mask; may be overwritten
+        x:Tensor,   # Activations, (tokens, in)
+        qp:QParams, # Their static range
+    )->tuple[Tensor,Tensor,Tensor]: # Gradients of `x`, of the scale, and of the lower end at a fixed scale
+        "Straight-through gradient, and what a learned range gets."
+        return range_gradient(g, x, qp)
+
+
 # %% ../../nbs/core/integer.ipynb #4b627444
 # From raw[m,o] = scale[o]*sum_k codes[o,k]*(q[m,k]-moved), float32, the product: with zero points, offset, scale of
 # the token, and bias.
@@ -219,10 +229,12 @@ def _rows(x): return x if x.stride(-1)==1 and x.stride(0)>=x.shape[1] else x.con
 
 def _ptr(t): return None if t is None else t.data_ptr()
 
-def _bytes_of(x): return 4 if x.dtype==torch.float32 else 2   # for each float, as a fixed-point number
+# Bytes for each float, as a fixed-point number. Three hold what float32 does, beside the largest number of the row;
+# activations have far larger numbers than gradients have, and get one more.
+def _bytes_of(x, gradient=False): return 2 if x.dtype==torch.bfloat16 else 3 if gradient else 4
 
 class NativeKernel(ReferenceKernel):
-    "The compiled kernels, of CPUs with AMX."
+    "The compiled kernels, of CPUs with AVX2 or more."
     name = 'native'
     def __init__(self): self.lib = _declare(library())
 
@@ -272,9 +284,17 @@ class NativeKernel(ReferenceKernel):
         gx = torch.empty(g.shape[0], k, dtype=dtype)
         mask_stride = 0 if mask is None else mask.stride(0)
         _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k,
-              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(g), _ptr(mask), mask_stride, gx.data_ptr(),
+              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(g, True), _ptr(mask), mask_stride, gx.data_ptr(),
               _DTYPES[dtype], k, 0)
         return gx
+
+    def range_gradient(self, g, x, qp):
+        x,(m,k) = _rows(x),g.shape
+        sums = torch.empty(m, 2, dtype=torch.float64)
+        _call(self.lib.sl_range_gradient, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), g.data_ptr(), _DTYPES[g.dtype],
+              g.stride(0), m, k, _ptr(qp.scale), _ptr(qp.zero_point), qp.qmin, qp.qmax, sums.data_ptr())
+        return g, *sums.sum(0).float()
+
 
 # %% ../../nbs/core/integer.ipynb #8463871b
 def _declare(lib):   # argument types: what is a pointer must not be cut to 32 bits
@@ -284,7 +304,8 @@ def _declare(lib):   # argument types: what is a pointer must not be cut to 32 b
         sl_quantize='pilll iii pp pl ppp pl pp',
         sl_forward='pl ppp lll ppfp pil',
         sl_forward_float='pil lll ppf ip pil',
-        sl_backward='pil lll ppf i pl pil i')
+        sl_backward='pil lll ppf i pl pil i',
+        sl_range_gradient='pil pil ll pp ii p')
     for name,letters in calls.items():
         getattr(lib, name).argtypes = [from_letters[c] for c in letters.replace(' ', '')]
     lib.sl_train_packed_bytes.argtypes,lib.sl_train_packed_bytes.restype = [ctypes.c_int64]*2,ctypes.c_int64
@@ -349,17 +370,25 @@ def pick_kernel(
 # %% ../../nbs/core/integer.ipynb #50c227fb
 class _IntLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernel, prepared, bits, symmetric, qp, bias, dtype):
-        ctx.kernel,ctx.prepared,ctx.dtype = kernel,prepared,x.dtype
+    def forward(ctx, x, kernel, prepared, bits, symmetric, qp, bias, dtype, scale=None, end=None, factor=None):
+        ctx.kernel,ctx.prepared,ctx.dtype,ctx.factor = kernel,prepared,x.dtype,factor
         if bits is None:
             ctx.save_for_backward(None)
             return kernel.forward_float(x, prepared, bias, dtype)
-        q = kernel.quantize(x, bits, symmetric, qp, ctx.needs_input_grad[0])
-        ctx.save_for_backward(q.mask)
+        q = kernel.quantize(x, bits, symmetric, qp, ctx.needs_input_grad[0] and factor is None)
+        if factor is None: ctx.save_for_backward(q.mask)
+        else: ctx.save_for_backward(x, *qp[:2]); ctx.ends = qp[2:]
         return kernel.forward(q, prepared, bias, dtype)
 
     @staticmethod
-    def backward(ctx, g): return ctx.kernel.backward(g, ctx.prepared, *ctx.saved_tensors, ctx.dtype), *[None]*7
+    def backward(ctx, g):
+        none = [None]*7
+        if ctx.factor is None:
+            return ctx.kernel.backward(g, ctx.prepared, *ctx.saved_tensors, ctx.dtype), *none, None, None, None
+        x,*qp = ctx.saved_tensors
+        g = ctx.kernel.backward(g, ctx.prepared, None, ctx.dtype)
+        g,scale,end = ctx.kernel.range_gradient(g, x, QParams(*qp, *ctx.ends))
+        return g, *none, scale*ctx.factor, end*ctx.factor if ctx.needs_input_grad[9] else None, None
 
 def int_linear(
     x:Tensor,                # Activations, (..., in), float32 or bfloat16
@@ -369,8 +398,12 @@ def int_linear(
     symmetric:bool,          # Symmetric activation codes
     qp:QParams|None=None,    # Static range; `None` for a dynamic one per token
     bias:Tensor|None=None,   # (out,), without gradient
+    learned:LearnedRange|None=None, # A static range that gets a gradient, in the place of `qp`
 )->Tensor: # (..., out), of the type of `x`, or of autocast
-    "A linear layer on integers; its gradient goes to `x` where it was not clipped."
+    "A linear layer on integers; its gradient goes to `x` where it was not clipped, and to a learned range."
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    y = _IntLinear.apply(x.reshape(-1, x.shape[-1]), kernel, prepared, bits, symmetric, qp, bias, dtype)
+    scale = end = factor = None
+    if learned is not None: scale,end,qp,factor = learned.trained(bits, symmetric, x.shape[-1])
+    y = _IntLinear.apply(x.reshape(-1, x.shape[-1]), kernel, prepared, bits, symmetric, qp, bias, dtype,
+                         scale, end, factor)
     return y.view(*x.shape[:-1], y.shape[-1])

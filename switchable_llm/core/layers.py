@@ -113,9 +113,10 @@ class QuantLayer(Opaque):
         x = self.rotated(x, plain)
         static = bits.a is not None and self.switch.cfg.act=='per_tensor'
         if static and self.switch.recording: self._observe(x, bits.a, plain)
-        qp = self.act_qparams(bits.a, plain) if static else None
+        learned = self.trained_range(bits.a, plain) if static and torch.is_grad_enabled() else None
+        qp = self.act_qparams(bits.a, plain) if static and learned is None else None
         prepared,symmetric = self.prepared_at(bits.w, kernel, plain),self.switch.cfg.act_symmetric
-        return int_linear(x, prepared, kernel, bits.a, symmetric, qp, self.bias)
+        return int_linear(x, prepared, kernel, bits.a, symmetric, qp, self.bias, learned)
 
     @property
     def rotates(self)->bool: return self.switch.rotated[self.index]   # where no rule leaves it off
@@ -151,7 +152,6 @@ class QuantLayer(Opaque):
             trained = any(t is not None and t.requires_grad for t in (self.weight, self.bias))
             if trained: return None, 'the weight is trained'
             if '_hf_hook' in self.base.__dict__: return None, 'the weight may be away when its gradient is made'
-            if self.trained_range(bits.a, plain) is not None: return None, 'the range of the activations is trained'
         key = bits,dtype,device,self.switch.kernel
         if key not in self._kernels: self._kernels[key] = self._choose(*key)
         return self._kernels[key]
