@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
-from switchable_llm.core.integer import KERNELS, try_kernel, native_report
+from switchable_llm.core.integer import KERNELS, try_kernel
+from switchable_llm.system.native import native_report
 from switchable_llm.study.records import environment
 from switchable_llm.system.files import write_whole
 

@@ -10,7 +10,7 @@
 #define SL_ARM 1
 #endif
 
-// Names, in this order, in nbs/core/integer.ipynb. 0: none of them.
+// Names, in this order, in nbs/system/native.ipynb. 0: none of them.
 #ifdef SL_ARM
 enum { DOT = 1, I8MM = 2 };                         // NEON with dot products; with byte matrix products
 #else

@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
     ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
-    ('system', 'System', 'files, digests, kinds of models', 'files progress digests families'),
+    ('system', 'System', 'files, digests, compiled code, kinds of models', 'files progress digests native families'),
     ('attention', 'Attention', 'keys and values in few bits', 'caches attending'),
     ('core', 'Core', 'layers that switch', 'opaque integer rotation profiles layers experts switching calibration gates'),
     ('models', 'Models', 'in and out of files', 'loading checkpoints quantizer cards pretrained'),

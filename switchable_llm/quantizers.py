@@ -9,12 +9,13 @@ __all__ = ['MIN_BITS', 'MAX_BITS', 'CACHE_BITS', 'check_bits', 'Bits', 'qrange',
            'range_gradient', 'LearnedRange', 'token_qparams', 'fused_fake_quant']
 
 # %% ../nbs/00_quantizers.ipynb #4901f7c9
-import re, warnings
+import re
 from dataclasses import asdict, dataclass
 from typing import Callable, NamedTuple
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from .system.native import Compiled
 
 # %% ../nbs/00_quantizers.ipynb #726817b1
 MIN_BITS,MAX_BITS = 2,16
@@ -354,8 +355,7 @@ def range_gradient(
     qp:QParams,  # Scale and zero point of a static range
 )->tuple[Tensor,Tensor,Tensor]: # Gradients of `x`, of the scale, and of the lower end at a fixed scale
     "Straight-through gradient, and what the range gets (LSQ eq. 3; LSQ+)."
-    u = x.float()*(1/qp.scale)
-    q = u.round()
+    q = (u := x.float()*(1/qp.scale)).round()
     low,high = q<qp.qmin-qp.zero_point,q>qp.qmax-qp.zero_point
     slope = torch.where(low, float(qp.qmin), torch.where(high, float(qp.qmax), q-u))
     return g*~(low | high), (g.float()*slope).sum(), (g.float()*(low | high)).sum()
@@ -451,23 +451,7 @@ def _snap(x, scale, zp, qmin, qmax):
     q,lo,hi = (x.float()*(1/scale)).round(),qmin-zp,qmax-zp
     return (q.clamp(lo, hi)*scale).to(x.dtype), (q>=lo) & (q<=hi)
 
-# torch's cache on disk does not ask for which instructions code was made: read back under others, it returns anything.
-torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or torch.backends.cpu.get_cpu_capability()
-
-class _Compiled:
-    "A function through `torch.compile`, or itself where that fails."
-    def __init__(self, f): self.plain,self.f = f,None
-    def __call__(self, *args):
-        if self.f is None: self.f = torch.compile(self.plain, dynamic=True)
-        try: return self.f(*args)
-        except Exception as e:
-            if self.f is self.plain: raise
-            why = f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'
-            warnings.warn(f"torch.compile failed ({why}): going on with plain operators, slower and with the same numbers")
-            self.f = self.plain
-            return self.f(*args)
-
-_fast_tokens,_fast_static = _Compiled(_snap_tokens),_Compiled(_snap)
+_fast_tokens,_fast_static = Compiled(_snap_tokens),Compiled(_snap)
 
 class _FusedFakeQuant(torch.autograd.Function):
     @staticmethod

@@ -10,7 +10,7 @@ from switchable_llm.apps.cli import main
 from switchable_llm.attention.attending import ATTENDING
 from switchable_llm.attention.caches import GROUP, range_codes, range_numbers
 from switchable_llm.core.gates import add_gates_
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from switchable_llm.core.profiles import Profile, Rule, as_profile, load_profiles, save_profiles
 from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.lora_routing import add_adapters_

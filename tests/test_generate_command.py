@@ -5,7 +5,7 @@ import pytest, torch
 from transformers import TextIteratorStreamer, TextStreamer
 import switchable_llm as sl
 from switchable_llm.apps.cli import main
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 
 PROMPT = 'context: Bemola was born in'
 CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

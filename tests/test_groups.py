@@ -1,7 +1,7 @@
 "A step for each group of inputs: products, the packed file, the lean loop, and the command line."
 import itertools
 import pytest, torch
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import use_profile
 from switchable_llm.quantizers import (

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.core.integer import KERNELS, int_linear, library, pick_kernel, signed_codes, try_kernel
+from switchable_llm.core.integer import KERNELS, int_linear, pick_kernel, signed_codes, try_kernel
+from switchable_llm.system.native import library
 from switchable_llm.lora_routing import add_adapters_, adapter_params
 from switchable_llm.quantizers import (
     Bits, LearnedRange, QParams, QuantConfig, fake_quant, fake_quant_weight, qparams, range_gradient, token_qparams)
@@ -235,7 +236,8 @@ def test_rotation_and_shared_adapters_stay_on_integers(route, rotate):
 PROBE = """
 import json, torch
 from test_integer import gradients, small
-from switchable_llm.core.integer import native_report, pick_kernel
+from switchable_llm.core.integer import pick_kernel
+from switchable_llm.system.native import native_report
 out = {}
 for act in ('per_tensor','per_token'):
     model = small(act=act, codes='nested')

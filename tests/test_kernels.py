@@ -10,7 +10,7 @@ from switchable_llm.serving.kernels import (
 from switchable_llm.serving.kept import Cache
 from switchable_llm.serving.parts import Table, parts_of
 from switchable_llm.serving.lean import Step, lean_tokens, torch_step
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from switchable_llm.quantizers import quantize
 
 native = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')

@@ -5,7 +5,7 @@ import pytest, torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from switchable_llm.core.calibration import calibrate_
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from switchable_llm.core.profiles import Profile
 from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.lora_routing import add_adapters_

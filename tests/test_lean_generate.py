@@ -4,7 +4,7 @@ import pytest, torch
 from transformers import DynamicCache
 from switchable_llm.serving.generating import LeanCache
 from switchable_llm.serving.lean import LiveStep, Step, lean_tokens, live_of
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits

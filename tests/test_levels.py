@@ -2,7 +2,7 @@
 import os, shutil, subprocess
 from pathlib import Path
 import pytest
-from switchable_llm.core.integer import library
+from switchable_llm.system.native import library
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.skipif(library() is None, reason='the compiled kernels are not built'),

@@ -6,7 +6,7 @@ from switchable_llm.serving.kernels import ActQuant, FAULTS, LinearPlan, _Linear
 from switchable_llm.serving.kept import Cache, _Cache
 from switchable_llm.serving.parts import Dense, Table, _Layer, _Model, native_calls, parts_of
 from switchable_llm.serving.lean import Step, torch_step
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from test_kernels import packed, plan, plan_of
 
 pytestmark = pytest.mark.skipif('decode' not in native_features(), reason='no compiled kernels here')

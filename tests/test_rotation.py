@@ -4,7 +4,8 @@ import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from switchable_llm.core.calibration import calibrate_, learn_ranges_
 from switchable_llm.core import rotation
-from switchable_llm.core.integer import ReferenceKernel, native_features
+from switchable_llm.core.integer import ReferenceKernel
+from switchable_llm.system.native import native_features
 from switchable_llm.core.layers import Setting, fake_quant_product
 from switchable_llm.core.profiles import Profile, Rule, load_profiles, save_profiles
 from switchable_llm.core.rotation import rotate, rotate_plain, rotation_of

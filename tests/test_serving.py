@@ -9,7 +9,7 @@ from switchable_llm.serving.parts import Dense
 from switchable_llm.serving.generating import LeanCache, lean_class
 from switchable_llm.serving.lean import LiveStep, Step, lean_tokens, live_of
 from switchable_llm.lora_routing import add_adapters_
-from switchable_llm.core.integer import native_features
+from switchable_llm.system.native import native_features
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
 from switchable_llm.quantizers import Bits, QuantConfig

@@ -147,7 +147,7 @@ class _Version(argparse.Action):
 def versions(
 )->str: # A line
     "Versions of this package and of what it stands on, and whether its kernels are compiled."
-    report = import_module('switchable_llm.core.integer').native_report()
+    report = import_module('switchable_llm.system.native').native_report()
     runs = [k for k,v in report.items() if v.startswith('native')]
     kernels = f'{len(runs)} of {len(report)} compiled kernels run here' if runs else next(iter(report.values()))
     of = '; '.join(f'{p} {version(p)}' for p in ('torch','transformers'))

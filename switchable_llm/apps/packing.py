@@ -10,7 +10,8 @@ import torch
 from dataclasses import replace
 from pathlib import Path
 from ..system.files import check_target
-from ..core.integer import KERNELS, native_report, try_kernel
+from ..core.integer import KERNELS, try_kernel
+from ..system.native import native_report
 from ..core.switching import switch_of, use_profile
 from ..models.pretrained import check_model_target
 from ..data.squad import load_squad

@@ -14,7 +14,7 @@ from typing import Iterable, NamedTuple
 import torch
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
-from .integer import library
+from ..system.native import library
 
 # %% ../../nbs/core/rotation.ipynb #27aee168
 MOST_ORDER = 1024   # rows of a Paley matrix: each number then takes so many additions

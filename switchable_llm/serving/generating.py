@@ -23,7 +23,7 @@ from ..attention.attending import row_starts
 from .kept import Cache
 from .parts import NotLean, native_calls, parts_of
 from .lean import LiveStep, live_of
-from ..core.integer import native_report
+from ..system.native import native_report
 
 # %% ../../nbs/serving/generating.ipynb #16034b85
 # Whether a positive number is a length to crop to, as before transformers 5.24.

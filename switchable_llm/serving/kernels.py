@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from ..core.rotation import rotate, rotation_of
-from ..core.integer import try_kernel, library, native_features, native_level, native_report
+from ..core.integer import try_kernel
+from ..system.native import library, native_features, native_level, native_report
 from ..quantizers import QParams, qrange, quantize, token_qparams
 
 # %% ../../nbs/serving/kernels.ipynb #e91b026c

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .kept import integers, point, pointers
 from .kernels import (
     FLOAT_TYPES, LinearPlan, Planes, as_floats, check_fault, linear_entry, GROUP_UNIT)
-from ..core.integer import library, native_features
+from ..system.native import library, native_features
 
 # %% ../../nbs/serving/parts.ipynb #de97a3d1
 class NotLean(ValueError):
