@@ -15,30 +15,37 @@ static int thread_count() {
 #endif
 }
 
-API int64_t sl_train_packed_bytes(int64_t n, int64_t k) { return 64 + up(n, 64) * 4 + up(n, 64) * up(k, 64); }
+API int64_t sl_train_packed_bytes(int64_t n, int64_t k, int shared) {
+    return 64 + (shared ? 7 : 1) * up(n, 64) * 4 + up(n, 64) * up(k, 64);
+}
 
-API int sl_train_pack(const int8_t* codes, int64_t so, int64_t sk, int64_t n, int64_t k, void* packed) {
+API int sl_train_pack(const int8_t* codes, int64_t so, int64_t sk, int64_t n, int64_t k, int shared, void* packed) {
     const int64_t np = up(n, 64), kp = up(k, 64);
-    int32_t* sums = (int32_t*)((char*)packed + 64);
-    int8_t* tiles = (int8_t*)(sums + np);
-    int most = 0;
+    const int widths = shared ? 7 : 1;
+    int32_t *head = (int32_t*)packed, *sums = head + 16, most[7] = {0};
+    int8_t* tiles = (int8_t*)(sums + widths * np);
     memset(packed, 0, 64);
-#pragma omp parallel for schedule(static) reduction(max : most) if (n * k > 32768)
+#pragma omp parallel for schedule(static) reduction(max : most[:7]) if (n * k > 32768)
     for (int64_t ob = 0; ob < np / 16; ob++) {
-        int32_t sum[16] = {0};
+        int32_t sum[7][16] = {{0}};
         for (int64_t kb = 0; kb < kp / 64; kb++) {
             int8_t* t = tiles + (ob * (kp / 64) + kb) * 1024;
             for (int64_t r = 0; r < 16; r++)
                 for (int64_t o = 0; o < 16; o++)
                     for (int64_t j = 0; j < 4; j++) {
                         int64_t oo = ob * 16 + o, kk = kb * 64 + r * 4 + j;
-                        int8_t c = oo < n && kk < k ? codes[oo * so + kk * sk] : 0;
-                        t[r * 64 + o * 4 + j] = c; sum[o] += c; most = std::max(most, std::abs((int)c));
+                        const int8_t c = oo < n && kk < k ? codes[oo * so + kk * sk] : 0;
+                        t[r * 64 + o * 4 + j] = c;
+                        for (int w = 0; w < widths; w++) {
+                            const int v = (int8_t)(c & 0xff << w);
+                            sum[w][o] += v; most[w] = std::max(most[w], std::abs(v));
+                        }
                     }
         }
-        memcpy(sums + ob * 16, sum, 64);
+        for (int w = 0; w < widths; w++) memcpy(sums + w * np + ob * 16, sum[w], 64);
     }
-    *(int32_t*)packed = most;
+    head[0] = shared;
+    for (int w = 0; w < widths; w++) head[8 - w] = most[w];
     return OK;
 }
 
@@ -72,11 +79,11 @@ static int run(Product p, Mode mode, int digits) {
 }
 
 API int sl_forward(const uint8_t* codes, int64_t ldc, const float* row_scale, const int32_t* row_zero,
-                   const int32_t* row_sum, int64_t m, int64_t n, int64_t k, const void* packed, const float* s,
-                   float d, const float* bias, void* y, int ytype, int64_t ldy) {
+                   const int32_t* row_sum, int64_t m, int64_t n, int64_t k, const void* packed, int bits,
+                   const float* s, float d, const float* bias, void* y, int ytype, int64_t ldy) {
     if (!train_table()) return NO_CPU;
     Product p{m, k, n, up(k, 64), nullptr, 0, 0, nullptr, codes, ldc, row_scale, row_zero, row_sum,
-              Packed(packed, n, k), s, d, 0, bias, nullptr, 0, y, ytype, ldy, 0, 0};
+              Packed(packed, n, k, bits), s, d, 0, bias, nullptr, 0, y, ytype, ldy, 0, 0};
     while (p.shift < 4 && std::ldexp(d, p.shift) != std::floor(std::ldexp(d, p.shift))) p.shift++;
     const double largest = std::ldexp((double)p.w.most, p.shift) + std::fabs(std::ldexp(d, p.shift));
     if (p.shift > 3 || 255. * (double)p.rp * largest >= 2147483647.) return NO_RANGE;
@@ -84,20 +91,20 @@ API int sl_forward(const uint8_t* codes, int64_t ldc, const float* row_scale, co
 }
 
 API int sl_forward_float(const void* x, int xtype, int64_t ldx, int64_t m, int64_t n, int64_t k, const void* packed,
-                         const float* s, float d, int digits, const float* bias, void* y, int ytype, int64_t ldy) {
+                         int bits, const float* s, float d, int digits, const float* bias, void* y, int ytype, int64_t ldy) {
     if (!train_table()) return NO_CPU;
     if (k > 65536) return NO_RANGE;
     Product p{m, k, n, up(k, 64), x, xtype, ldx, nullptr, nullptr, 0, nullptr, nullptr, nullptr,
-              Packed(packed, n, k), s, d, 0, bias, nullptr, 0, y, ytype, ldy, 0, 0};
+              Packed(packed, n, k, bits), s, d, 0, bias, nullptr, 0, y, ytype, ldy, 0, 0};
     return run(p, FORWARD_FLOAT, digits);
 }
 
 API int sl_backward(const void* gy, int gtype, int64_t ldg, int64_t m, int64_t n, int64_t k, const void* packed,
-                    const float* s, float d, int digits, const void* mask, int64_t ldmask, void* gx, int gxtype,
+                    int bits, const float* s, float d, int digits, const void* mask, int64_t ldmask, void* gx, int gxtype,
                     int64_t ldgx, int add) {
     if (!train_table()) return NO_CPU;
     if (n > 65536) return NO_RANGE;
-    Product p{m, n, k, up(n, 64), gy, gtype, ldg, s, nullptr, 0, nullptr, nullptr, nullptr, Packed(packed, n, k),
+    Product p{m, n, k, up(n, 64), gy, gtype, ldg, s, nullptr, 0, nullptr, nullptr, nullptr, Packed(packed, n, k, bits),
               s, d, 0, nullptr, (const uint8_t*)mask, ldmask, gx, gxtype, ldgx, add, 0};
     return run(p, BACKWARD, digits);
 }

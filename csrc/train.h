@@ -45,16 +45,18 @@ struct Limits { int qmin, qmax; };             // of the unsigned code
 struct Ends { float inv, lo, hi, qmin, qmax; };   // of a static range: 1/step; codes less the zero point; codes
 
 // ---------------------------------------------------------------- packed weight codes
-// [64 bytes: largest |c|][sum over inputs of the codes, int32, one per padded output][tiles]
+// [64 bytes][sum over inputs of the codes, int32, one per padded output; once, or for each width from 8 down to 2][tiles]
 // tile (ob, kb), 1024 bytes: outputs 16*ob.., inputs 64*kb..; row r holds inputs 4r..4r+3 of 16 outputs, as byte
-// products want their second operand.
+// products want their second operand. The 64 bytes: [0] whether all widths share the codes, [bits] largest |c|. A code
+// of fewer bits is that of eight without its lowest ones: c is the unsigned code less 128.
 struct Packed {
     int64_t np, kp;
-    const int32_t* sums; const char* tiles; int32_t most;
-    Packed(const void* p, int64_t n, int64_t k) : np(up(n, 64)), kp(up(k, 64)) {
-        most = *(const int32_t*)p;
-        sums = (const int32_t*)((const char*)p + 64);
-        tiles = (const char*)(sums + np);
+    const int32_t* sums; const char* tiles; int32_t most; uint8_t live;   // bits of a code that count
+    Packed(const void* p, int64_t n, int64_t k, int bits) : np(up(n, 64)), kp(up(k, 64)) {
+        const int32_t* head = (const int32_t*)p;
+        most = head[bits]; live = (uint8_t)(0xff << (8 - bits));
+        sums = head + 16 + (8 - bits) * np;
+        tiles = (const char*)(head + 16 + (head[0] ? 7 : 1) * np);
     }
     const char* tile(int64_t ob, int64_t kb) const { return tiles + (ob * (kp / 64) + kb) * 1024; }
 };

@@ -187,22 +187,28 @@ static void fixed_row(const Product& p, const void* x, float* tmp, char* out, in
     *base = (float)((double)p.d * (double)(total_of(high) * 65536 + total_of(low)));
 }
 
-// ---------------------------------------------------------------- second operand
+// ---------------------------------------------------------------- second operand, of the bits that count
 // Columns k0..k1 (backward) or c0..c1 (forward): [16 columns][UNIT numbers to sum][16 columns][UNIT]
 #ifdef SL_BYTES
 static void turn(const Packed& w, int64_t k0, int64_t k1, char* out) {   // outputs and inputs swapped
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i live = _mm_set1_epi8((char)w.live);
     for (int64_t kb = k0 / 64; kb < k1 / 64; kb++)
         for (int64_t ob = 0; ob < w.np / 16; ob++) {
             const char* t = w.tile(ob, kb);
             char* to = out + (kb - k0 / 64) * 4 * w.np * 16 + ob * 256;
             for (int r = 0; r < 16; r++)
                 for (int q = 0; q < 4; q++) {
-                    const __m128i v = _mm_loadu_si128((const __m128i*)(t + r * 64 + q * 16));
+                    const __m128i v = _mm_and_si128(_mm_loadu_si128((const __m128i*)(t + r * 64 + q * 16)), live);
                     char* at = to + r / 4 * w.np * 16 + q * 64 + r % 4 * 16;
                     _mm_storeu_si128((__m128i*)at, _mm_shuffle_epi8(v, order));
                 }
         }
+}
+static void copy_live(const Packed& w, int64_t c0, int64_t c1, char* out) {   // as they lie
+    const char* from = w.tile(c0 / 16, 0);
+    const I live = each((int32_t)(w.live * 0x01010101u));
+    for (int64_t i = 0; i < (c1 - c0) * w.kp; i += W * 4) storei(out + i, both(loadi(from + i), live));
 }
 // What the flipped sign bits add to a column: 128 times the sum of its codes.
 static void flips(const char* b, int64_t columns, int64_t units, int32_t* out) {
@@ -221,17 +227,21 @@ static void store_pairs(char* to, __m128i v, __m128i order) {
 }
 static void widen_codes(const Packed& w, int64_t c0, int64_t c1, char* out) {
     const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m128i live = _mm_set1_epi8((char)w.live);
     for (int64_t ob = c0 / 16; ob < c1 / 16; ob++)
         for (int64_t kb = 0; kb < w.kp / 64; kb++) {
             const char* t = w.tile(ob, kb);
             char* to = out + (ob - c0 / 16) * w.kp * 32 + kb * 2048;
             for (int r = 0; r < 16; r++)
-                for (int q = 0; q < 4; q++)
-                    store_pairs(to + r * 128 + q * 16, _mm_loadu_si128((const __m128i*)(t + r * 64 + q * 16)), order);
+                for (int q = 0; q < 4; q++) {
+                    const __m128i v = _mm_loadu_si128((const __m128i*)(t + r * 64 + q * 16));
+                    store_pairs(to + r * 128 + q * 16, _mm_and_si128(v, live), order);
+                }
         }
 }
 static void turn(const Packed& w, int64_t k0, int64_t k1, char* out) {
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const __m128i live = _mm_set1_epi8((char)w.live);
     for (int64_t kb = k0 / 64; kb < k1 / 64; kb++)
         for (int64_t ob = 0; ob < w.np / 16; ob++) {
             const char* t = w.tile(ob, kb);
@@ -239,7 +249,7 @@ static void turn(const Packed& w, int64_t k0, int64_t k1, char* out) {
             for (int r = 0; r < 16; r++)
                 for (int q = 0; q < 4; q++) {
                     const __m128i v = _mm_loadu_si128((const __m128i*)(t + r * 64 + q * 16));
-                    store_pairs(to + r / 4 * w.np * 32 + q * 128 + r % 4 * 16, v, order);
+                    store_pairs(to + r / 4 * w.np * 32 + q * 128 + r % 4 * 16, _mm_and_si128(v, live), order);
                 }
         }
 }
@@ -337,7 +347,7 @@ template <Mode MODE, int D>
 static void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {
     enum { E = lines(D), R = E == 4 ? 4 : 6 };
     const bool direct = MODE == FORWARD_INT && SIZE == 1;      // codes are used where they lie
-    const bool packed = MODE != BACKWARD && SIZE == 1;         // and those of the weight
+    const bool packed = MODE != BACKWARD && SIZE == 1 && p.w.live == 0xff;   // and those of the weight
     const int64_t line = direct ? p.ldc : p.rp * SIZE, units = p.rp / UNIT, far = units * 64;
     const int64_t width = p.width < c1 - c0 ? p.width : c1 - c0;
     const bool chunks = c1 - c0 > width;
@@ -382,7 +392,8 @@ static void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int64_t c
             const char* b = packed ? p.w.tile(w0 / 16, 0) : second;
             if (made != w0) {
 #ifdef SL_BYTES
-                if (!packed) turn(p.w, w0, w1, second);
+                if (MODE == BACKWARD) turn(p.w, w0, w1, second);
+                else if (!packed) copy_live(p.w, w0, w1, second);
                 if (MODE == BACKWARD) flips(b, w1 - w0, units, flip);
                 if (MODE == FORWARD_FLOAT) for (int64_t c = w0; c < w1; c++) flip[c - w0] = p.w.sums[c] * 128;
 #else

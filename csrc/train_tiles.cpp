@@ -231,15 +231,17 @@ static T512 void blank_row(int64_t bytes, char* out) {
 // the packed codes with outputs and inputs swapped: out[input/16][output/64], rows of 4 outputs x 16 inputs
 static T512 void turn(const Packed& w, int64_t k0, int64_t k1, char* out) {
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i four = _mm512_broadcast_i32x4(order);
+    const __m512i four = _mm512_broadcast_i32x4(order), live = _mm512_set1_epi8((char)w.live);
     const int64_t steps = w.np / 64;
     for (int64_t kb = k0 / 64; kb < k1 / 64; kb++)
         for (int64_t ob = 0; ob < w.np / 16; ob++) {
             const char* t = w.tile(ob, kb);
             char* to = out + ((kb - k0 / 64) * 4 * steps + ob / 4) * 1024 + ob % 4 * 256;
             for (int j = 0; j < 4; j++, t += 256, to += steps * 1024) {
-                __m512i r0 = _mm512_loadu_si512(t), r1 = _mm512_loadu_si512(t + 64);
-                __m512i r2 = _mm512_loadu_si512(t + 128), r3 = _mm512_loadu_si512(t + 192);
+                __m512i r0 = _mm512_and_si512(_mm512_loadu_si512(t), live);
+                __m512i r1 = _mm512_and_si512(_mm512_loadu_si512(t + 64), live);
+                __m512i r2 = _mm512_and_si512(_mm512_loadu_si512(t + 128), live);
+                __m512i r3 = _mm512_and_si512(_mm512_loadu_si512(t + 192), live);
                 __m512i a = _mm512_shuffle_i32x4(r0, r1, 0x44), b = _mm512_shuffle_i32x4(r2, r3, 0x44);
                 __m512i c = _mm512_shuffle_i32x4(r0, r1, 0xee), d = _mm512_shuffle_i32x4(r2, r3, 0xee);
                 _mm512_store_si512(to, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(a, b, 0x88), four));
@@ -248,6 +250,14 @@ static T512 void turn(const Packed& w, int64_t k0, int64_t k1, char* out) {
                 _mm512_store_si512(to + 192, _mm512_shuffle_epi8(_mm512_shuffle_i32x4(c, d, 0xdd), four));
             }
         }
+}
+
+// and forward, where not all bits count
+static T512 void copy_live(const Packed& w, int64_t c0, int64_t c1, char* out) {
+    const char* from = w.tile(c0 / 16, 0);
+    const __m512i live = _mm512_set1_epi8((char)w.live);
+    for (int64_t i = 0; i < (c1 - c0) * w.kp; i += 64)
+        _mm512_store_si512(out + i, _mm512_and_si512(_mm512_loadu_si512(from + i), live));
 }
 
 // ---------------------------------------------------------------- the loops
@@ -268,7 +278,8 @@ static T512 void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int6
     float* tmp = (float*)(a + size * kept);
     float *inv = tmp + p.rp, *base = inv + kept * ROWS;
     int32_t* sums = (int32_t*)(base + kept * ROWS);
-    char* turned = MODE == BACKWARD ? right.get(std::min(width, c1 - c0) * p.rp) : nullptr;
+    const bool copied = MODE == BACKWARD || p.w.live != 0xff;
+    char* second = copied ? right.get(std::min(width, c1 - c0) * p.rp) : nullptr;
     const Finish f{p.c, p.row_zero, p.w.sums, p.s, p.bias, _mm512_set1_epi32(p.shift), p.mask, p.ldmask,
                    (char*)p.y, p.ytype, p.ldy * (p.ytype == F32 ? 4 : 2), p.add != 0};
     const int rate = (int)((ROWS + steps * D - 1) / (steps * D));
@@ -277,7 +288,8 @@ static T512 void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int6
     for (int64_t s0 = p0; s0 < p1; s0 += super)
         for (int64_t w0 = c0; w0 < c1; w0 += width) {
             const int64_t w1 = std::min(c1, w0 + width), s1 = std::min(p1, s0 + super);
-            if (MODE == BACKWARD) turn(p.w, w0, w1, turned);
+            if (MODE == BACKWARD) turn(p.w, w0, w1, second);
+            else if (copied) copy_live(p.w, w0, w1, second);
             Block before;
             int now = 0;
             for (int64_t q = s0; q < s1; q++) {
@@ -310,8 +322,7 @@ static T512 void part(const Product& p, int64_t p0, int64_t p1, int64_t c0, int6
                 }
                 __asm__ volatile("" ::: "memory");
                 for (int64_t c = w0; c < w1 && c < p.c; c += 32) {
-                    const char* b0 = MODE == BACKWARD ? turned + (c - w0) / 16 * steps * 1024
-                                                      : p.w.tile(c / 16, 0);
+                    const char* b0 = copied ? second + (c - w0) / 16 * steps * 1024 : p.w.tile(c / 16, 0);
                     int row = 0;
                     int32_t *out = acc + now * D * 1024, *done = acc + (now ^ 1) * D * 1024;
                     for (int64_t i = 0; i < steps; i += span) {   // the second operand stays in the first-level cache

@@ -315,6 +315,7 @@ def _training(model, params, policy):   # what is trained in training mode, a fr
             model.train(base)
             for n,m in model.named_modules():
                 if '.adapters.' in n or any(p.requires_grad for p in m.parameters(False)): m.train()
+                if getattr(m, 'gradient_checkpointing', False): m.training = True   # transformers asks for that; not its parts
             yield
         finally:
             for m,was in modes.items(): m.training = was

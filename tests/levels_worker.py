@@ -39,6 +39,10 @@ def compare(native, pick, m, k, n, dtype):
     "One weight: gradient, float activations, codes of activations."
     codes,s,d = torch.randint(-128, 128, (n, k)).to(torch.int8),torch.rand(n)+.1,pick(0., .5)
     prepared,out = native.prepare(SignedCodes(codes, s, d), None),pick(torch.float32, torch.bfloat16)
+    if pick(True, False):   # one width of codes that all widths share
+        u,bits = torch.randint(0, 240, (n, k)).to(torch.uint8),pick(*range(2, 9))
+        prepared = native.prepared_at(native.share(u, s), bits)
+        codes,d = ((u>>8-bits<<8-bits).short()-128).to(torch.int8),128-(120-2.**(7-bits))
     half = dtype==torch.bfloat16
     g,how = (torch.randn(m, n)*pick(1e-4, 1., 300.)).to(dtype),pick('whole','second','part')
     if m>2: g[1] = 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from switchable_llm.core.integer import KERNELS, int_linear, pick_kernel, signed_codes, try_kernel
+from switchable_llm.core.integer import KERNELS, as_signed, int_linear, pick_kernel, signed_codes, try_kernel
 from switchable_llm.system.native import library
 from switchable_llm.lora_routing import add_adapters_, adapter_params
 from switchable_llm.quantizers import (
@@ -147,12 +147,34 @@ def test_report_says_what_ran_and_why():
 
 def test_memory_against_speed():
     def used(keep):
-        model = small(act='per_token'); model.switch.keep = keep
+        model = small(act='per_token'); model.switch.keep,model.switch.kernel = keep,'reference'
         for p in ('bw4','bw8'): gradients(model, p)
         return held_bytes(model)
     everything,last = used(None),used(1)
     assert any('w4' in k for k in everything) and not any('w4' in k for k in last)
     assert last['base']==everything['base']
+
+@pytest.mark.skipif(try_kernel('native', 'cpu')[0] is None, reason='no compiled kernels here')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_all_widths_are_one_byte_for_each_weight(dtype):
+    "Codes that widths share: the numbers are those of codes of their own, and there is one copy."
+    model = small(act='per_token').to(dtype)
+    for p in ('bw4','bw8','w6a6'):
+        model.switch.add(p)
+        gradients(model, p)
+    layer = model.switch.layers[1]
+    (kind,shared), = layer._weights.items()
+    assert kind[1]==8 and shared[0].numel()<1.5*layer.base.weight.numel()+10000
+    native = try_kernel('native', 'cpu')[0]
+    x = torch.randn(5, layer.in_features).to(dtype)
+    for bits in range(2, 9):
+        own = native.prepare(as_signed(*layer.codes_at(bits), layer.axis), None)
+        q = native.quantize(x, 8, False, None)
+        a,b = (native.forward(q, p, None, torch.float32) for p in (own, layer.prepared_at(bits, native)))
+        assert (a-b).abs().max()<=1e-6*a.abs().max()
+        g = torch.randn(5, layer.out_features).to(dtype)
+        a,b = (native.backward(g, p, None, torch.float32) for p in (own, layer.prepared_at(bits, native)))
+        assert (a-b).abs().max()<=1e-6*a.abs().max()
 
 # --- learned ranges -------------------------------------------------------------------------------------------------
 

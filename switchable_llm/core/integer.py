@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 from torch import Tensor
 from ..quantizers import (
     QParams, QuantConfig, quantize_weight, token_qparams, LearnedRange, range_gradient)
-from ..system.native import TRAINING, library, native_features, native_report
+from ..system.native import TRAINING, library, native_features, native_report, return_memory
 
 # %% ../../nbs/core/integer.ipynb #c0d38e76
 class SignedCodes(NamedTuple):
@@ -177,13 +177,33 @@ def _bytes_of(x, gradient=False): return 2 if x.dtype==torch.bfloat16 else 3 if 
 class NativeKernel(ReferenceKernel):
     "The compiled kernels, of CPUs with AVX2 or more."
     name = 'native'
-    def __init__(self): self.lib = _declare(library())
+    def __init__(self): self.lib,self.made = _declare(library()),0
 
-    def prepare(self, w, dense):
-        n,k = w.codes.shape
-        packed = torch.empty(self.lib.sl_train_packed_bytes(n, k), dtype=torch.uint8)
-        _call(self.lib.sl_train_pack, w.codes.data_ptr(), k, 1, n, k, packed.data_ptr())
-        return packed, w.scale, w.offset, k
+    def _pack(self, codes, shared):
+        n,k = codes.shape
+        packed = torch.empty(self.lib.sl_train_packed_bytes(n, k, shared), dtype=torch.uint8)
+        _call(self.lib.sl_train_pack, codes.data_ptr(), k, 1, n, k, shared, packed.data_ptr())
+        return packed
+
+    def prepare(self, w, dense): return self._pack(w.codes, False), 8, w.scale, w.offset, w.codes.shape[1]
+
+    def share(self,
+        codes:Tensor,  # Nested codes, uint8 (out, in)
+        scale:Tensor,  # Step of a row's eight-bit codes, float32 (out,)
+    )->tuple: # For `prepared_at`
+        "Bring the codes of all widths into this kernel's form: a byte for each weight."
+        packed = self._pack((codes^128).view(torch.int8).contiguous(), True)
+        self.made += packed.numel()
+        if self.made>=2**24: self.made = return_memory() or 0   # what was needed meanwhile lies between those that stay
+        return packed, scale, codes.shape[1]
+
+    def prepared_at(self,
+        shared:tuple,  # From `share`
+        bits:int,      # Weight bits, 2 to 8
+    )->tuple: # As `prepare` gives it
+        "One of the widths: its upper bits, of which the number 0 lies 120 above the lowest code, less half a step."
+        packed,scale,k = shared
+        return packed, bits, scale, 128-(120-2**(7-bits)), k
 
     def quantize(self, x, bits, symmetric, qp, clip=True):
         x,(m,k) = _rows(x),x.shape
@@ -198,11 +218,11 @@ class NativeKernel(ReferenceKernel):
         return ActCodes(codes, per_row[0].view(torch.float32), per_row, mask, bits)
 
     def forward(self, x, prepared, bias, dtype):
-        (packed,scale,offset,k),m,at = prepared,x.codes.shape[0],x.zero.data_ptr()
+        (packed,bits,scale,offset,k),m,at = prepared,x.codes.shape[0],x.zero.data_ptr()
         y = torch.empty(m, len(scale), dtype=dtype)
         bias = None if bias is None else bias.float()
         _call(self.lib.sl_forward, x.codes.data_ptr(), x.codes.stride(0), at, at+4*m, at+8*m, m, len(scale), k,
-              packed.data_ptr(), scale.data_ptr(), offset, _ptr(bias), y.data_ptr(), _DTYPES[dtype], len(scale))
+              packed.data_ptr(), bits, scale.data_ptr(), offset, _ptr(bias), y.data_ptr(), _DTYPES[dtype], len(scale))
         return y
 
     def forward_float(self,
@@ -212,20 +232,20 @@ class NativeKernel(ReferenceKernel):
         dtype:torch.dtype, # Of the result
     )->Tensor: # (tokens, out)
         "Product of float activations and quantized weight, at float32 (or bfloat16) accuracy."
-        (packed,scale,offset,k),x = prepared,_rows(x)
+        (packed,bits,scale,offset,k),x = prepared,_rows(x)
         y = torch.empty(x.shape[0], len(scale), dtype=dtype)
         bias = None if bias is None else bias.float()
         _call(self.lib.sl_forward_float, x.data_ptr(), _DTYPES[x.dtype], x.stride(0), x.shape[0], len(scale), k,
-              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(x), _ptr(bias), y.data_ptr(), _DTYPES[dtype],
+              packed.data_ptr(), bits, scale.data_ptr(), offset, _bytes_of(x), _ptr(bias), y.data_ptr(), _DTYPES[dtype],
               len(scale))
         return y
 
     def backward(self, g, prepared, mask, dtype):
-        (packed,scale,offset,k),g = prepared,_rows(g)
+        (packed,bits,scale,offset,k),g = prepared,_rows(g)
         gx = torch.empty(g.shape[0], k, dtype=dtype)
         mask_stride = 0 if mask is None else mask.stride(0)
         _call(self.lib.sl_backward, g.data_ptr(), _DTYPES[g.dtype], g.stride(0), g.shape[0], len(scale), k,
-              packed.data_ptr(), scale.data_ptr(), offset, _bytes_of(g, True), _ptr(mask), mask_stride, gx.data_ptr(),
+              packed.data_ptr(), bits, scale.data_ptr(), offset, _bytes_of(g, True), _ptr(mask), mask_stride, gx.data_ptr(),
               _DTYPES[dtype], k, 0)
         return gx
 
@@ -241,15 +261,15 @@ class NativeKernel(ReferenceKernel):
 def _declare(lib):   # argument types: what is a pointer must not be cut to 32 bits
     from_letters = dict(p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int, f=ctypes.c_float)
     calls = dict(
-        sl_train_pack='pllllp',
+        sl_train_pack='pllll ip',
         sl_quantize='pilll iii pp pl ppp pl pp',
-        sl_forward='pl ppp lll ppfp pil',
-        sl_forward_float='pil lll ppf ip pil',
-        sl_backward='pil lll ppf i pl pil i',
+        sl_forward='pl ppp lll pipfp pil',
+        sl_forward_float='pil lll pipf ip pil',
+        sl_backward='pil lll pipf i pl pil i',
         sl_range_gradient='pil pil ll pp ii p')
     for name,letters in calls.items():
         getattr(lib, name).argtypes = [from_letters[c] for c in letters.replace(' ', '')]
-    lib.sl_train_packed_bytes.argtypes,lib.sl_train_packed_bytes.restype = [ctypes.c_int64]*2,ctypes.c_int64
+    lib.sl_train_packed_bytes.argtypes,lib.sl_train_packed_bytes.restype = [ctypes.c_int64]*2+[ctypes.c_int],ctypes.c_int64
     return lib
 
 # %% ../../nbs/core/integer.ipynb #55513a3f

@@ -163,7 +163,7 @@ class QuantLayer(Opaque):
         if cfg.weight=='per_group' or not cfg.weight_symmetric:
             return None, 'a scale per group, or codes that are not symmetric'
         if dtype not in (torch.float32, torch.bfloat16): return None, f'activations are {dtype}'
-        if self.in_features>32768: return None, f'{self.in_features} inputs: the sum could overflow'
+        if self.in_features>30720: return None, f'{self.in_features} inputs: the sum could overflow'
         if wanted=='compiled': return None, "switched off by kernel='compiled'"
         kernel,why = pick_kernel(wanted, device)
         if kernel is not None and bits.a is None and not hasattr(kernel, 'forward_float'):
@@ -176,9 +176,15 @@ class QuantLayer(Opaque):
         plain:bool=False,       # Without the rotation that the layer has
     )->tuple: # The weight in the form of the kernel
         "The weight as the kernel wants it: kept while the weight does not change."
+        kind = self._kind(kernel.name, plain)
+        if hasattr(kernel, 'share') and self.switch.cfg.codes=='nested':   # all widths are one byte for each weight
+            def share():
+                codes,step = self.nested_parts(plain)
+                return kernel.share(codes, step.flatten().expand(len(codes)).contiguous())
+            return kernel.prepared_at(self._kept((kind, 8), share), bits)
         def dense(): return self.weight_at(bits, plain).T if self.axis else self.weight_at(bits, plain)
         def codes(): return as_signed(*self.codes_at(bits, plain), self.axis)
-        return self._kept((self._kind(kernel.name, plain), bits), lambda: kernel.prepare(codes(), dense))
+        return self._kept((kind, bits), lambda: kernel.prepare(codes(), dense))
 
     def _kind(self, name, plain): return f'{name}, not rotated' if plain and self.rotates else name
 
