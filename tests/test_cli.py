@@ -372,8 +372,21 @@ def test_a_packed_file_answers_and_is_scored(cli, mine):
 def test_freeze(cli, refused, tmp_path, mine):
     status,out,err = cli('freeze', mine/'mine', '--out', 'small.safetensors', '--profiles', 'bw4')
     assert status==0 and 'codes' in out and f"{(tmp_path/'small.safetensors').stat().st_size:,}" in out, err
-    assert cli('freeze', mine/'mine', '--out', 'small.safetensors')[0]==0      # an older packed file is replaced
+    refused('freeze', mine/'mine', '--out', 'small.safetensors', says='small.safetensors: exists already')
+    assert cli('freeze', mine/'mine', '--out', 'small.safetensors', '--overwrite')[0]==0
     refused('freeze', mine/'mine', '--out', 'x.safetensors', '--profiles', 'bw5', says="'bw5'")
+
+def test_a_trained_model_is_not_lost_to_the_name_of_a_new_one(cli, refused, tmp_path, mine):
+    train = ['train', '--steps', 1, '--train-n', 20, '--batch-size', 2, '--profiles', 'bw4', '--quiet', '--out', 'mine']
+    quantize = ['quantize', 'tiny', '--data', 'tiny', '--task', 'squad', '--n', 16, '--profiles', 'bw4', '--quiet', '--out', 'mine']
+    assert cli(*train)[0]==cli(*train)[0]==0     # the same run once more: it goes on where it was
+    refused(*quantize, says='mine: exists already; choose another path, or --overwrite')
+    assert cli(*quantize, '--overwrite')[0]==0
+    (tmp_path/'mine.training').rename(tmp_path/'aside')
+    refused(*train, says='mine: exists already; choose another path, or move it away')
+    refused(*train, '--adapters-only', says='is not a switchable checkpoint')
+    (tmp_path/'empty').mkdir()                   # holds nothing that could be lost
+    assert cli(*quantize[:-1], 'empty')[0]==0
 
 def test_export(cli, monkeypatch, tmp_path, mine):
     common = ['export', mine/'mine', '--profile', 'bw4', '--format']

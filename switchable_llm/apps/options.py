@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'SAID', 'TASKS', 'named_profiles', 'devices', 'chosen_device', 'add_device', 'training_on', 'option_type',
            'add_preset_options', 'chosen_preset', 'add_task', 'chosen_corpus', 'text_table', 'add_json', 'wants_json',
-           'show']
+           'add_overwrite', 'check_free', 'show']
 
 # %% ../../nbs/apps/options.ipynb #e6cb5945
 import argparse, json, math, os, torch, inspect
@@ -219,6 +219,23 @@ def wants_json(
 )->bool: # Whether it was given
     "Whether a program reads what is printed."
     return getattr(args, 'json', False)
+
+def add_overwrite(
+    parser:Parser, # Gets `--overwrite`
+    older:str,     # What it replaces, for the help
+):
+    "The option without which nothing is replaced."
+    parser.group('output').add_argument('--overwrite', action='store_true', help=f'replace {older}')
+
+def check_free(
+    args:argparse.Namespace, # Of a command with `--out`
+    way_out:str='or --overwrite', # What else one can do, for the error
+):
+    "Raise a `FileExistsError` where `--out` holds something and it was not said that it may be replaced."
+    out = Path(args.out)
+    there = any(out.iterdir()) if out.is_dir() else out.exists()
+    if there and not getattr(args, 'overwrite', False):
+        raise FileExistsError(f"{args.out}: exists already; choose another path, {way_out}")
 
 def _finite(x):
     if isinstance(x, dict): return {str(k):_finite(v) for k,v in x.items()}

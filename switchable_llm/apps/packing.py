@@ -21,8 +21,9 @@ from ..formats.torchao import save_torchao
 from ..study.runs import COUNT, Number
 from .commands import add_checkpoint, add_profiles, each_file, load_checkpoint, only_files
 from .front_door import GROUPED, load, make_switchable, quantize
-from .options import (
-    add_device, add_json, add_task, chosen_corpus, chosen_device, named_profiles, option_type, show, text_table, wants_json)
+from switchable_llm.apps.options import (
+    add_device, add_json, add_overwrite, add_task, check_free, chosen_corpus, chosen_device, named_profiles, option_type, show,
+    text_table, wants_json)
 
 # %% ../../nbs/apps/packing.ipynb #2cc2ec82
 _GRAINS = 'per_channel','per_group','per_tensor'
@@ -53,6 +54,7 @@ def _quantize_options(parser):
     how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
                      help='weight bits at which the codes are read (default: 4 6 8); with 2 or 3 among them, 8 get worse')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
+    add_overwrite(parser, 'an older model')
 
 def _new_(model, args):   # what a base model becomes
     if args.group_size and args.weight not in (None, 'per_group'):
@@ -69,7 +71,7 @@ def _refuse_old(args):   # of a model that is switchable already
             raise ValueError(f"--{given}: {args.checkpoint} is switchable already and says so itself")
 
 def _quantize(args):
-    check_model_target(args.out)
+    check_model_target(args.out); check_free(args)
     device,corpus = chosen_device(args.device),chosen_corpus(args)
     model,tokenizer = load(args.checkpoint, base=args.model)
     if hasattr(model, 'switch'): _refuse_old(args)
@@ -101,9 +103,10 @@ def _freeze_options(parser):
         work.add_argument('--'+end, type=option_type(Number(2, 8), 'all', 'none'), metavar='BITS|none',
                           help=f'pack the {end} at this width (default: as the profiles say, else float)')
     parser.group('output').add_argument('--out', required=True, help='where to')
+    add_overwrite(parser, 'an older packed file')
 
 def _freeze(args):
-    check_target(args.out, 'a packed file', is_packed)
+    check_target(args.out, 'a packed file', is_packed); check_free(args)
     model,tokenizer = _float_checkpoint(args)
     added = [switch_of(model).add(p).name for p in _profiles_of(args, model, args.profiles or ())]
     size = freeze(model, args.out, added or None, args.embedding, args.lm_head, tokenizer)
@@ -121,14 +124,12 @@ def _export_options(parser):
         output.add_argument(f'--{end}-dtype', choices=list(GGUF_DTYPES[1:]), help=f'of the {end}, in a GGUF file')
     output.add_argument('--adapter', choices=('file','merged'), help='of a GGUF file: beside it, or added (default: beside codes)')
     output.add_argument('--no-tokenizer', action='store_true', help='leave the tokenizer out')
-    output.add_argument('--overwrite', action='store_true', help='replace an older export')
+    add_overwrite(parser, 'an older export')
     output.add_argument('--out', required=True, help='where to')
 
 def _check_export(args):   # what an older export is, the writer knows
-    out,folder = Path(args.out),args.format=='float'
-    check_target(out, f'an export to {args.format}', ours=lambda p: True, folder=folder)
-    if out.exists() and not args.overwrite and not (folder and not any(out.iterdir())):
-        raise FileExistsError(f"{args.out}: exists already; choose another path, or --overwrite")
+    check_target(args.out, f'an export to {args.format}', ours=lambda p: True, folder=args.format=='float')
+    check_free(args)
 
 def _export_gguf(args, model, p, tokenizer):
     given = {k:getattr(args, k) for k in ('overwrite','adapter','embedding_dtype','head_dtype')}
