@@ -202,7 +202,7 @@ def _train(args):
 
 # %% ../../nbs/apps/commands.ipynb #271b0b90
 def _check_there(path):
-    if not Path(path).exists(): raise FileNotFoundError(f"{path}: missing; give what `train`, `run` or `freeze` wrote")
+    if not Path(path).exists(): raise FileNotFoundError(f"{path}: missing; give what `train`, `quantize`, `run` or `freeze` wrote")
 
 def check_readable(
     path:str|Path, # A switchable checkpoint, or a packed file
@@ -224,7 +224,7 @@ def load_checkpoint(
 def _load_any(source, model):   # also a base model; a mistyped folder is no name on the hub
     known = {p.model for p in PRESETS.values()}
     if not (Path(source).exists() or '/' in source or source in known):
-        raise FileNotFoundError(f"{source}: missing; give what `train`, `run` or `freeze` wrote, or a base model: "
+        raise FileNotFoundError(f"{source}: missing; give what `train`, `quantize`, `run` or `freeze` wrote, or a base model: "
                                 "a folder, a .gguf file, owner/name on the hub, or 'tiny'")
     _check_base(source, model)
     return load(source, base=model)

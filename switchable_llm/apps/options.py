@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'SAID', 'TASKS', 'named_profiles', 'devices', 'chosen_devic
            'add_overwrite', 'check_free', 'show']
 
 # %% ../../nbs/apps/options.ipynb #e6cb5945
-import argparse, json, math, os, torch, inspect
+import argparse, json, math, os, re, torch, inspect
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,9 +25,10 @@ from ..data.text import Text, text
 # %% ../../nbs/apps/options.ipynb #af096f7b
 _FILES = '.json','.yaml','.yml'
 
-def _is_profile(name):   # built in, or bits for all layers
+def _is_profile(name):   # built in, or bits for all layers; which bits cannot be, `as_profile` says
+    if name not in PROFILES and not re.fullmatch(r'([wakv]\d+)+', name): return False
     try: return bool(as_profile(name))
-    except ValueError: return False
+    except ValueError as e: raise ValueError(f"profile {name!r}: {e}") from e
 
 def named_profiles(
     names:Iterable[str],        # Names of profiles, and files of profiles
