@@ -93,7 +93,7 @@ def batches_by_length(
 
 def _encode_all(model, tokenizer, examples, max_length, room=0):   # with `room` for an answer: the prompt alone
     if hasattr(examples, 'lengths'): return examples   # made for this length, and read as they are needed
-    examples = list(examples)
+    check_examples(examples); examples = list(examples)
     if not examples: raise ValueError("examples is empty: give at least one question in SQuAD's format")
     positions,n = _positions(model),room_of(model, max_length)-room
     if room and n<1:

@@ -1,7 +1,7 @@
 """The command: most of it by its function, in this process; as a shell sees it where a process is what is tested.
 
 One training, one run and one packed file are shared: the tests read them, and write elsewhere."""
-import argparse, io, json, os, re, signal, subprocess, sys, time
+import argparse, io, json, os, re, shlex, signal, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
 import pytest
@@ -10,6 +10,9 @@ from conftest import heed_ctrl_c
 from switchable_llm.apps import commands as module
 from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_package, one_line
 from switchable_llm.apps.options import GROUPS
+from switchable_llm.data.embedded import tiny_squad
+from switchable_llm.study.cycles import CPT_ARMS
+from switchable_llm.study.experiments import ARMS
 from switchable_llm.study.methods import METHODS
 from switchable_llm.study.records import Preset
 from switchable_llm import __version__
@@ -372,8 +375,21 @@ def test_a_packed_file_answers_and_is_scored(cli, mine):
 def test_freeze(cli, refused, tmp_path, mine):
     status,out,err = cli('freeze', mine/'mine', '--out', 'small.safetensors', '--profiles', 'bw4')
     assert status==0 and 'codes' in out and f"{(tmp_path/'small.safetensors').stat().st_size:,}" in out, err
-    assert cli('freeze', mine/'mine', '--out', 'small.safetensors')[0]==0      # an older packed file is replaced
+    refused('freeze', mine/'mine', '--out', 'small.safetensors', says='small.safetensors: exists already')
+    assert cli('freeze', mine/'mine', '--out', 'small.safetensors', '--overwrite')[0]==0
     refused('freeze', mine/'mine', '--out', 'x.safetensors', '--profiles', 'bw5', says="'bw5'")
+
+def test_a_trained_model_is_not_lost_to_the_name_of_a_new_one(cli, refused, tmp_path, mine):
+    train = ['train', '--steps', 1, '--train-n', 20, '--batch-size', 2, '--profiles', 'bw4', '--quiet', '--out', 'mine']
+    quantize = ['quantize', 'tiny', '--data', 'tiny', '--task', 'squad', '--n', 16, '--profiles', 'bw4', '--quiet', '--out', 'mine']
+    assert cli(*train)[0]==cli(*train)[0]==0     # the same run once more: it goes on where it was
+    refused(*quantize, says='mine: exists already; choose another path, or --overwrite')
+    assert cli(*quantize, '--overwrite')[0]==0
+    (tmp_path/'mine.training').rename(tmp_path/'aside')
+    refused(*train, says='mine: exists already; choose another path, or move it away')
+    refused(*train, '--adapters-only', says='is not a switchable checkpoint')
+    (tmp_path/'empty').mkdir()                   # holds nothing that could be lost
+    assert cli(*quantize[:-1], 'empty')[0]==0
 
 def test_export(cli, monkeypatch, tmp_path, mine):
     common = ['export', mine/'mine', '--profile', 'bw4', '--format']
@@ -503,6 +519,48 @@ def test_a_mistake_is_one_line(refused, cli, mine, tmp_path):
     refused('answer', 'no.safetensors', *ASK, says='no.safetensors')
     status,out,err = cli('evaluate', 'nowhere', '--debug')
     assert status==1 and 'Traceback' in err and err.splitlines()[-1].startswith('error: ')
+
+def test_the_command_line_says_its_own_way_out(cli, refused, mine, tmp_path):
+    (tmp_path/'corpus.txt').write_text('\n\n'.join(q['context'] for q in tiny_squad(100)))
+    quantize = ['quantize', 'tiny', '--data', 'corpus.txt', '--n', 32, '--quiet', '--out', 'made']
+    for more,says in (
+            (['--profiles', 'w4a8k8v3'], "profile 'w4a8k8v3': v=3: keys and values are cached in 2, 4 or 8 bits"),
+            (['--profiles', 'bw8', 'w9a8'], "profile 'w9a8': w=9: nested codes hold 2 to 8 bits"),
+            (['--widths', 4, 8], ["--widths 4 8: profile 'bw6' has 6 bits", 'or leave --widths out']),
+            (['--rotate', 'x'], "--rotate x: no layer of site 'x'"),
+            (['--max-length', 1], '--max-length 1: cuts the calibration texts to 32 tokens')):
+        refused(*quantize, *more, says=says)
+    without = [w for w in quantize if w!='tiny']
+    for more in (['--rotate', 'tiny'], ['--profiles', 'bw8', 'tiny']):
+        refused(*without, *more, status=2, says=f'required: checkpoint (write it first: what follows {more[0]} is read')
+    assert 'write it first' not in cli(*without)[2]
+    status,out,err = cli(*quantize, '--group-size', 48, '--profiles', 'w2a8', 'w5a8')
+    assert status==0 and [l.split()[0] for l in out.splitlines()[1:]]==['w2', 'w5', 'model'], err
+    export = ['--format', 'gguf', '--out', 'x.gguf', '--profile']
+    refused('export', 'made', *export, 'w5a8', says='quantize the base again with --group-size 32,')
+    again = ['quantize', 'made', *quantize[2:-1], 'other']
+    refused(*again, '--rotate', says='--rotate: made is switchable already and says so itself: leave the option out')
+    says = "needs adapter '3'",'choose a profile of the widths that are there','among --profiles'
+    refused('generate', 'made', '--prompt', 'Who', '--profile', 'w3a8', says=says)
+    assert cli(*quantize[:-1], 'turned', '--rotate', '--profiles', 'bw8')[0]==0
+    refused('export', 'turned', *export, 'bw8', says='quantize the base again without --rotate,')
+    refused('export', 'tiny', *export, 'bw8', says='tiny: missing; give a folder that `train`, `quantize` or `run` wrote')
+    refused('freeze', mine/'mine.safetensors', '--out', 'x', says='the folder that `train`, `quantize` or `run` wrote')
+
+def test_a_model_in_few_bits_that_gets_worse_is_told_after_the_table(cli, tmp_path):
+    (tmp_path/'corpus.txt').write_text('\n\n'.join(q['context'] for q in tiny_squad(100)))
+    more = ['--data', 'corpus.txt', '--n', 32, '--quiet', '--out']
+    assert cli('quantize', 'tiny', '--profiles', 'w4', *more, 'four')[::2]==(0, '')
+    assert cli('export', 'four', '--profile', 'w4', '--format', 'float', '--out', 'plain')[0]==0
+    status,out,err = cli('quantize', 'plain', *more, 'all')
+    assert status==0 and 'model  all' in out and re.fullmatch(r'note: .* more error than rounding at w4 \(.* against .*\n', err), err
+    assert cli('quantize', 'plain', '--profiles', 'w4', *more, 'again')[::2]==(0, '')
+
+def test_arms_are_written_as_one_types_them(cli):
+    _,out,_ = cli('experiment', '--help')
+    said = re.search(r'arms of `objectives` \(default: all\): (.*?); of `cpt`.*?time for\): (.*?)  --', ' '.join(out.split())+'  --')
+    assert [a.rstrip(',') for a in shlex.split(said[1])]==list(ARMS)
+    assert [a.rstrip(',') for a in shlex.split(said[2])[:len(CPT_ARMS)]]==list(CPT_ARMS)
 
 class PanicException(BaseException):
     "As `pyo3_runtime` raises it where compiled code of the tokenizers panics: no `Exception`."

@@ -1,7 +1,11 @@
 "The front door: six lines that run as written, few names, and nothing imported before it is used."
-import json, subprocess, sys
+import json, subprocess, sys, warnings
 import pytest
 import switchable_llm as sl
+from switchable_llm.apps.front_door import GROUPED
+from switchable_llm.core.profiles import Rule
+from switchable_llm.quantizers import QuantConfig
+from switchable_llm.serving.exports import merge
 
 def run(code, env, **kw):
     "What a fresh process prints, as JSON."
@@ -82,3 +86,78 @@ def test_a_packed_model_says_that_it_is_frozen(tmp_path):
     packed,tokenizer = sl.load(tmp_path/'m.safetensors')
     for work in (sl.train, sl.quantize):
         with pytest.raises(ValueError, match='loaded from a packed file and is frozen'): work(packed, tokenizer, sl.squad('tiny', n=4))
+
+def test_a_file_of_a_small_vocabulary_opens_without_a_word(child_env, tmp_path):
+    "transformers warns of GPT-2's own bos_token_id, which the model that is opened does not have."
+    pytest.importorskip('gguf')
+    code = f"""if True:
+        import logging, switchable_llm as sl
+        said = []
+        class Hear(logging.Handler):
+            def emit(self, record): said.append(record.getMessage())
+        logging.getLogger('transformers').addHandler(Hear())
+        from switchable_llm.formats.gguf_file import export_gguf
+        model,tokenizer = sl.load('tiny')
+        sl.make_switchable(model, ['bw8'])
+        export_gguf(model, 'bw8', {str(tmp_path/'m.gguf')!r}, tokenizer=tokenizer, adapter='merged')
+        assert sl.load({str(tmp_path/'m.gguf')!r})[0].config.bos_token_id is None
+        print([s for s in said if 'token_id' in s])"""
+    assert run(code, child_env).strip()=='[]'
+
+# --- codes chosen for texts ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def stories():
+    return [q['context'] for q in sl.squad('tiny', n=200)]
+
+def switchable(profiles):
+    model,tokenizer = sl.load('tiny')
+    sl.make_switchable(model, profiles, GROUPED)
+    return model,tokenizer
+
+def test_codes_are_chosen_for_the_widths_that_the_profiles_have(stories):
+    mixed = sl.Profile('mixed', 'w5a8', (Rule('w3', site=('mlp_in',)), Rule('w6', site=('mlp_out',))))
+    found = sl.quantize(*switchable(['w2a8', mixed, 'bw8']), stories, 40, progress=False)
+    assert all(list(c.chosen)==[2, 3, 5, 6, 8] for c in found.values())
+    for widths in ((8,), (4, 6, 8)):
+        with pytest.raises(ValueError, match=r"profile 'w3a8' has 3 bits, for which no code would be chosen.*leave widths out"):
+            sl.quantize(*switchable(['w3a8', 'bw8']), stories, 40, widths=widths, progress=False)
+
+def test_where_choosing_is_worse_than_rounding_it_is_said(stories, recwarn):
+    "A weight that is on a grid of 4 bits already has no error there, until a code has to serve other widths too."
+    model,tokenizer = switchable(['w4'])
+    sl.quantize(model, tokenizer, stories, 40, progress=False)
+    plain = merge(model, 'w4', adapters=False)
+    recwarn.clear()
+    with pytest.warns(UserWarning, match=r'more error than rounding at w4 \(\S+e-\d+ against \S+e-\d+\)'):
+        found = sl.quantize(plain, tokenizer, stories, 40, progress=False)
+    assert sum(c.chosen[4] for c in found.values())>2*sum(c.rounded[4] for c in found.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        sl.quantize(sl.load('tiny')[0], tokenizer, stories, 40, progress=False)
+
+def test_nested_codes_hold_no_more_than_8_bits_and_it_is_said_before_a_layer_is_replaced():
+    model,_ = sl.load('tiny')
+    for wide in ('w9a8', sl.Profile('wide', 'w8', (Rule('w12', site=('mlp_in',)),))):
+        with pytest.raises(ValueError, match='nested codes hold 2 to 8 bits.*independent'): sl.make_switchable(model, ['bw8', wide])
+    assert not hasattr(model, 'switch')
+    sl.make_switchable(model, ['bw8', 'w9a8'], QuantConfig(act='per_token', codes='independent'))
+
+@pytest.mark.parametrize('how,says', [
+    (dict(widths=4), 'widths=4: needs a tuple'), (dict(widths=(4.5,)), 'widths=4.5: nested codes hold 2 to 8 bits'),
+    (dict(widths=(1, 4)), 'widths=1: nested codes hold 2 to 8'), (dict(widths=(12,)), 'widths=12: nested codes hold 2 to 8'),
+    (dict(examples=[None]*9), r'examples\[0\]=None: give texts'), (dict(examples=['a', 3]), r'examples\[1\]=3'),
+    (dict(max_length=0), 'max_length=0: needs 1 or more'), (dict(n=0), 'n=0: needs 1 or more'),
+    (dict(max_length=1), 'max_length=1: cuts the calibration texts to 128 tokens'),
+    (dict(examples=['short']), 'the calibration texts have [0-9]+ tokens: give 512')])
+def test_what_cannot_be_is_told_by_its_name(how, says, stories):
+    model,tokenizer = sl.load('tiny')
+    with pytest.raises(ValueError, match=says): sl.quantize(model, tokenizer, **(dict(examples=stories, progress=False) | how))
+    if 'texts have' not in says: assert not hasattr(model, 'switch')
+
+def test_one_question_is_no_list_of_questions():
+    model,tokenizer = sl.load('tiny')
+    question, = sl.squad('tiny', 'validation', 1)
+    for work in (sl.answer, sl.evaluate):
+        with pytest.raises(ValueError, match=r'is one dict.*\[question\]'): work(model, tokenizer, question)
+    with pytest.raises(ValueError, match=r'is one dict.*\[question\]'): sl.train(*switchable(['bw8']), question)

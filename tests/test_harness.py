@@ -122,7 +122,8 @@ def test_one_command_and_a_table_of_three_profiles(what, made, tasks, tmp_path, 
     assert head.split()==['task','metric',*PROFILES] and [r.split()[:3] for r in rows]==[
         ['likely','perplexity','↓'], ['likely','acc','↑'], ['written','exact_match','↑']]
     assert all(r.count('±')==3 for r in rows) and 'likely 4' in caption and '\r' not in err
-    assert main([*line, '--json', '--quiet'])==0         # its own older file is replaced
+    assert main([*line, '--quiet'])==1 and 'scores.json: exists already' in capsys.readouterr().err
+    assert main([*line, '--json', '--quiet', '--overwrite'])==0
     out,err = capsys.readouterr()
     assert json.loads(out)==json.loads((tmp_path/'scores.json').read_text())
     assert all(l.startswith('note: ') for l in err.splitlines()), err      # such as that a batch takes no native steps

@@ -26,6 +26,7 @@ from ..study.records import PRESETS, Preset, save_record, check_name, free_name,
 from ..data.chat import find_template
 from ..data.squad import load_squad
 from ..joint_training import high_to_low
+from ..training.resuming import checkpoints
 from ..profiles_eval import evaluate
 from ..search.costs import profile_cost
 from ..serving.packed import packed_size
@@ -34,7 +35,7 @@ from .cli import add_command, complain, one_line, teller
 from .front_door import load, training_data
 from .options import (
     SAID, add_device, add_json, add_preset_options, chosen_device, chosen_preset, named_profiles, option_type,
-    show, text_table, training_on, wants_json, add_task, chosen_corpus)
+    show, text_table, training_on, wants_json, add_task, check_free, chosen_corpus)
 from ..data.tasks import answering
 
 # %% ../../nbs/apps/commands.ipynb #7f488ef2
@@ -172,8 +173,10 @@ def _examples(preset, corpus, model, tokenizer):   # to train on, what is learnt
     return data, answering, said
 
 def _check_out(args):
-    if args.adapters_only: return check_save_target(args.out)
-    return check_model_target(args.out, beside=False)
+    out = check_save_target(args.out) if args.adapters_only else check_model_target(args.out, beside=False)
+    work = Path(f'{out}.training')   # where it has checkpoints, the same command goes on, and another is told there
+    if not (work.is_dir() and checkpoints(work)): check_free(args, 'or move it away')
+    return out
 
 def _train(args):
     preset,say,out = chosen_preset(args),teller(args),_check_out(args)
@@ -199,7 +202,7 @@ def _train(args):
 
 # %% ../../nbs/apps/commands.ipynb #271b0b90
 def _check_there(path):
-    if not Path(path).exists(): raise FileNotFoundError(f"{path}: missing; give what `train`, `run` or `freeze` wrote")
+    if not Path(path).exists(): raise FileNotFoundError(f"{path}: missing; give what `train`, `quantize`, `run` or `freeze` wrote")
 
 def check_readable(
     path:str|Path, # A switchable checkpoint, or a packed file
@@ -221,7 +224,7 @@ def load_checkpoint(
 def _load_any(source, model):   # also a base model; a mistyped folder is no name on the hub
     known = {p.model for p in PRESETS.values()}
     if not (Path(source).exists() or '/' in source or source in known):
-        raise FileNotFoundError(f"{source}: missing; give what `train`, `run` or `freeze` wrote, or a base model: "
+        raise FileNotFoundError(f"{source}: missing; give what `train`, `quantize`, `run` or `freeze` wrote, or a base model: "
                                 "a folder, a .gguf file, owner/name on the hub, or 'tiny'")
     _check_base(source, model)
     return load(source, base=model)

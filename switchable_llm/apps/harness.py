@@ -22,7 +22,7 @@ from ..search.costs import profiles_of
 from ..study.runs import COUNT, Number
 from .cli import teller
 from .commands import add_checkpoint, add_profiles, open_model
-from .options import add_device, add_json, chosen_device, option_type, show, text_table
+from .options import add_device, add_json, add_overwrite, check_free, chosen_device, option_type, show, text_table
 
 # %% ../../nbs/apps/harness.ipynb #8cd37792
 def _number(x): return isinstance(x, (int,float)) and not isinstance(x, bool)
@@ -174,10 +174,11 @@ def _lm_eval_options(parser):
                      help='examples in a forward pass (default: 1)')
     how.add_argument('--chat', action='store_true', help="put prompts through the tokenizer's chat template")
     parser.group('output').add_argument('--out', help='write the scores as JSON')
+    add_overwrite(parser, 'older scores')
 
 def _lm_eval(args):
     device = chosen_device(args.device)
-    if args.out: check_target(args.out, _WHAT, _is_scores)
+    if args.out: check_target(args.out, _WHAT, _is_scores); check_free(args)
     manager,names = _tasks(args.tasks, args.include_path)
     model,tokenizer,profiles = open_model(args.checkpoint, args.model, args.profiles, device)
     if not hasattr(model, 'switch'): profiles = None

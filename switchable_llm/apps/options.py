@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUPS', 'SAID', 'TASKS', 'named_profiles', 'devices', 'chosen_device', 'add_device', 'training_on', 'option_type',
            'add_preset_options', 'chosen_preset', 'add_task', 'chosen_corpus', 'text_table', 'add_json', 'wants_json',
-           'show']
+           'add_overwrite', 'check_free', 'show']
 
 # %% ../../nbs/apps/options.ipynb #e6cb5945
-import argparse, json, math, os, torch, inspect
+import argparse, json, math, os, re, torch, inspect
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,9 +25,10 @@ from ..data.text import Text, text
 # %% ../../nbs/apps/options.ipynb #af096f7b
 _FILES = '.json','.yaml','.yml'
 
-def _is_profile(name):   # built in, or bits for all layers
+def _is_profile(name):   # built in, or bits for all layers; which bits cannot be, `as_profile` says
+    if name not in PROFILES and not re.fullmatch(r'([wakv]\d+)+', name): return False
     try: return bool(as_profile(name))
-    except ValueError: return False
+    except ValueError as e: raise ValueError(f"profile {name!r}: {e}") from e
 
 def named_profiles(
     names:Iterable[str],        # Names of profiles, and files of profiles
@@ -219,6 +220,23 @@ def wants_json(
 )->bool: # Whether it was given
     "Whether a program reads what is printed."
     return getattr(args, 'json', False)
+
+def add_overwrite(
+    parser:Parser, # Gets `--overwrite`
+    older:str,     # What it replaces, for the help
+):
+    "The option without which nothing is replaced."
+    parser.group('output').add_argument('--overwrite', action='store_true', help=f'replace {older}')
+
+def check_free(
+    args:argparse.Namespace, # Of a command with `--out`
+    way_out:str='or --overwrite', # What else one can do, for the error
+):
+    "Raise a `FileExistsError` where `--out` holds something and it was not said that it may be replaced."
+    out = Path(args.out)
+    there = any(out.iterdir()) if out.is_dir() else out.exists()
+    if there and not getattr(args, 'overwrite', False):
+        raise FileExistsError(f"{args.out}: exists already; choose another path, {way_out}")
 
 def _finite(x):
     if isinstance(x, dict): return {str(k):_finite(v) for k,v in x.items()}

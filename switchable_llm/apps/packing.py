@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS']
 
 # %% ../../nbs/apps/packing.ipynb #46633f39
-import torch
+import sys, torch, warnings
 from dataclasses import replace
 from pathlib import Path
 from ..system.files import check_target
@@ -21,9 +21,10 @@ from ..formats.gguf_file import GGUF_DTYPES, adapter_file, adapter_goes, export_
 from ..formats.torchao import save_torchao
 from ..study.runs import COUNT, Number
 from .commands import add_checkpoint, add_profiles, each_file, load_checkpoint, only_files
-from .front_door import GROUPED, load, make_switchable, quantize
-from .options import (
-    add_device, add_json, add_task, chosen_corpus, chosen_device, named_profiles, option_type, show, text_table, wants_json)
+from .front_door import GROUPED, WORSE, load, make_switchable, quantize, too_wide, worse_than_rounded
+from switchable_llm.apps.options import (
+    add_device, add_json, add_overwrite, add_task, check_free, chosen_corpus, chosen_device, named_profiles, option_type, show,
+    text_table, wants_json)
 
 # %% ../../nbs/apps/packing.ipynb #2cc2ec82
 _GRAINS = 'per_channel','per_group','per_tensor'
@@ -51,9 +52,10 @@ def _quantize_options(parser):
                      help='of a base model: turn the inputs of all layers, or of the sites named (such as mlp_in), by a Hadamard '
                           'transform before they are quantized: better at few bits, but no GGUF file can hold the codes '
                           '(default: no rotation). Write the name of the model before it: what follows is read as sites')
-    how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), default=[4, 6, 8], metavar='BITS',
-                     help='weight bits at which the codes are read (default: 4 6 8); with 2 or 3 among them, 8 get worse')
+    how.add_argument('--widths', nargs='+', type=option_type(Number(2, 8)), metavar='BITS',
+                     help='weight bits at which the codes are read (default: those of the profiles); with 2 or 3 among them, 8 get worse')
     parser.group('output').add_argument('--out', required=True, help='the model, a folder that transformers opens')
+    add_overwrite(parser, 'an older model')
 
 def _new_(model, args):   # what a base model becomes
     if args.group_size and args.weight not in (None, 'per_group'):
@@ -61,35 +63,45 @@ def _new_(model, args):   # what a base model becomes
     given = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
     if args.rotate is not None: given['rotate'] = tuple(args.rotate) or True
     torch.manual_seed(0)   # of the adapters, which are empty: the same folder each time
-    make_switchable(model, named_profiles(args.profiles or ['bw8','bw6','w4a8']), replace(GROUPED, **given))
+    profiles = named_profiles(args.profiles or ['bw8','bw6','w4a8'])
+    if fault := too_wide(profiles): raise ValueError(f"--profiles: {fault}")
+    make_switchable(model, profiles, replace(GROUPED, **given))
 
 def _refuse_old(args):   # of a model that is switchable already
     for k in ('profiles','weight','group_size','weight_range','rotate'):
         if (v := getattr(args, k)) is not None:
             given = ' '.join([k.replace('_', '-'), *map(str, v if isinstance(v, list) else [v])])
-            raise ValueError(f"--{given}: {args.checkpoint} is switchable already and says so itself")
+            raise ValueError(f"--{given}: {args.checkpoint} is switchable already and says so itself: "
+                             "leave the option out, or quantize its base model")
 
 def _quantize(args):
-    check_model_target(args.out)
+    check_model_target(args.out); check_free(args)
     device,corpus = chosen_device(args.device),chosen_corpus(args)
     model,tokenizer = load(args.checkpoint, base=args.model)
     if hasattr(model, 'switch'): _refuse_old(args)
     else: _new_(model, args)
     examples = corpus or load_squad(args.data, n=args.n)
-    found = quantize(model.to(device), tokenizer, examples, args.n, args.max_length, tuple(args.widths), not args.quiet)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message=WORSE)   # it is told below, after the table
+        found = quantize(model.to(device), tokenizer, examples, args.n, args.max_length, args.widths, not args.quiet)
     switch_of(model).profile = next(n for n in switch_of(model).profiles if n!='float')
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    rows = {b:[sum(getattr(c, k)[b] for c in found.values())/len(found) for k in ('rounded','chosen')] for b in args.widths}
+    widths = next(iter(found.values())).rounded
+    rows = {b:[sum(getattr(c, k)[b] for c in found.values())/len(found) for k in ('rounded','chosen')] for b in widths}
     table = [['error of outputs','rounded','chosen'], *([f'w{b}', *(f'{x:.2e}' for x in r)] for b,r in rows.items())]
     said = dict(out=str(args.out), layers=len(found), errors={f'w{b}':dict(zip(('rounded','chosen'), r)) for b,r in rows.items()})
     show(args, said, f'{text_table(table)}\nmodel  {args.out}')
+    sys.stdout.flush()
+    if note := worse_than_rounded(found): warnings.warn(note)
 
 # %% ../../nbs/apps/packing.ipynb #7f830bd0
 def _float_checkpoint(args):   # of what needs float weights
     if Path(args.checkpoint).is_file():
         raise ValueError(f"{args.checkpoint}: is a file, and has no float weights to {args.verb} from: "
-                         "give the folder that `train` or `run` wrote, from which it was frozen")
+                         "give the folder that `train`, `quantize` or `run` wrote, from which it was frozen")
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(f"{args.checkpoint}: missing; give a folder that `train`, `quantize` or `run` wrote")
     return load_checkpoint(args.checkpoint, args.model)
 
 def _profiles_of(args, model, names): return named_profiles(names, switch_of(model).profiles, of=args.checkpoint)
@@ -102,9 +114,10 @@ def _freeze_options(parser):
         work.add_argument('--'+end, type=option_type(Number(2, 8), 'all', 'none'), metavar='BITS|none',
                           help=f'pack the {end} at this width (default: as the profiles say, else float)')
     parser.group('output').add_argument('--out', required=True, help='where to')
+    add_overwrite(parser, 'an older packed file')
 
 def _freeze(args):
-    check_target(args.out, 'a packed file', is_packed)
+    check_target(args.out, 'a packed file', is_packed); check_free(args)
     model,tokenizer = _float_checkpoint(args)
     added = [switch_of(model).add(p).name for p in _profiles_of(args, model, args.profiles or ())]
     size = freeze(model, args.out, added or None, args.embedding, args.lm_head, tokenizer)
@@ -122,14 +135,12 @@ def _export_options(parser):
         output.add_argument(f'--{end}-dtype', choices=list(GGUF_DTYPES[1:]), help=f'of the {end}, in a GGUF file')
     output.add_argument('--adapter', choices=('file','merged'), help='of a GGUF file: beside it, or added (default: beside codes)')
     output.add_argument('--no-tokenizer', action='store_true', help='leave the tokenizer out')
-    output.add_argument('--overwrite', action='store_true', help='replace an older export')
+    add_overwrite(parser, 'an older export')
     output.add_argument('--out', required=True, help='where to')
 
 def _check_export(args):   # what an older export is, the writer knows
-    out,folder = Path(args.out),args.format=='float'
-    check_target(out, f'an export to {args.format}', ours=lambda p: True, folder=folder)
-    if out.exists() and not args.overwrite and not (folder and not any(out.iterdir())):
-        raise FileExistsError(f"{args.out}: exists already; choose another path, or --overwrite")
+    check_target(args.out, f'an export to {args.format}', ours=lambda p: True, folder=args.format=='float')
+    check_free(args)
 
 def _export_gguf(args, model, p, tokenizer):
     given = {k:getattr(args, k) for k in ('overwrite','adapter','embedding_dtype','head_dtype')}

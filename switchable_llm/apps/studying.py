@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'COMMANDS']
 
 # %% ../../nbs/apps/studying.ipynb #f5e2a8cd
-import argparse, os, subprocess, sys
+import argparse, os, shlex, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +177,8 @@ def _experiment(args):
     if args.untold: return
     for e in args.experiment: print(f'# {e}\n'*several+EXPERIMENTS[e][1](preset.name, args.out))
 
+def _names(arms): return ', '.join(map(shlex.quote, arms))   # as one types them: some hold spaces
+
 def _experiment_options(parser):
     width,cycle = Number(2, 16),CPTPlan().cycle
     parser.add_argument('experiment', nargs='+', choices=list(EXPERIMENTS),
@@ -189,8 +191,8 @@ def _experiment_options(parser):
     seeds.add_argument('--untold', action='store_true', help=argparse.SUPPRESS)   # one seed of several: no verdicts
     arms = parser.group('what to compare')
     arms.add_argument('--arms', nargs='+', choices=[*ARMS, *CPT_ARMS], metavar='ARM',
-                      help=f"arms of `objectives` (default: all): {', '.join(ARMS)}; of `cpt` (default: all, or what "
-                           f"the preset has time for): {', '.join(CPT_ARMS)}")
+                      help=f"arms of `objectives` (default: all): {_names(ARMS)}; of `cpt` (default: all, or what "
+                           f"the preset has time for): {_names(CPT_ARMS)}")
     arms.add_argument('--mix', nargs='+', default=['w4a4','w6a6','w8a8'], metavar='BITS',
                       help='what mixed profiles that no training saw draw from (default: w4a4 w6a6 w8a8)')
     arms.add_argument('--unseen', type=option_type(COUNT), metavar='N', default=4, help='how many of them (default: 4)')

@@ -74,6 +74,9 @@ def check_examples(
     examples:Any, # What `train` or `evaluate` were given
 ):
     "Raise a `ValueError` where only a name was given: it does not say what is to be learnt from it."
+    if isinstance(examples, dict):
+        raise ValueError(f"examples={examples!r:.60}: is one dict, and no list of them: give a question as [question], of a set with "
+                         "several splits one of them")
     if not isinstance(examples, str|Path): return
     name = repr(str(examples))
     raise ValueError(f"examples={name}: say what it holds: sl.text({name}), sl.chat({name}) or sl.squad({name})")

@@ -74,10 +74,12 @@ def block_fault(
 )->str|None: # Why its codes do not fit into blocks of 32 inputs, if they do not
     "What a layer would have to be for llama.cpp's types."
     n,cfg = layer.in_features,layer.switch.cfg
-    if layer.rotates and not plain: return "its codes are of a rotated weight, and llama.cpp turns no inputs"
+    if layer.rotates and not plain:
+        return "its codes are of a rotated weight, and llama.cpp turns no inputs: quantize the base again without rotate"
     if n%BLOCK: return f"{n} inputs are no multiple of {BLOCK}, and llama.cpp's types have {BLOCK} to a block"
     if cfg.weight=='per_group' and cfg.group_size%BLOCK:
-        return f"group_size={cfg.group_size} is no multiple of {BLOCK}, and llama.cpp's types have {BLOCK} to a scale"
+        return (f"group_size={cfg.group_size} is no multiple of {BLOCK}, and llama.cpp's types have {BLOCK} to a scale: "
+                "quantize the base again with group_size=32")
 
 def gguf_blocks(
     layer:QuantLayer, # A quantized layer
@@ -86,7 +88,7 @@ def gguf_blocks(
     plain:bool=False, # Without the rotation that it has
 )->tuple[str,Tensor]: # Name of the type; its bytes, (out, bytes)
     "A layer's own codes in a type of llama.cpp, only the scale rounded (to float16); Q8_0 at the nearest where none holds them."
-    if why := block_fault(layer, plain): raise ValueError(f"layer {name}: {why}: choose dtype='F16', or leave it float in the profile")
+    if why := block_fault(layer, plain): raise ValueError(f"layer {name}: {why}, choose dtype='F16', or leave it float in the profile")
     q,qp = layer.codes_at(bits, plain)
     q = q.T if layer.axis==1 else q
     scale,zero = (_in_blocks(t, q.shape, layer.switch.cfg) for t in (qp.scale, qp.zero_point))

@@ -257,7 +257,7 @@ def _plan(model, profile, rows, dtype, adapter, ends):
     merged = {k for k in new if adapter=='merged' and at[k][2].adapter is not None}
     for k in [k for k in new if k not in merged]:
         if why := block_fault(new[k][0], new[k][2]):
-            raise ValueError(f"layer {at[k][0].name}: {why}: choose dtype='F16', or leave it float in the profile")
+            raise ValueError(f"layer {at[k][0].name}: {why}, choose dtype='F16', or leave it float in the profile")
     return _Plan(adapter, {k:v for k,v in new.items() if k not in merged}, given | dict.fromkeys(merged, 'Q8_0'), own)
 
 def _end_names(model):   # site of an end -> name of its weight

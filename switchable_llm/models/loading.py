@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'optional', 'gguf_overrides', 'span_model', 'float32_head_', 'load_model', 'method_of', 'is_saved']
 
 # %% ../../nbs/models/loading.ipynb #b372ebcd
-import importlib, json, logging, torch
+import importlib, json, logging, re, torch
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -109,13 +109,21 @@ def load_model(
     ours = _is_ours(config)
     if spans and head!='span':
         raise ValueError(f"model {str(source)!r}: was saved with a span head: load it with head='span'")
-    tokenizer = _read_tokenizer(source, name, file, revision)
+    with _no_word_of_defaults(): tokenizer = _read_tokenizer(source, name, file, revision)
     if dtype is None and not ours: dtype = 'float32'
     read_as = torch.float32 if spans else 'auto' if dtype is None else getattr(torch, dtype)
-    model = _read_weights(source, name, file, revision, read_as, spans)
+    with _no_word_of_defaults(): model = _read_weights(source, name, file, revision, read_as, spans)
     if spans and dtype: float32_head_(model).base_model.to(getattr(torch, dtype))
     model.config._name_or_path = str(source)
     return (span_model(model, seed) if head=='span' and not spans else model.eval()), tokenizer
+
+@contextmanager
+def _no_word_of_defaults():   # of a GGUF file transformers first makes GPT-2's configuration, and warns of what `gguf_overrides` then sets
+    def heard(record): return not re.search('bos_token_id must be .* got 50256', record.getMessage())
+    log = logging.getLogger('transformers.configuration_utils')
+    log.addFilter(heard)
+    try: yield
+    finally: log.removeFilter(heard)
 
 def _where_is(source):   # what transformers is to open, and the .gguf file where it is one
     name = f"model {str(source)!r}"

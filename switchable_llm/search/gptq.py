@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'MIN_TOKENS', 'weights_of', 'fitted_step', 'nearest_code', 'read_at', 'factor', 'compensated_codes',
-           'settled_codes', 'Chosen', 'quantize_', 'drop_codes_']
+           'settled_codes', 'Chosen', 'quantize_', 'check_widths', 'drop_codes_']
 
 # %% ../../nbs/search/gptq.ipynb #0b8504c9
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from typing import Iterable, NamedTuple
 import torch
 from torch import nn, Tensor
 from ..system.progress import tqdm
-from ..quantizers import Bits, QuantConfig, blocks, check_bits, least_error, unblocks, whole_step
+from ..quantizers import Bits, QuantConfig, blocks, least_error, unblocks, whole_step
 from ..core.layers import Setting
 from ..core.rotation import no_autocast, rotate
 from ..core.switching import check_unfrozen
@@ -263,7 +263,7 @@ def quantize_(
     progress:bool=False,     # Show a bar
 )->dict[str,Chosen]: # Name of a layer -> its errors
     "Choose the codes of all layers so that errors cancel at their outputs (GPTQ), at every width at once; of all or of none."
-    switch,batches,widths = check_unfrozen(model),list(batches),_check_widths(widths)
+    switch,batches,widths = check_unfrozen(model),list(batches),check_widths(widths)
     if switch.cfg.codes!='nested':
         raise ValueError(f"codes={switch.cfg.codes!r}: one code for all widths is nested: use QuantConfig(codes='nested')")
     layers = _chosen(switch)
@@ -287,12 +287,16 @@ def _tasks(layers, inputs):   # (layers, sum of products) of those that have one
             if some: tasks.append((some, _rotated_sum(h) if turned else h))
     return tasks
 
-def _check_widths(widths):
-    widths = tuple(sorted(set(widths)))
+def check_widths(
+    widths:Iterable, # As somebody gave them
+)->tuple: # Each once, ascending
+    "Raise a `ValueError` that names what is no width of nested codes."
+    try: widths = tuple(widths)
+    except TypeError: raise ValueError(f"widths={widths!r}: needs a tuple of them, as (4, 6, 8)") from None
     if not widths: raise ValueError("widths is empty: name those that the codes have to serve, as (4, 6, 8)")
     for b in widths:
-        if check_bits(b, 'widths')>8: raise ValueError(f"widths={b}: nested codes hold 2 to 8 bits")
-    return widths
+        if type(b) is not int or not 2<=b<=8: raise ValueError(f"widths={b!r}: nested codes hold 2 to 8 bits")
+    return tuple(sorted(set(widths)))
 
 def _rotated_sum(h):   # of products of x R, from that of x
     return None if h is None else rotate(rotate(h).T.contiguous()).T.contiguous()
