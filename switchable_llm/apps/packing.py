@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS']
 
 # %% ../../nbs/apps/packing.ipynb #46633f39
-import sys, torch, warnings
+import torch, sys, warnings
 from dataclasses import replace
 from pathlib import Path
 from ..system.files import check_target
@@ -21,10 +21,11 @@ from ..formats.gguf_file import GGUF_DTYPES, adapter_file, adapter_goes, export_
 from ..formats.torchao import save_torchao
 from ..study.runs import COUNT, Number
 from .commands import add_checkpoint, add_profiles, each_file, load_checkpoint, only_files
-from .front_door import GROUPED, WORSE, load, make_switchable, quantize, too_wide, worse_than_rounded
-from switchable_llm.apps.options import (
-    add_device, add_json, add_overwrite, add_task, check_free, chosen_corpus, chosen_device, named_profiles, option_type, show,
-    text_table, wants_json)
+from .front_door import (
+    GROUPED, load, make_switchable, quantize, WORSE, too_wide, worse_than_rounded)
+from .options import (
+    add_device, add_json, add_task, chosen_corpus, chosen_device, named_profiles, option_type, show, text_table,
+    wants_json, add_overwrite, check_free)
 
 # %% ../../nbs/apps/packing.ipynb #2cc2ec82
 _GRAINS = 'per_channel','per_group','per_tensor'
