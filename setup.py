@@ -1,10 +1,14 @@
 "Builds the optional compiled kernels; where that fails, the package installs without them and uses PyTorch's operators."
-import sys
+import os, sys
 from glob import glob
 from setuptools import Extension, setup
 
-flags = ['-O3', '-std=c++17', '-fopenmp', '-fno-math-errno', '-ffp-contract=off', '-fvisibility=hidden']
+flags = ['-O3', '-std=c++17', '-fno-math-errno', '-ffp-contract=off', '-fvisibility=hidden']
+threads,link = ['-fopenmp'],['-fopenmp']
+if sys.platform=='darwin':   # Apple's clang has OpenMP, but not its header; the threads themselves come with torch
+    omp = next((d for d in ('/opt/homebrew/opt/libomp', '/usr/local/opt/libomp') if os.path.exists(f'{d}/include/omp.h')), None)
+    threads,link = (['-Xpreprocessor', '-fopenmp', f'-I{omp}/include'], ['-undefined', 'dynamic_lookup']) if omp else ([], [])
 kernels = Extension(
     'switchable_llm._native', sorted(glob('csrc/*.cpp')), depends=sorted(glob('csrc/*.h')), language='c++',
-    extra_compile_args=flags, extra_link_args=['-fopenmp'], optional=True)
-setup(ext_modules=[kernels] if sys.platform=='linux' else [])
+    extra_compile_args=flags+threads, extra_link_args=link, optional=True)
+setup(ext_modules=[kernels] if sys.platform in ('linux','darwin') else [])

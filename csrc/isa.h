@@ -6,8 +6,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SL_X86 1
-#elif defined(__aarch64__) && defined(__GNUC__)
-#define SL_ARM 1
+#elif defined(__aarch64__) && defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define SL_ARM 1                // older clangs know its instructions only where the whole file may use them
 #endif
 
 // Names, in this order, in nbs/system/native.ipynb. 0: none of them.

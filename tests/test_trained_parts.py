@@ -156,3 +156,20 @@ def test_calibration_passes_learned_ranges_by():
     m = model_of(learned=True); run(m); before = {n:p.detach().clone() for n,p in added_params(m).items()}
     calibrate_(m, [dict(input_ids=IDS.flip(1))])
     assert all(torch.equal(p, before[n]) for n,p in added_params(m).items())
+
+# --- checkpointing of activations -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', BASES)
+def test_activations_are_computed_again(kind):
+    "With a frozen base, which stays in evaluation mode: the same adapters, and each block runs twice a step."
+    def trained(again):
+        m,runs = model_of(kind),[]
+        block = (m.transformer.h if kind=='gpt2' else m.model.layers)[0]
+        m.switch.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+        if again: m.gradient_checkpointing_enable()
+        train(m, DATA, fixed_profile('w8'), CFG, progress=False)
+        assert not any(type(c).__name__=='Dropout' and c.training for n,c in block.named_modules() if '.adapters.' not in n)
+        return len(runs), {n:p.detach().clone() for n,p in added_params(m).items()}   # of forward and backward
+    (once,plain),(twice,again) = trained(False),trained(True)
+    assert (once, twice)==(4, 8)
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
