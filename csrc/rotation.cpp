@@ -2,6 +2,7 @@
 // the same order whatever the processor, and a product with 1 or -1 is exact, so all machines get the same numbers.
 #pragma GCC diagnostic ignored "-Wpsabi"   // nothing with vectors is called from elsewhere
 #include "rotation.h"
+#include "isa.h"
 #include <cstdlib>
 #include <cstring>
 #ifdef _OPENMP
@@ -44,9 +45,8 @@ namespace avx512 {
 typedef void (*block_fn)(const SlRotation*, int, const void*, int, int64_t, void*, float*, float*);
 static block_fn find_block() {
 #ifdef HAS_KINDS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) return avx512::turn_block;
-    if (__builtin_cpu_supports("avx2")) return avx2::turn_block;
+    if (isa_level() >= AVX512) return avx512::turn_block;
+    if (isa_level() >= AVX2) return avx2::turn_block;
 #endif
     return plain::turn_block;
 }

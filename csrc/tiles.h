@@ -5,7 +5,7 @@ struct TileConfig { uint8_t palette, start, pad[14]; uint16_t cols[16]; uint8_t 
 static void tiles_on() {
     TileConfig c; memset(&c, 0, sizeof c); c.palette = 1;
     for (int i = 0; i < 8; i++) { c.cols[i] = 64; c.rows[i] = 16; }
-    _tile_loadconfig(&c);
+    __asm__ volatile("ldtilecfg %0" :: "m"(c));   // the intrinsic of some compilers reads but a part of it
 }
 // Two row tiles x two channel blocks; sums go to c (rows 32 apart, the second row tile at c2).
 static void tiles_2x2(const int8_t *a0, const int8_t *a1, const uint8_t *b0, const uint8_t *b1, i64 pieces,

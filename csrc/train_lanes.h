@@ -162,12 +162,6 @@ INL uint32_t largest_of(I v) {   // of unsigned numbers
     for (int i = 0; i < W; i++) m = x[i] > m ? x[i] : m;
     return m;
 }
-INL double total_of(F v) {
-    float x[W]; storef(x, v);
-    double s = 0;
-    for (int i = 0; i < W; i++) s += x[i];
-    return s;
-}
 INL float least_of(F v) {
     float x[W]; storef(x, v);
     for (int i = 1; i < W; i++) x[0] = x[i] < x[0] ? x[i] : x[0];

@@ -82,17 +82,27 @@ static int32_t quantize_row(const void* x, int type, int64_t k, Grid g, Limits t
 
 // ---------------------------------------------------------------- gradient of a static range
 // Of a row: zeros in the gradient where x was clipped; before that, what scale and lower end of the range get.
+// Sums are kept for sixteen numbers apart, whatever a vector holds, so that all levels add in the same order.
 static void range_row(const void* x, int xtype, void* g, int gtype, int64_t k, const Ends& e, double* sums) {
+    enum { PARTS = 16 / W };
     const F inv = all(e.inv), lo = all(e.lo), hi = all(e.hi), qmin = all(e.qmin), qmax = all(e.qmax), none = all(0);
-    F to_scale = none, to_end = none;
-    for (int64_t i = 0; i < k; i += W) {
-        const F u = mul(load(x, xtype, i, k - i), inv), q = nearest(u), v = load(g, gtype, i, k - i);
-        const M low = below(q, lo), high = below(hi, q), clipped = either(low, high);
-        to_scale = fma(v, pick(low, qmin, pick(high, qmax, minus(q, u))), to_scale);
-        to_end = plus(to_end, pick(clipped, v, none));
-        store(g, gtype, i, k - i, pick(clipped, none, v));
+    F to_scale[PARTS], to_end[PARTS];
+    for (int p = 0; p < PARTS; p++) to_scale[p] = to_end[p] = none;
+    for (int64_t i = 0; i < k; i += 16)
+        for (int p = 0; p < PARTS; p++) {
+            const int64_t at = i + p * W, left = k - at;
+            const F u = mul(load(x, xtype, at, left), inv), q = nearest(u), v = load(g, gtype, at, left);
+            const M low = below(q, lo), high = below(hi, q), clipped = either(low, high);
+            to_scale[p] = fma(v, pick(low, qmin, pick(high, qmax, minus(q, u))), to_scale[p]);
+            to_end[p] = plus(to_end[p], pick(clipped, v, none));
+            store(g, gtype, at, left, pick(clipped, none, v));
+        }
+    sums[0] = sums[1] = 0;
+    for (int p = 0; p < PARTS; p++) {
+        float a[W], b[W];
+        storef(a, to_scale[p]); storef(b, to_end[p]);
+        for (int i = 0; i < W; i++) { sums[0] += a[i]; sums[1] += b[i]; }
     }
-    sums[0] = total_of(to_scale); sums[1] = total_of(to_end);
 }
 
 // ---------------------------------------------------------------- first operand: a line for each digit of a row

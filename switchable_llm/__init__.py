@@ -24,6 +24,7 @@ WHERE = dict(
     TrainConfig='training.settings', random_profile='joint_training',
     SwitchCallback='training.callback', reference_model='training.callback', lm_eval='apps.harness',
     save_switchable='models.checkpoints', SwitchableConfig='models.quantizer', update_card='models.cards',
+    base_on_disk_='models.loading',
     import_peft='lora_routing', export_peft='lora_routing', freeze='serving.exports', check_packed='serving.packed',
     export_float='serving.exports', export_torchao='formats.torchao', export_gguf='formats.gguf_file')
 _THERE = dict(squad='load_squad')

@@ -1,10 +1,14 @@
 """The training kernels against exact arithmetic in plain PyTorch, bit for bit: `python levels_worker.py [library]`.
 
-test_integer.py runs it once for each level of instructions. It prints how many products it compared."""
+test_integer.py runs it once for each level of instructions. It prints how many products it compared, and a digest of the
+gradients of ranges: they are float sums, of which an exact one is only near, but all levels add them in one order."""
 import ctypes, sys
+from hashlib import sha256
 import torch
 from switchable_llm.core.integer import NativeKernel, ReferenceKernel, SignedCodes, _declare
 from switchable_llm.quantizers import QParams, range_gradient
+
+RANGES = sha256()   # of what ranges get
 
 class Native(NativeKernel):
     def __init__(self, path):
@@ -67,6 +71,7 @@ def compare(native, pick, m, k, n, dtype):
         gx = torch.randn(m, k).to(dtype)
         right,*ends = range_gradient(gx.double(), x, qp)
         masked,*got = native.range_gradient(gx.clone(), strided(x, how), qp)
+        RANGES.update(torch.stack(got).numpy().tobytes())
         bound = 1e-6*gx.double().abs().sum()*max(1, qp.qmax)+1e-9
         assert torch.equal(masked.double(), right) and all(abs(a-b)<=bound for a,b in zip(got, ends)), ('range', m, k)
     sums = (r.codes.double()-r.zero) @ (codes.double()+d).T
@@ -96,6 +101,6 @@ def main(path=None, rounds=40):
             torch.testing.assert_close(native.backward(g, prepared, None, torch.float32), right, rtol=1e-6, atol=0)
             prepared_t = native.prepare(SignedCodes(codes.T.contiguous(), s[:3], 0.), None)
             torch.testing.assert_close(native.forward_float(g, prepared_t, None, torch.float32), right, rtol=1e-6, atol=0)
-    print('equal', rounds)
+    print('equal', rounds, RANGES.hexdigest())
 
 if __name__=='__main__': main(*sys.argv[1:])

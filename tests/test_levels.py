@@ -30,8 +30,7 @@ def test_the_best_level_computes_everything(best):
 
 @pytest.mark.parametrize('level', ['AVX2','AVX_VNNI','AVX512','DOT','I8MM'])
 def test_levels_give_the_same_bits(program, best, level):
-    try: had,lines = run(program, level)
-    except subprocess.CalledProcessError: pytest.skip('a level of another kind of processor')
+    had,lines = run(program, level)
     if had!=level: pytest.skip(f'this processor has no {level}')
     assert lines==best[1]
 

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 from ..system.digests import content_of
+from ..system.native import is_on_disk, let_go
 from ..quantizers import (
     Bits, EMAObserver, LearnedRange, QParams, blocks, dequantize_weight, fake_quant, fake_quant_weight, fused_fake_quant,
     nested_at, nested_codes, quantize_weight, token_qparams, unblocks)
@@ -280,6 +281,7 @@ class QuantLayer(Opaque):
             kept = self._weights.pop(key, None)
             self._weights[key] = kept = make() if kept is None else kept   # the newest last
             while keep is not None and len(self._weights)>keep: del self._weights[next(iter(self._weights))]
+            let_go(self.base.weight)   # of a weight on the disk, what was read for this
         return kept
 
     def _renew(self):   # forget what was made of another weight
@@ -293,7 +295,7 @@ class QuantLayer(Opaque):
         "Forget what was made of the weight if its numbers changed, also where torch did not notice."
         w = self.base.weight
         if '_hf_hook' not in self.base.__dict__: self._away = hasattr(w, 'full_tensor')   # a part: FSDP brings the rest
-        changed = self._weights and (self._away or self._made_of[1]!=content_of(w))
+        changed = self._weights and (self._away or not is_on_disk(w) and self._made_of[1]!=content_of(w))
         if changed and len(self.codes) and not self._away: self._refuse_codes('was changed')
         if changed: self.forget()
 

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ABI', 'TRAINING', 'SERVING', 'library', 'native_level', 'native_features', 'native_report', 'Compiled',
-           'return_memory']
+           'return_memory', 'put_on_disk_', 'is_on_disk', 'let_go']
 
 # %% ../../nbs/system/native.ipynb #cf651704
-import ctypes, os, warnings
+import ctypes, os, sys, warnings
 from functools import lru_cache
 from itertools import count
 from importlib.resources import files
 from pathlib import Path
 import torch   # loads the OpenMP runtime that the kernels share
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 # %% ../../nbs/system/native.ipynb #21cf8438
 ABI = 8   # of csrc/abi.cpp
@@ -93,3 +95,30 @@ def return_memory():
     "Give memory that nobody uses back to the system, where the C library has a call for it (glibc)."
     try: ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError): pass
+
+_on_disk = WeakIdKeyDictionary()   # tensor -> where its numbers begin
+
+def put_on_disk_(
+    t:Tensor,  # On the CPU, without gradient; changed in place
+    path:Path, # A new file for its bytes
+):
+    "Move the numbers of a tensor to a file, from which they are mapped: in memory only while somebody reads them."
+    path.write_bytes(t.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    held = torch.UntypedStorage.from_file(str(path), False, t.numel()*t.element_size())
+    t.data = torch.empty(0, dtype=t.dtype).set_(held, 0, t.shape)
+    _on_disk[t] = t.data_ptr()
+
+def is_on_disk(
+    t:Tensor, # Any
+)->bool: # Whether `put_on_disk_` moved it, and nobody put other numbers in their place
+    "Such numbers are taken to be what they were: nobody looks whether they have changed."
+    return len(_on_disk)>0 and _on_disk.get(t)==t.data_ptr()
+
+_PAGEOUT = 21   # of Linux since 5.4: pages may go, none is lost
+
+def let_go(
+    t:Tensor, # Any; of one that is on the disk, what was read is given back
+):
+    "Forget what was read of a mapped tensor, where the system has a call for it."
+    if not is_on_disk(t) or sys.platform!='linux': return
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.numel()*t.element_size()), _PAGEOUT)

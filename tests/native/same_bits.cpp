@@ -181,7 +181,8 @@ int main(int argc, char **argv) {
     if (!lib) { fprintf(stderr, "%s\n", argc > 1 ? dlerror() : "which library?"); return 2; }
     auto level = (int (*)())dlsym(lib, "sl_isa");
     auto name = (const char *(*)(int))dlsym(lib, "sl_isa_name");
-    fprintf(stderr, "%s\n", name(level()));
+    const char *said = name(level());
+    fprintf(stderr, "%s\n", said ? said : "a name of no level here");
     layers((linear_fn)dlsym(lib, "sl_linear"));
     const i64 caches[][2] = {{0, 0}, {8, 8}, {4, 4}, {4, 2}, {2, 8}};
     for (int llama = 0; llama < 2; llama++) for (int i = 0; i < 13; i += 3) for (auto &c : caches)
