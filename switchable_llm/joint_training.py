@@ -278,7 +278,7 @@ def _check(model, data, policy, cfg, pad_id, every, task, acc):
     if any(hasattr(p, 'full_tensor') for p in model.parameters()):
         raise ValueError("the model is sharded (FSDP), and this loop has all of it in each process: "
                          "train it in transformers' Trainer with SwitchCallback, or under use_profile in a loop of yours")
-    if cfg.batch_size>len(data): raise ValueError(f"{size}: there are {len(data)} training examples: lower it")
+    if cfg.batch_size>len(data): raise ValueError(f"{size}: there are {len(data)} training examples: lower it, or give more data")
     if cfg.batch_size%n: raise ValueError(f"{size}: not divisible by {n} processes")
     whole_number('every', every, 1)
     whole_number('pad_id', pad_id, 0, _vocabulary(model)-1)

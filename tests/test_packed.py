@@ -141,6 +141,14 @@ def test_never_calibrated_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match='never calibrated for 5-bit'), use_profile(packed, 'a5'):
         packed(**inputs())
 
+def test_a_profile_without_ranges_is_not_frozen(tmp_path):
+    model = switchable(profiles=['bw8'])
+    model.switch.add(Profile('a5', Bits(8, 5)))
+    with pytest.raises(ValueError, match="profile 'a5'.*never calibrated for 5-bit.*leave it out"):
+        freeze(model, tmp_path/'m.safetensors')
+    assert not list(tmp_path.iterdir())
+    freeze(model, tmp_path/'m.safetensors', profiles=['bw8'])
+
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
 def test_killed_while_writing(tmp_path):
     code = f"""

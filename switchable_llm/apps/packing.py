@@ -61,6 +61,9 @@ def _quantize_options(parser):
 def _new_(model, args):   # what a base model becomes
     if args.group_size and args.weight not in (None, 'per_group'):
         raise ValueError(f"--group-size {args.group_size}: is for --weight per_group")
+    if args.group_size and args.group_size%32:
+        print(f"note  groups of {args.group_size} inputs: no GGUF file holds them, and packed files run them by PyTorch's operators "
+              "unless they are a multiple of 16; groups of 32 or 64 have neither limit", file=sys.stderr)
     given = {k:v for k in ('weight','group_size','weight_range') if (v := getattr(args, k)) is not None}
     if args.rotate is not None: given['rotate'] = tuple(args.rotate) or True
     torch.manual_seed(0)   # of the adapters, which are empty: the same folder each time

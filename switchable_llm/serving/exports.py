@@ -41,6 +41,7 @@ def freeze(
     switch = _unpacked_switch(model)
     path = check_target(path, 'a packed file', is_packed, space=sum(p.numel() for p in model.parameters())//2)
     names = _served(switch, profiles)
+    _check_ranges(switch, names)
     used,off,ends = _used_bits(switch, names),_unrotated(switch, names),_own_ends(model, switch, dict(embedding=embedding, lm_head=lm_head))
     tensors,layers,owner = {},[],{}
     for l,s in list(zip(switch.layers, switch.sites))+ends:
@@ -62,6 +63,14 @@ def _unpacked_switch(model):
         raise ValueError("gates decide the bits here, and a packed file holds profiles: leave use_gates, and "
                          "freeze gate_profile(model), for gates per layer, or other profiles")
     return switch
+
+def _check_ranges(switch, names):   # a file without them would be whole, and of no use
+    if switch.cfg.act=='per_token': return
+    for n in names:
+        for l,s in zip(switch.layers, switch.bound[n]):
+            if s.bits.a is None or not l.multiplies: continue
+            try: l.act_qparams(s.bits.a, s.plain)
+            except RuntimeError as e: raise ValueError(f"profile {n!r}: {e}; or leave it out with profiles=[...]") from e
 
 def _served(switch, profiles):
     if profiles is not None: return list(profiles)

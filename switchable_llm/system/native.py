@@ -66,8 +66,8 @@ def native_report(
 )->dict: # Kernel -> 'native' and the level, or why it is not
     "Which compiled kernels run on this machine, and why others do not."
     lib,why = _opened()
-    missing = why if lib is None else 'this processor, or its system, lacks the instructions'
-    if (most := os.environ.get('SWITCHABLE_LLM_MAX_ISA')) and lib is not None: missing += f' that SWITCHABLE_LLM_MAX_ISA={most} allows'
+    missing,most = why if lib is None else 'this processor, or its system, lacks the instructions',os.environ.get('SWITCHABLE_LLM_MAX_ISA')
+    if lib is not None and most: missing = f'not within SWITCHABLE_LLM_MAX_ISA={most}'
     runs = native_features()
     return {n:f'native, {native_level()}' if n in runs else f'PyTorch operators: {missing}' for n in TRAINING+SERVING}
 
