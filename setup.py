@@ -1,12 +1,14 @@
 "Builds the optional compiled kernels; where that fails, the package installs without them and uses PyTorch's operators."
-import os, sys
+import os, subprocess, sys
 from glob import glob
 from setuptools import Extension, setup
 
 flags = ['-O3', '-std=c++17', '-fno-math-errno', '-ffp-contract=off', '-fvisibility=hidden']
 threads,link = ['-fopenmp'],['-fopenmp']
 if sys.platform=='darwin':   # Apple's clang has OpenMP, but not its header; the threads themselves come with torch
-    omp = next((d for d in ('/opt/homebrew/opt/libomp', '/usr/local/opt/libomp') if os.path.exists(f'{d}/include/omp.h')), None)
+    try: omp = subprocess.run(['brew', '--prefix', 'libomp'], capture_output=True, text=True).stdout.strip()
+    except OSError: omp = ''
+    if not os.path.exists(f'{omp}/include/omp.h'): omp = ''
     threads,link = (['-Xpreprocessor', '-fopenmp', f'-I{omp}/include'], ['-undefined', 'dynamic_lookup']) if omp else ([], [])
 kernels = Extension(
     'switchable_llm._native', sorted(glob('csrc/*.cpp')), depends=sorted(glob('csrc/*.h')), language='c++',

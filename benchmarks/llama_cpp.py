@@ -42,7 +42,8 @@ def theirs(program, gguf, tokens, prompt, threads):
 def at_level(args, level):
     more = [args.file,'--this-level',level,'--profiles',*args.profiles,'--tokens',str(args.tokens),'--prompt',str(args.prompt),
             '--threads',str(args.threads)]
-    ran = subprocess.run([sys.executable, __file__, *more], env=os.environ|dict(SWITCHABLE_LLM_MAX_ISA=level), capture_output=True, text=True)
+    env = os.environ|dict(SWITCHABLE_LLM_MAX_ISA=level)
+    ran = subprocess.run([sys.executable, __file__, *more], env=env, capture_output=True, text=True)
     if ran.returncode: raise SystemExit(f'{level}: {ran.stderr.strip().splitlines()[-1]}')
     return {f'{p} {level}':v for p,v in json.loads(ran.stdout.splitlines()[-1]).items()}
 

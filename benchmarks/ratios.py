@@ -79,7 +79,7 @@ def check():
             if low: low = fallen(at_level(level, low), level, known)
         bad += [f'{level}: {n} is {ratios[n]} times as fast as float32, and was {known[level][n] if level in known else "not measured"}'
                 for n in low]
-    print('\n'.join(bad) or f'no kernel lost its speed ({processor()}; {"compared with the record" if same else "no record of this processor"})')
+    print('\n'.join(bad) or 'no kernel lost its speed', f'({processor()}; {"compared with" if same else "there is no"} record of it)')
     return bool(bad)
 
 def levels():

@@ -1,7 +1,8 @@
 // Instruction sets: what the processor has, what the user allows, and how a part of a file is compiled for one of them.
 //
-// A level has all of those before it, but that AVX512 need not have the short vectors of AVX_VNNI. A kernel is written once, for the vectors of the level that it is compiled for,
-// and compiled for each level in a namespace of its own; `isa_level()` says which of them may be called.
+// A level has all of those before it, but that AVX512 need not have the short vectors of AVX_VNNI. A kernel is written
+// once, for the vectors of the level that it is compiled for, and compiled for each level in a namespace of its own;
+// `isa_level()` says which of them may be called.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -41,8 +41,8 @@ def freeze(
     switch = _unpacked_switch(model)
     path = check_target(path, 'a packed file', is_packed, space=sum(p.numel() for p in model.parameters())//2)
     names = _served(switch, profiles)
-    _check_ranges(switch, names)
     used,off,ends = _used_bits(switch, names),_unrotated(switch, names),_own_ends(model, switch, dict(embedding=embedding, lm_head=lm_head))
+    _check_ranges(switch, names)
     tensors,layers,owner = {},[],{}
     for l,s in list(zip(switch.layers, switch.sites))+ends:
         l,fixed = l if isinstance(l, tuple) else (l, None)
