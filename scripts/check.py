@@ -1,8 +1,9 @@
-"""Everything that CI checks: `check.py [style] [export] [notebooks] [tests] [docs]`, by default all; or files, by path.
+"""Everything that CI checks: `check.py [style] [export] [notebooks] [tests] [docs] [speed]`, by default all; or files, by path.
 
 Each notebook and each file of tests is a task of its own, and one task runs on each core, the longest first. Where a
 system can fork, a task begins in a copy of this process, which has imported all that takes time. The last line counts
-notebooks and tests together; the style, the export and the pages count as one more each. The exit status is 0 only if
+notebooks and tests together; the style, the export, the pages and the speed count as one more each. The speed is measured
+when all else is done, so that nothing stands in its way. The exit status is 0 only if
 something ran and nothing failed."""
 import faulthandler, hashlib, importlib, json, multiprocessing, os, re, resource, shutil, signal, subprocess, sys
 import tempfile, time, traceback
@@ -205,17 +206,24 @@ def check_docs(folder):
     rc = run([sys.executable, copy/'scripts/build_docs.py', '--check'], cwd=copy, env=env)
     return verdict(rc and 'the pages have problems')
 
+# --- kernels are as fast as they were ---------------------------------------------------------------------------------
+
+def check_speed(folder):
+    "Ratios to float32, against those that were recorded."
+    return verdict(run([sys.executable, ROOT/'benchmarks/ratios.py', '--check']) and 'a kernel lost its speed')
+
 # --- all ------------------------------------------------------------------------------------------------------------
 
 def tasks_of(section):
     "The tasks of a part of the checks."
     if section=='style': return [Task('style', check_style)]
     if section=='export': return [Task('export', check_export)]
+    if section=='speed': return [Task('speed', check_speed)]
     if section=='docs': return [Task(f'pages of {len(notebooks())} notebooks', check_docs)]
     sections = dict(notebooks=notebooks(), tests=sorted((ROOT/'tests').glob('test_*.py')))
     files = sections.get(section, [Path(section).resolve()])
     if not all(p.is_file() for p in files):
-        sys.exit(f'{section}: needs some of style, export, notebooks, tests, docs, files, or nothing')
+        sys.exit(f'{section}: needs some of style, export, notebooks, tests, docs, speed, files, or nothing')
     name = lambda p: name_of(p) if p.is_relative_to(NBS) else p.name
     return [Task(name(p), check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
 
@@ -229,12 +237,13 @@ def warm_up():
         except Exception as e: print(f'{m}: {e!r}', flush=True)
 
 def main(sections):
-    start,sections = time.time(),sections or ('style','export','docs','notebooks','tests')
-    tasks = [t for s in sections for t in tasks_of(s)]
+    start,sections = time.time(),sections or ('style','export','docs','notebooks','tests','speed')
+    tasks,last = ([t for s in sections if (s=='speed')==at_end for t in tasks_of(s)] for at_end in (False, True))
     os.environ.update(offline_env(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
     sys.path.insert(0, str(ROOT))
     warm_up()
-    with tempfile.TemporaryDirectory() as home: results = run_all(sorted(tasks, key=longest_first), Path(home))
+    with tempfile.TemporaryDirectory() as home:
+        results = [*run_all(sorted(tasks, key=longest_first), Path(home)), *run_all(last, Path(home))]
     slow = sorted((tuple(s) for r in results for s in r.slow), reverse=True)[:10]
     if slow: print('\nslowest tests:\n'+'\n'.join(f'{s:6.0f} s  {n}' for s,n in slow))
     passed,failed,skips = (sum(r[i] for r in results) for i in range(3))

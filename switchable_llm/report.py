@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_questions', 'open_table', 'missing_records',
            'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'parts_table',
-           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'three_numbers', 'leads']
+           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'levels_table', 'three_numbers', 'leads']
 
 # %% ../nbs/06_report.ipynb #3b0b5de9
 import json, math, re
 from pathlib import Path
-from statistics import median_high
+from statistics import median, median_high
 from typing import Iterable, NamedTuple
 from .study.records import PRESETS
 from .search.intervals import MARGIN
@@ -264,8 +264,22 @@ def speed_table(
     "Speed and size on GPT-2's shape, against float and against peers."
     rows = [*_training_rows(benchmarks), *_generation_rows(benchmarks), *_store_rows(benchmarks)]
     if not rows: return '*No record yet.*'
-    where = '; '.join(dict.fromkeys(b['environment']['device'] for b in benchmarks.values()))
-    return markdown_table([["GPT-2's shape", ''], *rows], f'{where}; drawn in [packed](serving/packed.ipynb).')
+    return markdown_table([["GPT-2's shape", ''], *rows], f'{_where(benchmarks)}; drawn in [packed](serving/packed.ipynb).')
+
+def _where(benchmarks):   # of those on GPT-2's shape that are shown
+    shown = [b for n,b in benchmarks.items() if n in ('generate','store','train_step_float32','train_step_bfloat16')]
+    return '; '.join(dict.fromkeys(b['environment']['device'] for b in shown))
+
+def levels_table(
+    benchmarks:dict, # Name -> record
+)->str: # In Markdown
+    "Tokens a second of a packed model with more and fewer instructions allowed, beside llama.cpp."
+    if 'llama_cpp' not in benchmarks: return '*No record yet.*'
+    r = benchmarks['llama_cpp']
+    rows = [[k, *(f'{median(x):,.0f}' for x in zip(*v))] for k,v in r['results'].items()]
+    said = f"{r['environment']['device']}, medians of {r['settings']['rounds']} rounds; llama.cpp was built on the machine."
+    heads = ['SmolLM2-135M, profile and level','tokens/s',f"prompt of {r['settings']['prompt']}, tokens/s"]
+    return markdown_table([heads, *rows], said)
 
 def _training_rows(benchmarks):
     for t in ('float32','bfloat16'):
@@ -312,8 +326,7 @@ def three_numbers(
         ratio = benchmarks['train_step_float32']['results']['ratios']['per_token']
         said.append(f'A training step takes **{100*ratio:.0f} %** of the time of a LoRA step on the float model.')
     if not said: return '*No record yet.*'
-    where = '; '.join(dict.fromkeys(b['environment']['device'] for b in benchmarks.values()))
-    return '\n'.join(f'- {s}' for s in said)+f"\n\n*GPT-2's shape (124M), {where}.*"
+    return '\n'.join(f'- {s}' for s in said)+f"\n\n*GPT-2's shape (124M), {_where(benchmarks)}.*"
 
 def leads(
     study:Study, # All records
