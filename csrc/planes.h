@@ -130,6 +130,7 @@ template<int P> struct Packed {
         mask = all_bytes(SL_WHOLE_CODES ? live : live >> 4); lower = all_bytes(live & 15);
     }
 #if SL_WHOLE_CODES
+    INL_MEMBER void part(int, i64 u, Bytes *w) const { get(u, w); }
     INL_MEMBER void get(i64 u, Bytes *w) const {
         const Bytes high = all_bytes(0xf0), low = all_bytes(3);
         const Bytes h0 = load_64(h + u*128), h1 = load_64(h + u*128 + 64);
@@ -147,18 +148,22 @@ template<int P> struct Packed {
         if (P != 3) for (int j = 0; j < 4; j++) w[j] = w[j] & mask;
     }
 #else
-    INL_MEMBER void get(i64 u, Bytes *w) const {
-        const Bytes upper = P == 1 ? mask : all_bytes(15), four = all_bytes(12), three = all_bytes(3);
-        const Bytes h0 = load_64(h + u*128), h1 = load_64(h + u*128 + 64);
-        w[0] = h0 & upper; w[1] = down<4>(h0) & upper; w[2] = h1 & upper; w[3] = down<4>(h1) & upper;
-        if (P == 1) return;
+    INL_MEMBER void part(int lower_part, i64 u, Bytes *w) const {   // four vectors of upper or of lower bits
+        if (!lower_part) {
+            const Bytes upper = P == 1 ? mask : all_bytes(15);
+            const Bytes h0 = load_64(h + u*128), h1 = load_64(h + u*128 + 64);
+            w[0] = h0 & upper; w[1] = down<4>(h0) & upper; w[2] = h1 & upper; w[3] = down<4>(h1) & upper;
+            return;
+        }
+        const Bytes four = all_bytes(12), three = all_bytes(3);
         const Bytes v = load_64(m + u*64), live = P == 2 ? four & lower : four;
-        w[4] = up<2>(v) & live; w[5] = v & live; w[6] = down<2>(v) & live; w[7] = down<4>(v) & live;
+        w[0] = up<2>(v) & live; w[1] = v & live; w[2] = down<2>(v) & live; w[3] = down<4>(v) & live;
         if (P == 2) return;
         const Bytes x = load_64(l + u*64), rest = P == 4 ? three & lower : three;
-        w[4] = w[4] | (x & rest); w[5] = w[5] | (down<2>(x) & rest);
-        w[6] = w[6] | (down<4>(x) & rest); w[7] = w[7] | (down<6>(x) & rest);
+        w[0] = w[0] | (x & rest); w[1] = w[1] | (down<2>(x) & rest);
+        w[2] = w[2] | (down<4>(x) & rest); w[3] = w[3] | (down<6>(x) & rest);
     }
+    INL_MEMBER void get(i64 u, Bytes *w) const { for (int p = 0; p < vectors<P>()/4; p++) part(p, u, w + 4*p); }
 #endif
 };
 // The same unpacked: what many tokens share is unpacked once.
@@ -187,15 +192,17 @@ static inline i64 unpacked_bytes(const SlLinear *d) { return d->kp*16*(SL_WHOLE_
 
 // A unit of B blocks into their sums.
 template<class S, int N, int B, class From> INL void add_unit(S &sums, const From *from, i64 u, const int8_t *x, i64 far) {
-    Bytes w[B][N], some[B][S::TAKES];
-    for (int b = 0; b < B; b++) from[b].get(u, w[b]);
-    for (int j = 0; j < N; j += S::TAKES) {
-        for (int b = 0; b < B; b++) for (int i = 0; i < S::TAKES; i++) some[b][i] = w[b][j + i];
-        sums.add(j, some, x + u*16, far);
+    for (int p = 0; p < N/4; p++) {   // not more than is used next: registers are few
+        Bytes w[B][4], some[B][S::TAKES];
+        for (int b = 0; b < B; b++) from[b].part(p, u, w[b]);
+        for (int j = 0; j < 4; j += S::TAKES) {
+            for (int b = 0; b < B; b++) for (int i = 0; i < S::TAKES; i++) some[b][i] = w[b][j + i];
+            sums.add(4*p + j, some, x + u*16, far);
+        }
     }
 }
 template<class S, int N, int B> INL void add_unit(S &sums, const Unpacked<N> *from, i64 u, const int8_t *x, i64 far) {
-    Bytes some[B][S::TAKES];   // not more than is used next: registers are few
+    Bytes some[B][S::TAKES];
     for (int j = 0; j < N; j += S::TAKES) {
         for (int b = 0; b < B; b++) for (int i = 0; i < S::TAKES; i++) some[b][i] = from[b].at(u, j + i);
         sums.add(j, some, x + u*16, far);

@@ -218,35 +218,32 @@ template<int P, int R, int A, int B> struct Sums {
     }
 };
 #else
-// Without VNNI, products of whole codes would not fit 16 bits in pairs; those of four bits do, and four of them.
+// Without VNNI, products of whole codes would not fit 16 bits in pairs; those of four bits do, and four of them. Upper
+// bits count sixteen times when they come to 32 bits.
 #define SL_WHOLE_CODES 0
-INL __m256i nibbles(__m256i w0, __m256i w1, __m256i w2, __m256i w3, const __m256i x[4]) {
+INL __m256i nibbles(__m256i w0, __m256i w1, __m256i w2, __m256i w3, const __m256i x[4], __m256i worth) {
     const __m256i a = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x[0]), _mm256_maddubs_epi16(w1, x[1]));
     const __m256i b = _mm256_add_epi16(_mm256_maddubs_epi16(w2, x[2]), _mm256_maddubs_epi16(w3, x[3]));
-    return _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1));
+    return _mm256_madd_epi16(_mm256_add_epi16(a, b), worth);
 }
 template<int P, int R, int A, int B> struct Sums {
-    enum { TAKES = 4, PARTS = P > 1 ? 2 : 1 };
-    I s[B][R][PARTS];   // of upper bits, of lower bits
-    INL_MEMBER void clear() {
-        for (int b = 0; b < B; b++) for (int r = 0; r < R; r++) for (int p = 0; p < PARTS; p++) s[b][r][p] = no_ints();
-    }
+    enum { TAKES = 4 };
+    I s[B][R];
+    INL_MEMBER void clear() { for (int b = 0; b < B; b++) for (int r = 0; r < R; r++) s[b][r] = no_ints(); }
     INL_MEMBER void add(int first, const Bytes w[B][TAKES], const int8_t *x, i64 far) {
+        const __m256i worth = _mm256_set1_epi16(first < 4 ? 16 : 1);
         for (int r = 0; r < R; r++) {
             __m256i four[4];
             for (int j = 0; j < 4; j++) four[j] = four_bytes(x + r*far + 4*j);
             for (int b = 0; b < B; b++) {
-                I &t = s[b][r][first/4];
+                I &t = s[b][r];
                 const Bytes *v = w[b];
-                t.a = _mm256_add_epi32(t.a, nibbles(v[0].a, v[1].a, v[2].a, v[3].a, four));
-                t.b = _mm256_add_epi32(t.b, nibbles(v[0].b, v[1].b, v[2].b, v[3].b, four));
+                t.a = _mm256_add_epi32(t.a, nibbles(v[0].a, v[1].a, v[2].a, v[3].a, four, worth));
+                t.b = _mm256_add_epi32(t.b, nibbles(v[0].b, v[1].b, v[2].b, v[3].b, four, worth));
             }
         }
     }
-    INL_MEMBER I total(int b, int r) const {
-        const I t = shift_left<4>(s[b][r][0]);
-        return PARTS > 1 ? t + s[b][r][PARTS - 1] : t;
-    }
+    INL_MEMBER I total(int b, int r) const { return s[b][r]; }
 };
 #endif
 
