@@ -182,7 +182,7 @@ class QuantLayer(Opaque):
             def share():
                 codes,step = self.nested_parts(plain)
                 return kernel.share(codes, step.flatten().expand(len(codes)).contiguous())
-            return kernel.prepared_at(self._kept((kind, 8), share), bits)
+            return kernel.prepared_at(self._kept((kind, 'all'), share), bits)
         def dense(): return self.weight_at(bits, plain).T if self.axis else self.weight_at(bits, plain)
         def codes(): return as_signed(*self.codes_at(bits, plain), self.axis)
         return self._kept((kind, bits), lambda: kernel.prepare(codes(), dense))

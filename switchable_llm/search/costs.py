@@ -101,7 +101,7 @@ def held_bytes(
     out = dict(base=sum(map(_bytes, base_params(model).values())), adapters=sum(map(_bytes, adapters)))
     for l in switch_of(model).layers:
         for (kind,bits),kept in l._weights.items():
-            key = f'ready w{bits} ({kind})'
+            key = f"ready {'all widths' if bits=='all' else f'w{bits}'} ({kind})"
             out[key] = out.get(key, 0)+sum(_bytes(t) for t in (kept if isinstance(kept, tuple) else [kept]))
     return out
 
