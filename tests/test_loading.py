@@ -4,6 +4,7 @@ import pytest, torch
 from tokenizers import pre_tokenizers
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig
 from transformers import LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
+from switchable_llm.quantizers import QuantConfig
 from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_tokenizer
 from switchable_llm.models.checkpoints import save_switchable
@@ -111,7 +112,7 @@ def test_places(tmp_path, folder, monkeypatch):
 
 def test_our_own_files(tmp_path):
     "What this library wrote and this function does not open: the error says what does."
-    model = GPT2LMHeadModel(GPT2).eval(); make_switchable_(model, ['bw8'])
+    model = GPT2LMHeadModel(GPT2).eval(); make_switchable_(model, ['bw8'], QuantConfig(act='per_token'))
     save_switchable(model, tmp_path/'switchable')
     if not (tmp_path/'switchable/config.json').exists():
         with pytest.raises(ValueError, match='`load_switchable` opens'): load_model(tmp_path/'switchable')
