@@ -4,7 +4,7 @@
     python benchmarks/ratios.py --check                     # fails where a kernel lost its speed
 
 One thread; each turn measures both, and the median over turns of their ratio counts. `--check` fails below two thirds
-of what was recorded on the same kind of processor, and elsewhere below a third. What fails is measured again, twice: a
+of what was recorded on the same kind of processor, and elsewhere below a quarter. What fails is measured again, twice: a
 neighbour on the machine may have been in the way.
 """
 import argparse, json, os, statistics, subprocess, sys, time
@@ -71,7 +71,7 @@ def fallen(ratios, known, share):
 def check():
     record = json.loads(RECORD.read_text())['results']
     same,bad = record['processor']==processor(),[]
-    share = 2/3 if same else 1/3
+    share = 2/3 if same else 1/4
     for level in levels():
         if (known := record['levels'].get(level)) is None: continue
         ratios = at_level(level)
