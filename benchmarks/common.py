@@ -1,12 +1,12 @@
 "What the benchmarks share: who takes part, whose turn it is, and the record of it."
-import argparse, importlib.util, json, platform, statistics, sys, time
+import argparse, importlib.util, json, platform, re, statistics, sys, time
 from importlib import metadata
 from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from switchable_llm.core.integer import KERNELS, try_kernel
-from switchable_llm.system.native import native_report
+from switchable_llm.system.native import native_level, native_report
 from switchable_llm.study.records import environment
 from switchable_llm.system.files import write_whole
 
@@ -65,10 +65,15 @@ def where():
     kernels = {n:try_kernel(n, 'cpu')[1] for n in KERNELS}
     return out | dict(flags=flags, threads=threads, native=native_report(), kernels=kernels)
 
+def machine():
+    "The folder of this machine's records: its processor's name and the best instructions that our kernels use on it."
+    name = re.sub(r'\((r|tm)\)|processor|cpu', '', f'{processor() or platform.machine()} {native_level()}'.lower())
+    return re.sub(r'[^a-z0-9_]+', '-', name).strip('-')
+
 def write(out, name, settings, results):
-    "The record of a benchmark: `<out>/<name>.json`."
+    "The record of a benchmark: `<out>/<machine>/<name>.json`."
     if out is None: return
-    path = Path(out)/f'{name}.json'
+    path = Path(out)/machine()/f'{name}.json'
     settings = {k:v for k,v in vars(settings).items() if k!='out'}
     record = dict(benchmark=name, settings=settings, environment=where(), results=results)
     write_whole(path, json.dumps(record, indent=1).encode())

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_questions', 'open_table', 'missing_records',
            'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'parts_table',
-           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'levels_table', 'three_numbers', 'leads']
+           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'machine_name', 'levels_table',
+           'three_numbers']
 
 # %% ../nbs/06_report.ipynb #3b0b5de9
 import json, math, re
@@ -235,11 +236,11 @@ def parts_table(
 # %% ../nbs/06_report.ipynb #52f669cc
 def load_benchmarks(
     root:str|Path='results', # Folder of all records
-)->dict[str,dict]: # Name -> record
-    "Records of the benchmarks; a `ValueError` names a file that is none."
+)->dict[str,dict]: # Machine -> name -> record
+    "Records of the benchmarks, of every machine; a `ValueError` names a file that is none."
     out = {}
-    for f in sorted((Path(root)/'benchmarks').glob('*.json')):
-        try: out[f.stem] = json.loads(f.read_text())
+    for f in sorted((Path(root)/'benchmarks').glob('*/*.json')):
+        try: out.setdefault(f.parent.name, {})[f.stem] = json.loads(f.read_text())
         except json.JSONDecodeError as e: raise ValueError(f"{f}: not a record: {e}") from e
     return out
 
@@ -259,27 +260,35 @@ def benchmark_source(
     return f"{e['device']}; "+', '.join(f'{k} {v}' for k,v in e['versions'].items())
 
 def speed_table(
-    benchmarks:dict, # Name -> record
+    benchmarks:dict, # Machine -> name -> record
 )->str: # In Markdown
-    "Speed and size on GPT-2's shape, against float and against peers."
-    rows = [*_training_rows(benchmarks), *_generation_rows(benchmarks), *_store_rows(benchmarks)]
-    if not rows: return '*No record yet.*'
-    return markdown_table([["GPT-2's shape", ''], *rows], f'{_where(benchmarks)}; drawn in [packed](serving/packed.ipynb).')
+    "Speed and size on GPT-2's shape, against float and against peers, a column for each machine."
+    rows = {m:dict([*_training_rows(b), *_generation_rows(b), *_store_rows(b)]) for m,b in benchmarks.items()}
+    return _by_machine("GPT-2's shape", rows, 'Drawn in [packed](serving/packed.ipynb).')
 
-def _where(benchmarks):   # of those on GPT-2's shape that are shown
-    shown = [b for n,b in benchmarks.items() if n in ('generate','store','train_step_float32','train_step_bfloat16')]
-    return '; '.join(dict.fromkeys(b['environment']['device'] for b in shown))
+def _by_machine(first, rows, note):   # rows: machine -> what -> shown
+    rows = {m:r for m,r in rows.items() if r}
+    if not rows: return '*No record yet.*'
+    what = dict.fromkeys(k for r in rows.values() for k in r)
+    return markdown_table([[first, *map(machine_name, rows)], *([k, *(r.get(k, '') for r in rows.values())] for k in what)], note)
+
+def machine_name(
+    folder:str, # Of a machine's records: `intel-xeon-avx512`
+)->str: # 'Intel Xeon, AVX512'
+    "A machine as the tables name it."
+    *words,level = folder.split('-')
+    return ' '.join(w.upper() if w in ('amd','epyc') else w.capitalize() for w in words)+f', {level.upper()}'
 
 def levels_table(
-    benchmarks:dict, # Name -> record
+    benchmarks:dict, # Machine -> name -> record
 )->str: # In Markdown
-    "Tokens a second of a packed model with more and fewer instructions allowed, beside llama.cpp."
-    if 'llama_cpp' not in benchmarks: return '*No record yet.*'
-    r = benchmarks['llama_cpp']
-    rows = [[k, *(f'{median(x):,.0f}' for x in zip(*v))] for k,v in r['results'].items()]
-    said = f"{r['environment']['device']}, medians of {r['settings']['rounds']} rounds; llama.cpp was built on the machine."
-    heads = ['SmolLM2-135M, profile and level','tokens/s',f"prompt of {r['settings']['prompt']}, tokens/s"]
-    return markdown_table([heads, *rows], said)
+    "Tokens a second of a packed model, decoding | a long prompt, with more and fewer instructions allowed, beside llama.cpp."
+    runs = {m:b['llama_cpp'] for m,b in benchmarks.items() if 'llama_cpp' in b}
+    def shown(r): return {k:' \\| '.join(f'{median(x):,.0f}' for x in zip(*v)) for k,v in r['results'].items()}
+    about = {(r['settings']['rounds'], r['settings']['prompt']) for r in runs.values()}
+    said = '; '.join(f'medians of {n} rounds, prompts of {p}' for n,p in sorted(about))
+    return _by_machine('SmolLM2-135M, profile and level', {m:shown(r) for m,r in runs.items()},
+                       f'Tokens a second: decoding \\| prompt; {said}, two threads. llama.cpp was built on each machine.')
 
 def _training_rows(benchmarks):
     for t in ('float32','bfloat16'):
@@ -308,31 +317,20 @@ def _store_rows(benchmarks):
 
 # %% ../nbs/06_report.ipynb #56b51a76
 def three_numbers(
-    benchmarks:dict, # Name -> record
-)->str: # In Markdown, one line each; then the machine
-    "What a first look wants to know: bytes, speed, the cost of training."
-    said = []
-    if 'store' in benchmarks:
-        s = benchmarks['store']['results']
-        size,three = s['held']['packed, all widths']/1e6,s['held']['three float copies']/1e6
-        said.append(f'The weights for 4, 6 and 8 bits together take **{size:.0f} MB**; three float copies, one for '
-                    f'each width, take {three:,.0f} MB.')
-    if 'generate' in benchmarks:
-        times = benchmarks['generate']['results']['decode']
-        four,eight = (1/time_ratio(times, f'generate w{w}', 'transformers float32') for w in (4, 8))
-        said.append(f'At 4 bits `generate()` writes **{four:.1f} times** as many tokens a second as float32 in '
-                    f'transformers, at 8 bits {eight:.1f} times.')
-    if 'train_step_float32' in benchmarks:
-        ratio = benchmarks['train_step_float32']['results']['ratios']['per_token']
-        said.append(f'A training step takes **{100*ratio:.0f} %** of the time of a LoRA step on the float model.')
-    if not said: return '*No record yet.*'
-    return '\n'.join(f'- {s}' for s in said)+f"\n\n*GPT-2's shape (124M), {_where(benchmarks)}.*"
+    benchmarks:dict, # Machine -> name -> record
+)->str: # In Markdown
+    "What a first look wants to know, for each machine: bytes, speed, the cost of training."
+    return _by_machine("GPT-2's shape (124M), 2 threads", {m:dict(_three(b)) for m,b in benchmarks.items()}, '')
 
-def leads(
-    study:Study, # All records
-    preset:str,  # Of one model
-)->str: # A list in Markdown
-    "Of each question, only the sentence that the answer begins with."
-    found = ((topic, re.search(r'\*\*(.+?)\*\*', tried(make, study, preset) or '')) for topic,make in IN_BRIEF.items())
-    said = [f"- *{topic}.* {m[1].rstrip('.')}." for topic,m in found if m]
-    return '\n'.join(said) or '*No record yet.*'
+def _three(b):
+    if 'store' in b:
+        held = b['store']['results']['held']
+        yield ['weights for 4, 6 and 8 bits together (three float copies), MB',
+               f"**{held['packed, all widths']/1e6:.0f}** ({held['three float copies']/1e6:,.0f})"]
+    if 'generate' in b:
+        times = b['generate']['results']['decode']
+        yield ['tokens/s of `generate()` at 4 / 8 bits, × float32 in transformers',
+               ' / '.join(f"**{1/time_ratio(times, f'generate w{w}', 'transformers float32'):.1f}**" for w in (4, 8))]
+    if 'train_step_float32' in b:
+        yield ['a training step, × LoRA on the float model', f"**{b['train_step_float32']['results']['ratios']['per_token']:.2f}**"]
+

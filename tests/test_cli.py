@@ -193,6 +193,12 @@ def test_few_questions_are_enough_to_train(cli, tmp_path, toy_folder):
     small = ['--model', toy_folder, '--train-n', 10, '--batch-size', 2, '--steps', 1, '--profiles', 'bw4', '--quiet']
     assert cli('train', *small, '--out', 'x')==(0, 'model  x\n', '')
 
+def test_a_level_that_is_none_is_told_before_the_work(toy_folder, tmp_path):
+    env = os.environ|dict(SWITCHABLE_LLM_MAX_ISA='AVX1024')
+    train = [sys.executable,'-c',CODE,'train','--model',toy_folder,*SHORT,'--out',tmp_path/'mine']
+    ran = subprocess.run(train, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode==1 and 'AVX1024' in ran.stderr and 'AVX2' in ran.stderr and not list(tmp_path.iterdir())
+
 def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, tmp_path):
     def loaded(*a, **kw): pytest.fail('a model was loaded')
     for room in ('apps.commands','study.runs'): monkeypatch.setattr(f'switchable_llm.{room}.study_model', loaded)

@@ -5,6 +5,8 @@ import gates_worker as worker
 from train_worker import HAS_GLOO, LAUNCH, QUIET, settings
 from torch import nn
 from transformers import GPT2Config, GPT2ForQuestionAnswering, OPTConfig, OPTForCausalLM
+from switchable_llm.core import layers
+from switchable_llm.core.integer import pick_kernel
 from switchable_llm.models.loading import load_model
 from switchable_llm.data.embedded import tiny_squad
 from switchable_llm.core.gates import (
@@ -66,6 +68,17 @@ def test_what_moves(toy_folder):
         moved = {n for n,p in m.named_parameters() if not torch.equal(p, old[n])}
         if frozen is adapter_params: assert moved==set(gate_params(m))
         else: assert {n.rpartition('.')[0] for n in moved}==live
+
+@pytest.mark.skipif(pick_kernel()[0] is None, reason='no kernel for integers on this processor')
+@pytest.mark.parametrize('per', ['layer','token'])
+def test_integers_multiply_under_gates_too(per, toy_folder, monkeypatch):
+    "Whatever a gate drew, the layer's own kernel multiplies, and never float arithmetic."
+    used = []
+    for name in ('int_linear','fake_quant_product'):
+        def counted(*args, name=name, f=getattr(layers, name)): used.append(name); return f(*args)
+        monkeypatch.setattr(layers, name, counted)
+    worker.run(toy_folder, per, model=shuffle(worker.toy(toy_folder, per)[0]), steps=1)
+    assert set(used)=={'int_linear'}
 
 def test_other_profiles_in_the_same_run(toy_folder):
     "Inside use_gates a float teacher is float, and a step at bw8 is bw8; the budget presses at gated steps only."

@@ -251,6 +251,7 @@ def _outcome(argv, debug):
     try:
         args = make_parser().parse_args(argv)
         args.argv = argv
+        import_module('switchable_llm.system.native').native_level()   # a level that is none is refused before any work
         status = args.do(args) or 0
         sys.stdout.flush()
         return status
