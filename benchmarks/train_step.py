@@ -183,7 +183,7 @@ def grow(args):
 
 def main():
     p = options(__doc__)
-    p.add_argument('--steps', type=int, default=15, help='timed steps of each contestant')
+    p.add_argument('--steps', type=int, default=5, help='timed steps of each contestant')
     p.add_argument('--batch', type=int, default=4, help='rows')
     p.add_argument('--length', type=int, default=256, help='tokens of a row')
     p.add_argument('--layers', type=int, default=12, help='blocks of the model')
