@@ -25,8 +25,8 @@ from switchable_llm.search.sensitivity import Meter
 from switchable_llm.search.strategies import strategy
 from switchable_llm.serving.exports import freeze
 from switchable_llm.serving.packed import load_packed
-from switchable_llm.study.cycles import CPTPlan, run_cpt
-from switchable_llm.study.experiments import run_objectives, run_spans
+from switchable_llm.study.arms import SECTIONS, run_arms
+from switchable_llm.study.experiments import run_spans
 from switchable_llm.study.records import PRESETS, environment
 from switchable_llm.study.robustness import PLANS, run_robustness
 from switchable_llm.study.runs import fit, run_joint, study_data, study_device, study_model, train_config
@@ -160,9 +160,6 @@ def meter():
     return f'{float(m("bw8").sum()):.3f}'
 
 SHORT = replace(PLANS['tiny'], questions=8, steps=2, rates=(.1,), radii=(.1,), draws=1, repeats=1)
-AIMS = 'with_highest kl_highest','all_profiles cascade','kl_float','gates_layer'
-CYCLES = CPTPlan(arms=('cyclic','static_high'), questions=8, range_test=False)
-
 def training(kernel, act):
     def part(): return trains(kernel, act)
     part.__name__ = f'trains, {kernel}, {act}'
@@ -171,8 +168,7 @@ def training(kernel, act):
 PARTS = [scores, *(training(k, a) for k in ('auto','float','compiled') for a in ('per_token','per_tensor')),
          routes, resumes, attacks, chosen_codes, files, meter,
          whole('run_joint', lambda p, d: run_joint(p, d, progress=False)),
-         whole('run_objectives', lambda p, d: run_objectives(p, d, AIMS, 8, progress=False)),
-         whole('run_cpt', lambda p, d: run_cpt(p, d, CYCLES, progress=False)),
+         *(whole(f'run_arms, {s}', lambda p, d, s=s: run_arms(p, s, d, answers=8, progress=False)) for s in SECTIONS),
          whole('run_spans', lambda p, d: run_spans(p, d, progress=False), eval_n=8, train_n=64),
          whole('run_robustness', lambda p, d: run_robustness(p, d, SHORT, ('joint','rpt'), progress=False))]
 

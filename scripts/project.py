@@ -29,9 +29,9 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies gptq extraction'),
     ('serving', 'Serving', 'kernels, one file', 'kernels kept parts lean generating packed_file packed hub exports'),
     ('formats', 'Formats', 'files for other programs', 'torchao gguf_blocks gguf_words gguf_file'),
-    ('study', 'Study', 'runs and their records', 'records figures statistics runs methods experiments cycles robustness searches'),
+    ('study', 'Study', 'runs and their records', 'records figures statistics runs methods experiments arms robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
-        'plots comparisons widths cycling choices defences verdicts reasons earlier'),
+        'plots comparisons widths arms choices defences verdicts reasons earlier'),
     ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands packing asking harness studying tools'),
     ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
 

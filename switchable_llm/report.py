@@ -6,25 +6,25 @@
 __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_questions', 'open_table', 'missing_records',
            'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'parts_table',
            'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'machine_name', 'levels_table',
-           'three_numbers']
+           'three_numbers', 'leads']
 
 # %% ../nbs/06_report.ipynb #3b0b5de9
 import json, math, re
 from pathlib import Path
 from statistics import median, median_high
 from typing import Iterable, NamedTuple
+from .study.arms import SECTIONS
 from .study.records import PRESETS
 from .search.intervals import MARGIN
 from .study.statistics import Finding, Findings, plural, VERDICTS
-from .findings.cycling import CPT_QUESTIONS, cpt_findings
+from .findings.arms import QUESTIONS as ARM_QUESTIONS, arm_answer, arm_brief, arm_findings
 from .findings.defences import earlier_statements, sanity_checks
-from .findings.verdicts import (
-    PRESET_NAMES, Study, accuracy_answer, accuracy_brief, accuracy_findings, markdown_table, profile_names,
-    profile_scores, shared_findings, tried, unequal_exposure, COMMAND_OF, capital, listed)
-from .findings.choices import (
-    allocation_answer, allocation_brief, allocation_findings, objectives_answer, objectives_brief)
+from switchable_llm.findings.verdicts import (
+    PRESET_NAMES, Study, markdown_table, profile_names, profile_scores, spans_said, tried, unequal_exposure, COMMAND_OF,
+    capital, listed, no_record)
+from .findings.choices import allocation_answer, allocation_brief, allocation_findings
 from .findings.reasons import (
-    cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings)
+    robustness_answer, robustness_brief, robustness_findings)
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
@@ -32,16 +32,14 @@ def study_findings(
     preset:str,   # Name of a preset
 )->dict[str,list[Finding]]: # Topic -> findings, also those without room or verdict; only topics that have records
     "Every family of claims that the report decides."
-    cpt,ranges,rs = study.of(preset, 'cpt'),study.of(preset, 'range_test'),study.joint(preset)
+    arms,rs = study.of(preset, 'arms'),study.joint(preset)
     joint = study.of(preset, 'robustness', 'joint')
     def attacked(): return unequal_exposure(rs, joint[0]['config']['plan']['profiles']) if joint else ''
-    def cycles(q): return lambda: cpt_findings(cpt, q, ranges=ranges)
+    def asked(q): return lambda: arm_findings(arms, q)
     def chance(score): return lambda: robustness_findings(joint, score=score, unequal=attacked())
     makes = {
-        'accuracy':lambda: accuracy_findings(rs),
-        'profiles at equal steps':lambda: shared_findings(cpt),
+        **{q:asked(q) for q in ARM_QUESTIONS},
         'bits':lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal_exposure(rs)),
-        **{f"cyclic precision, {q.replace('_', ' ')}":cycles(q) for q in CPT_QUESTIONS},
         **{f'random precision, {s}':chance(s) for s in ('right','nll')},
         'earlier statements':lambda: earlier_statements(joint, attacked()).values(),
         'attacks':lambda: sanity_checks(joint)}
@@ -102,9 +100,11 @@ def missing_records(
     "What was not run."
     out = []
     for p in PRESET_NAMES:
+        trained = {r['name'] for r in study.of(p, 'arms')}
         for e,command in COMMAND_OF.items():
             needed = e!='calibration' or PRESETS[p].act=='per_tensor'   # ranges per token are not calibrated
-            there = study.joint(p) if e=='joint' else study.of(p, e)
+            if e in SECTIONS: there = trained & set(SECTIONS[e](PRESETS[p]))
+            else: there = study.joint(p) if e=='joint' else study.of(p, e)
             if needed and not there: out.append(f'{command} --preset {p}')
     return out
 
@@ -125,11 +125,16 @@ def directions_answer(
     return '\n'.join(filter(None, lines))
 
 # %% ../nbs/06_report.ipynb #ad3e86b7
+def _accuracy(study, preset):   # the price of precision first, then the route, then company
+    asked = [q for q in ('price','routes','alone') if arm_findings(study.of(preset, 'arms'), q)]
+    if not asked: return no_record(preset, 'routes')
+    return '\n'.join((*(arm_answer(study, preset, q) for q in asked), spans_said(study, preset)))
+
 QUESTIONS = {   # question -> how it is answered, for one preset
-    'Accuracy per configuration':accuracy_answer,
+    'Accuracy per configuration':_accuracy,
     'How the bits were chosen':allocation_answer,
-    'Objectives that help switching':objectives_answer,
-    'Agreement with cyclic precision training, and why':cpt_answer,
+    'Objectives that help switching':lambda study, preset: arm_answer(study, preset, 'objectives'),
+    'Agreement with cyclic precision training, and why':lambda study, preset: arm_answer(study, preset, 'cycles'),
     'Agreement with Double-Win Quant, and why':robustness_answer,
     'Directions':directions_answer}
 
@@ -143,10 +148,10 @@ def answers(
     return {q:'\n'.join(item(answer, p) for p in PRESET_NAMES) for q,answer in QUESTIONS.items()}
 
 IN_BRIEF = {   # topic -> its clause, for one preset
-    'One checkpoint, many precisions':accuracy_brief,
+    'One checkpoint, many precisions':lambda study, preset: arm_brief(study, preset, 'price'),
     'Bits chosen per layer':allocation_brief,
-    'What to train with':objectives_brief,
-    'Cyclic precision':cpt_brief,
+    'What to train with':lambda study, preset: arm_brief(study, preset, 'objectives'),
+    'Cyclic precision':lambda study, preset: arm_brief(study, preset, 'cycles'),
     'Random precision at inference':robustness_brief}
 
 def abstract(
@@ -282,13 +287,13 @@ def machine_name(
 def levels_table(
     benchmarks:dict, # Machine -> name -> record
 )->str: # In Markdown
-    "Tokens a second of a packed model, decoding | a long prompt, with more and fewer instructions allowed, beside llama.cpp."
+    "Tokens a second of a packed model, decoding and a long prompt, with more and fewer instructions allowed, beside llama.cpp."
     runs = {m:b['llama_cpp'] for m,b in benchmarks.items() if 'llama_cpp' in b}
-    def shown(r): return {k:' \\| '.join(f'{median(x):,.0f}' for x in zip(*v)) for k,v in r['results'].items()}
+    def shown(r): return {k:' / '.join(f'{median(x):,.0f}' for x in zip(*v)) for k,v in r['results'].items()}
     about = {(r['settings']['rounds'], r['settings']['prompt']) for r in runs.values()}
     said = '; '.join(f'medians of {n} rounds, prompts of {p}' for n,p in sorted(about))
     return _by_machine('SmolLM2-135M, profile and level', {m:shown(r) for m,r in runs.items()},
-                       f'Tokens a second: decoding \\| prompt; {said}, two threads. llama.cpp was built on each machine.')
+                       f'Tokens a second: decoding / prompt; {said}, two threads. llama.cpp was built on each machine.')
 
 def _training_rows(benchmarks):
     for t in ('float32','bfloat16'):
@@ -334,3 +339,11 @@ def _three(b):
     if 'train_step_float32' in b:
         yield ['a training step, × LoRA on the float model', f"**{b['train_step_float32']['results']['ratios']['per_token']:.2f}**"]
 
+def leads(
+    study:Study, # All records
+    preset:str,  # Of one model
+)->str: # A list in Markdown
+    "Of each question, only the sentence that the answer begins with."
+    found = ((topic, re.search(r'\*\*(.+?)\*\*', tried(make, study, preset) or '')) for topic,make in IN_BRIEF.items())
+    said = [f"- *{topic}.* {m[1].rstrip('.')}." for topic,m in found if m]
+    return '\n'.join(said) or '*No record yet.*'

@@ -8,9 +8,7 @@ from switchable_llm.adversarial import (
     ATTACKS, KINDS, WHERE, adaptive, adversarial_task, allowed_tokens, distortion,
     flip_tokens, misspell, perturbation, row_scores, stack_masks, token_mask, white_box, with_typos)
 from switchable_llm.apps.cli import main
-from switchable_llm.cpt import CycleConfig
-from switchable_llm.study.cycles import CPTPlan, run_cpt
-from switchable_llm.study.records import PRESETS, load_records
+from switchable_llm.study.records import load_records
 from switchable_llm.data.encoding import collate, encode
 from switchable_llm.models.loading import load_model
 from switchable_llm.data.squad import load_squad
@@ -162,11 +160,11 @@ def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     "Killed between arms and between attacks, the same command ends with the records of one that was not."
     monkeypatch.chdir(tmp_path)
     small = (f"--model {toy_folder} --steps 3 --batch-size 4 --train-n 30 --calibration 2 --eval-n 4 "
-             "--profiles bw4 bw6 bw8 --max-new-tokens 3 --questions 3 --cycles 1 --arms static_low cyclic --quiet")
-    command = f'experiment cpt robustness {small}'.split()
+             "--profiles bw4 bw6 bw8 --max-new-tokens 3 --questions 3 --answers 2 --arms shared float --quiet")
+    command = f'experiment routes robustness {small}'.split()
     assert main([*command, '--out', 'whole'])==0
     said = capsys.readouterr().out
-    assert '# cpt' in said and '# robustness' in said and 'Checks of the attacks' in said
+    assert '# routes' in said and '# robustness' in said and 'Checks of the attacks' in said
     import switchable_llm.study.robustness as robustness
     count,real = [0],robustness.stage
     def stop(path, settings, make):
@@ -178,18 +176,15 @@ def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     assert 130 in statuses and statuses[-1]==0, statuses
     strip = lambda r: {k:v for k,v in r.items()
                        if k in ('scores','clean','typos','attacks','flips','ids','steps','name','seed')}
-    for e in ('cpt','robustness'):
+    for e in ('arms','robustness'):
         a,b = ([strip(r) for r in load_records(tmp_path/o, 'tiny', e)] for o in ('whole','parts'))
         assert a==b and len(a)==2
-    assert main([*command, '--out', 'parts', '--b-max', '6'])==1 and 'other settings' in capsys.readouterr().err
+    assert main([*command, '--out', 'parts', '--r', '3'])==1 and 'other settings' in capsys.readouterr().err
 
 def test_bad_input_is_named(tmp_path, toy_folder, model):
     for rate in (-.1, 1.5, math.nan):
         with pytest.raises(ValueError, match='rate='): misspell('abc', rate)
     with pytest.raises(ValueError, match='profiles is empty'): strategy('random_profile', [])
-    few = replace(PRESETS['tiny'], model=str(toy_folder), steps=4, train_n=10, eval_n=2)
-    with pytest.raises(ValueError, match='b_min=9'):
-        run_cpt(few, tmp_path, CPTPlan(cycle=CycleConfig(b_min=9, cycles=1), arms=('cyclic',)))
     with pytest.raises(ValueError, match='radius='): perturbation(model, batch_of(2)[0], -1.)
     with pytest.raises(ValueError, match='keys'):
         with use_strategy(model, strategy('random_profile', PROFILES), ['one']):

@@ -11,10 +11,9 @@ from switchable_llm.apps import commands as module
 from switchable_llm.apps.cli import COMMANDS as ALL, main, make_parser, missing_package, one_line
 from switchable_llm.apps.options import GROUPS
 from switchable_llm.data.embedded import tiny_squad
-from switchable_llm.study.cycles import CPT_ARMS
-from switchable_llm.study.experiments import ARMS
+from switchable_llm.study.arms import SECTIONS
 from switchable_llm.study.methods import METHODS
-from switchable_llm.study.records import Preset
+from switchable_llm.study.records import PRESETS, Preset
 from switchable_llm import __version__
 from switchable_llm.system import progress
 from switchable_llm.system.files import claim
@@ -164,9 +163,9 @@ def test_every_setting_is_refused_by_its_own_name(name, cli):
     assert not Path('x').exists()
 
 @pytest.mark.parametrize('line', [
-    'run --ablation-n 0', 'experiment cpt --seeds -1', 'experiment cpt --seeds 0 x', 'experiment cpt --jobs 0',
-    'experiment cpt --questions 0', 'experiment cpt --unseen 0', 'experiment cpt --cycles 0', 'experiment cpt --b-min 1',
-    'experiment cpt --b-max 17', 'experiment allocation --search-questions 0', 'experiment allocation --evaluations 0',
+    'run --ablation-n 0', 'experiment routes --seeds -1', 'experiment routes --seeds 0 x', 'experiment routes --jobs 0',
+    'experiment robustness --questions 0', 'experiment calibration --unseen 0', 'experiment routes --answers 0',
+    'experiment allocation --search-questions 0', 'experiment allocation --evaluations 0',
     'experiment allocation --w-bits 4 1', 'experiment allocation --a-bits 0', 'evaluate m --n 0', 'evaluate m --n -3',
     'evaluate m --seed -1', 'evaluate m --max-length 0', 'answer m --question Q --context C --max-length -1',
     'freeze m --out x --embedding 1', 'freeze m --out x --lm-head 9', 'explore --port 0', 'explore --max-sessions 0',
@@ -206,9 +205,8 @@ def test_unknown_names_are_told_before_a_model_is_loaded(refused, monkeypatch, t
     for command in (['train', '--out', 'x'], ['run'], ['experiment', 'objectives']):
         refused(*command, '--profiles', 'bw5', says="'bw5'")
         refused(*command, '--profiles', 'bw4', 'bad.yaml', says=['bad.yaml', 'w=1'])
-    refused('experiment', 'objectives', '--mix', 'w4a4', 'w99', says='w=99')
-    refused('experiment', 'cpt', '--b-min', 8, '--b-max', 4, says=['--b-min 8', '--b-max'])
-    refused('experiment', 'objectives', 'cpt', '--arms', 'random_profile', says='arm of cpt')
+    refused('experiment', 'calibration', '--mix', 'w4a4', 'w99', says='w=99')
+    refused('experiment', 'objectives', 'cycles', '--arms', 'random_profile', says=["arm='random_profile'", 'cyclic'])
     refused('experiment', 'robustness', '--checkpoint', 'nowhere', says='nowhere: missing')
     refused('profiles', 'show', 'bw5', says="'bw5'")
 
@@ -235,7 +233,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(refused, cli, monkeypa
         refused('freeze', mine/'mine', '--out', name, says=[name, 'is not a packed file'])
     refused(*export, 'gguf', '--out', 'file', says='--overwrite')
     refused(*export, 'gguf', '--overwrite', '--out', 'notes', says='is a file')
-    for command in (['run'], ['experiment', 'cpt'], ['evaluate', mine/'mine']):
+    for command in (['run'], ['experiment', 'routes'], ['evaluate', mine/'mine']):
         refused(*command, '--out', 'file', says='is a file, not a folder')
     assert (tmp_path/'notes/diary.txt').read_text()=='dear'
 
@@ -250,7 +248,7 @@ BOUND = os.name=='posix' and hasattr(os, 'geteuid') and os.geteuid()!=0
 @pytest.mark.skipif(not BOUND, reason='needs a user whom permissions bind')
 def test_no_permission_is_told_before_the_work(refused, tmp_path, mine):
     (tmp_path/'shut').mkdir(mode=0o555)
-    for command in (['train'], ['run'], ['experiment', 'cpt'], ['evaluate', mine/'mine'], ['freeze', mine/'mine']):
+    for command in (['train'], ['run'], ['experiment', 'routes'], ['evaluate', mine/'mine'], ['freeze', mine/'mine']):
         refused(*command, '--out', 'shut/x', says='permission')
 
 @pytest.mark.parametrize('name', ['../x', '..', '', 'a/b', 'C:\\x', 'a\nb', 'x'*200])
@@ -309,7 +307,8 @@ def test_run_evaluate_answer(cli, runs):
     assert status==0 and [l.split(':')[0] for l in out.splitlines()]==['float','bw4','mixed8648'], err
 
 @pytest.mark.parametrize('name,options,word,records', [
-    ('objectives', ['--seeds', 0, 1, 0, '--arms', 'random_profile', 'ranges', *MIX], 'By default: ', 4),
+    ('objectives', ['--seeds', 0, 1, 0, '--arms', 'shared', 'float_teacher', '--profiles', 'bw4', 'w8a4', '--answers', 2],
+     'objectives, nats per token', 4),
     ('calibration', MIX, 'ranges', 1),
     ('spans', [], 'extractive F1 %', 1), ('methods', ['--questions', 2], 'a step per channel', len(METHODS)),
     ('allocation', ['--search-questions', 6, '--questions', 6, '--evaluations', 2], 'bytes: ', 1)])
@@ -318,7 +317,7 @@ def test_experiments(name, options, word, records, cli, runs, toy_folder):
     command = ['experiment', name, '--quiet', '--model', toy_folder, *STUDY, '--eval-n', 12, '--out', folder, *options]
     status,out,err = cli(*command)
     assert (status, err)==(0, '') and word in out, (name, out, err)
-    assert len(list((folder/'tiny'/name).glob('*.json')))==records
+    assert len(list((folder/'tiny'/('arms' if name in SECTIONS else name)).glob('*.json')))==records
     assert cli(*command)==(0, out, '')         # all is there: nothing is run again
     if name!='allocation': return
     status,_,err = cli(*command, '--search-questions', 41)
@@ -326,11 +325,10 @@ def test_experiments(name, options, word, records, cli, runs, toy_folder):
 
 def test_the_seed_of_an_experiment(cli, tmp_path, toy_folder):
     short = ['--quiet', '--model', toy_folder, *STUDY, '--eval-n', 3]
-    common = ['experiment', 'objectives', *short, '--arms', 'random_profile']
-    assert 'mix=w6a6: no profile' in cli(*common)[2]         # the default mix, without six activation bits
-    status,_,err = cli(*common, *MIX, '--seed', 3)
+    assert 'mix=w6a6: no profile' in cli('experiment', 'calibration', *short)[2]   # the default mix, without six activation bits
+    status,_,err = cli('experiment', 'routes', *short, '--answers', 2, '--arms', 'shared', '--seed', 3)
     assert status==0, err
-    assert [p.name for p in (tmp_path/'runs/tiny/objectives').iterdir()]==['random_profile-s3.json']
+    assert [p.name for p in (tmp_path/'runs/tiny/arms').iterdir()]==['shared-s3.json']
 
 def test_seeds_at_once(cli, tmp_path, toy_folder, child_env, monkeypatch):
     "Two processes write what one does, and an error in one is told."
@@ -564,9 +562,9 @@ def test_a_model_in_few_bits_that_gets_worse_is_told_after_the_table(cli, tmp_pa
 
 def test_arms_are_written_as_one_types_them(cli):
     _,out,_ = cli('experiment', '--help')
-    said = re.search(r'arms of `objectives` \(default: all\): (.*?); of `cpt`.*?time for\): (.*?)  --', ' '.join(out.split())+'  --')
-    assert [a.rstrip(',') for a in shlex.split(said[1])]==list(ARMS)
-    assert [a.rstrip(',') for a in shlex.split(said[2])[:len(CPT_ARMS)]]==list(CPT_ARMS)
+    said = re.search(r'arms of [^(]*\(default: all\): (.*?)  --', ' '.join(out.split())+'  --')
+    known = {a:None for of in SECTIONS.values() for p in PRESETS.values() for a in of(p)}
+    assert [a.rstrip(',') for a in shlex.split(said[1])[:len(known)]]==list(known)
 
 class PanicException(BaseException):
     "As `pyo3_runtime` raises it where compiled code of the tokenizers panics: no `Exception`."
@@ -615,7 +613,7 @@ def is_told(verb, extra, err):
 
 def test_without_the_extras_help_is_there_and_the_study_says_what_it_needs(without):
     for argv in (['--help'], ['fly']): assert without(*argv)[0]==(2 if argv==['fly'] else 0)
-    for line in ('run', 'experiment cpt'):
+    for line in ('run', 'experiment routes'):
         status,out,err = without(*line.split())
         assert (status, out)==(1, '') and is_told(line.split()[0], 'study', err), err
     status,out,err = without('explore')

@@ -1,13 +1,11 @@
 "Scores of methods: no context that chooses codes is scored."
-import argparse, json, sys
+import json
 from dataclasses import replace
-from pathlib import Path
 import pytest
 from switchable_llm.data.embedded import tiny_squad
+from switchable_llm.study.arms import run_arms
 from switchable_llm.study.methods import check_apart, run_methods
 from switchable_llm.study.records import PRESETS
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'scripts'))
-import gpu_study
 
 def write(path, examples):
     def paragraph(q): return dict(context=q['context'], qas=[dict(id=q['id'], question=q['question'], answers=[
@@ -22,8 +20,6 @@ def test_a_context_in_both_parts_is_refused_before_a_model_is_loaded(tmp_path):
     said = '1 contexts are in both parts'
     with pytest.raises(ValueError, match=said): run_methods(preset, tmp_path/'runs', ['group'], n=4, calibration=4)
     with pytest.raises(ValueError, match=said): check_apart(preset)
-    args = argparse.Namespace(model='no such model', data=str(tmp_path), out=tmp_path/'out', name='x', weight='per_group', batch_size=2,
-                              kernel='auto', profiles=['w4'], also=[], widths=[4], sites=None, rotate=False, chosen=True)
-    with pytest.raises(ValueError, match=said): gpu_study.prepare(args)
+    with pytest.raises(ValueError, match=said): run_arms(replace(preset, chosen=8, model='tiny'), out=tmp_path/'runs')
     write(tmp_path/'validation.json', other)
     check_apart(preset)

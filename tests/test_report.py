@@ -1,24 +1,24 @@
 "The report's sentences, tables and figures follow the records: copies of the real ones, changed, taken away, and cut off."
-import copy, json, shutil
+import json, shutil
 from dataclasses import replace
 import numpy as np, pytest
 from conftest import ROOT
-from switchable_llm.study.statistics import Findings, read, show_exposure
-from switchable_llm.findings.cycling import cpt_faults, cpt_findings
+from switchable_llm.study.statistics import Findings, read
+from switchable_llm.findings.arms import OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_routes
 from switchable_llm.findings.defences import attack_faults, defence_findings, is_question
 from switchable_llm.findings.earlier import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
-from switchable_llm.findings.reasons import cpt_parts, robustness_findings, robustness_parts, transfer_share
+from switchable_llm.findings.reasons import robustness_findings, robustness_parts, transfer_share
 from switchable_llm.report import (
     QUESTIONS, abstract, answers, as_markdown, load_benchmarks, missing_records, open_questions, open_table,
     records_table, speed_table, study_findings)
-from switchable_llm.findings import choices as choice_rooms, verdicts as verdict_rooms
+from switchable_llm.findings import choices as choice_rooms
 from switchable_llm.findings.choices import allocation_findings
 from switchable_llm.findings.verdicts import (
-    PRESET_NAMES, Study, accuracy_findings, joint_exposure, load_study, profile_labels, result_table)
+    PRESET_NAMES, Study, load_study, result_table)
 
 RESULTS = ROOT/'results'
-KEEP = ('joint','allocation','objectives','cpt','robustness','range_test','calibration','spans')
+KEEP = ('joint','arms','allocation','robustness','range_test','calibration','spans')
 
 @pytest.fixture(scope='module')
 def real():
@@ -70,12 +70,6 @@ def equal_steps(r):
     "As if every step had run all profiles at once: each adapter has had all of them."
     r['training']['curve'] = [[i, l, 'bw4+bw6+bw8+w4a8+mixed8648', t] for i,l,_,t in r['training']['curve']]
 
-def trained_float(r):
-    "As if the float model had known the task before."
-    before = {s['profile']['name']:s for s in r['before']['scores']}
-    best = max(r['after']['scores'], key=lambda s: np.mean(s['f1']))
-    before['float']['f1'] = list(best['f1'])
-
 # --- what the records cannot carry ------------------------------------------------------------------------------------
 
 def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
@@ -86,48 +80,6 @@ def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
                 if f.verdict not in ('confirmed','refuted','undecided') or f.verdict==told: continue
                 full = read(f.effect, f.above, f.below, room=False)
                 assert f.verdict==full=='refuted', (p, topic, f)
-
-def test_profiles_of_unequal_exposure_are_not_called_better_or_worse(first):
-    "The run that made `mixed8648` look as good as eight bits: the steps stand in the table, and no verdict does."
-    rs = first.joint('smollm2'); steps = {n:show_exposure(e) for n,e in joint_exposure(rs).items()}
-    assert steps=={'bw8':'172', 'bw6':'208–404', 'mixed8648':'404–620', 'w4a8':'424–620', 'bw4':'424–620'}
-    rows = {l.split('|')[1].strip():l for l in result_table(rs).splitlines() if l.startswith('| ')}
-    for n,k in steps.items(): assert f'| {k} |' in rows[n] and (n=='bw8' or rows[n].endswith('| unequal steps |'))
-    said = asked(first, ACCURACY, 'smollm2').split('At equal steps')[0]
-    said += brief(first, ONE_MINUTE[0], 'smollm2').split(' In a shorter run')[0]
-    assert 'cannot be read from this run' in said
-    assert not any(w in said for w in ('as good','worse:','raised it','confirmed','refuted'))
-    assert all(k in said for k in steps.values()) and profile_labels(rs)['bw8']=='bw8\n172 steps'
-
-def test_a_gain_against_an_untrained_float_model_is_no_merit_of_the_method(first, folder):
-    said = asked(first, ACCURACY, 'smollm2')
-    assert all(w in said for w in ('no measure of the method', 'none was trained alike', 'words'))
-    assert 'none was trained alike' in brief(first, ONE_MINUTE[0], 'smollm2')
-    assert {f.verdict for f in accuracy_findings(first.joint('smollm2')) if 'gains' in f.claim}=={'no verdict'}
-    change(folder, 'smollm2', 'joint', trained_float)
-    said = asked(load_study(folder), ACCURACY, 'smollm2')
-    assert 'raised it: `bw8`' in said.split('What training did to F1')[1] and 'no measure of the method' not in said
-
-def test_where_there_was_no_room_nothing_is_confirmed(first):
-    rs = first.joint('tiny'); found = accuracy_findings(rs)
-    def f1(name): return np.mean([s['f1'] for r in rs for s in r['after']['scores'] if s['profile']['name']==name])
-    full = {n for n in ('bw6','mixed8648','w4a8') if f1(n)>.98}
-    assert full and {f.verdict for f in found if any(f'`{n}`' in f.claim for n in full)}=={'no room'}
-    assert brief(first, ONE_MINUTE[1], 'tiny').startswith('**No room')
-    assert 'No room to tell at' in brief(first, ONE_MINUTE[0], 'tiny') and '| no room |' in result_table(rs)
-
-def test_one_arm_is_said_to_be_one_arm(first):
-    said = brief(first, ONE_MINUTE[2], 'smollm2')
-    if len({r['name'] for r in first.of('smollm2', 'objectives')})!=2: pytest.skip('there are other arms now')
-    assert 'Only one other arm was tried' in said and 'stays' not in said and 'nothing of other seeds' in said
-
-def test_cyclic_precision_without_a_range_test_has_no_verdict(first):
-    said,faults = asked(first, CPT, 'smollm2'),cpt_faults(first.of('smollm2', 'cpt'), first.of('smollm2', 'range_test'))
-    for w in ('no range test','44 % of the cycle','the last 4 began another'): assert any(w in f for f in faults)
-    assert all(f in said for f in faults) and said.lstrip().startswith('**No verdict')
-    assert 'help' not in said.split('Why these runs')[0]
-    assert 'No verdict' in statements_table(first).split('four of five')[1].split('\n')[0]
-    assert not cpt_faults(first.of('tiny', 'cpt'), first.of('tiny', 'range_test'))
 
 def test_weak_attacks_have_no_verdict(first):
     said,faults = asked(first, ATTACKS, 'smollm2'),attack_faults(first.of('smollm2', 'robustness', 'joint'))
@@ -146,83 +98,13 @@ def test_what_algebra_answers_is_not_claimed(real):
         for threat,strategy in (('typos','random_profile'), ('pgd worst','random_token')):
             assert joint and not is_question(joint[0], threat, strategy)
 
-def test_a_search_that_lost_in_its_own_space_says_so(first):
-    said = brief(first, ONE_MINUTE[1], 'smollm2')
-    assert 'At 5 of 6 budgets the search chose bits that lose more than a simple profile' in said
-    assert 'against `w6a8`' in said and '48 questions chose them' in said and 'beat the best' not in said
-
 def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
     text = as_markdown(abstract(real), True)+''.join(answers(real).values())
     for twice in ('Not decided. **undecided**', 'Open. open', '**Open.** Open', 'No verdict. No verdict', '..', '.**.'):
         assert twice not in text, twice
     assert 'not decided' not in text.lower()
 
-def test_every_sentence_about_one_seed_says_so(first):
-    for q in (ACCURACY, OBJECTIVES, CPT, ATTACKS): assert 'says nothing of other seeds' in asked(first, q, 'smollm2'), q
-    assert 'say nothing of other runs' in abstract(first)['What it rests on']
-    assert 'nothing is known of other runs' in result_table(first.joint('smollm2'))
-    assert 'other runs' not in result_table(first.joint('tiny'))
-
 # --- changed records ------------------------------------------------------------------------------------------------
-
-def test_a_better_profile_changes_sentence_table_abstract_and_figure(real, folder):
-    def perfect(r):
-        for s in r['after']['scores']:
-            if s['profile']['name']=='bw4': s['f1'] = [1.]*len(s['f1'])
-    change(folder, 'smollm2', 'joint', equal_steps); fair = load_study(folder)
-    assert change(folder, 'smollm2', 'joint', perfect)
-    new = load_study(folder)
-    before,after = (asked(s, ACCURACY, 'smollm2') for s in (fair, new))
-    assert 'worse: `bw4`' in before and 'worse: `bw4`' not in after.split('At equal steps')[0]
-    assert '`bw4` 100.0 [100.0, 100.0]' in after and 'as good:' in after
-    lead = brief(new, ONE_MINUTE[0], 'smollm2').split('**')[1]
-    assert '`bw4` are as good as `bw8` (within 2 points)' in lead
-    assert '`bw4` is not' in brief(fair, ONE_MINUTE[0], 'smollm2').split('**')[1]
-    def row(s):
-        lines = result_table(s.joint('smollm2')).splitlines()
-        return next(l for l in lines if l.startswith('| bw4 |')).replace('\xa0', ' ')
-    assert '| 100 [100, 100] |' in row(new)
-    for s,word in ((new, 'as good'), (fair, 'worse'), (real, 'unequal steps')): assert row(s).endswith(f'| {word} |')
-    def at_four(s):
-        lines = [l for l in plot_earlier_accuracy(s).axes[0].lines if len(l.get_xdata())]
-        return next(l for l in lines if 'SmolLM2' in str(l.get_gid() or l.get_label())).get_ydata()[0]
-    assert at_four(new)==100 and at_four(real)<50
-    assert asked(new, BITS, 'smollm2')==asked(fair, BITS, 'smollm2')   # nothing else moves
-
-def test_steps_that_are_made_unequal_take_the_verdict_away(folder):
-    def drawn(i): return 'bw8' if i%9==0 else 'bw6' if i%9<4 else 'mixed8648+bw4+w4a8'
-    def skewed(r): r['training']['curve'] = [[i, l, drawn(i), t] for i,l,_,t in r['training']['curve']]
-    change(folder, 'smollm2', 'joint', equal_steps); fair = load_study(folder)
-    assert not any(f.fault for f in accuracy_findings(fair.joint('smollm2')) if 'loses' in f.claim)
-    change(folder, 'smollm2', 'joint', skewed); new = load_study(folder)
-    assert {f.verdict for f in accuracy_findings(new.joint('smollm2')) if 'loses' in f.claim}=={'no verdict'}
-    assert '`bw8` 112' in asked(new, ACCURACY, 'smollm2')
-
-def test_only_what_can_be_compared_is_compared(folder):
-    "Eight and six bits had equal steps, the others had not: the sentence names those that it speaks of."
-    def some(r):
-        r['training']['curve'] = [[i, l, 'bw8+bw6' if i%2 else 'mixed8648+bw4+w4a8+bw6+bw8'*(i%4==0) or 'bw8+bw6', t]
-                                  for i,l,_,t in r['training']['curve']]
-    change(folder, 'smollm2', 'joint', some); study = load_study(folder)
-    kept = {f.claim.split('`')[1]:f.verdict for f in accuracy_findings(study.joint('smollm2')) if 'loses' in f.claim}
-    assert kept.pop('bw6')!='no verdict' and set(kept.values())=={'no verdict'}
-    for said in (asked(study, ACCURACY, 'smollm2'), brief(study, ONE_MINUTE[0], 'smollm2')):
-        lead = said.split('**')[1]
-        assert 'Every profile' not in lead and 'No profile' not in lead and '`bw6`' in lead
-        assert '`mixed8648`, `w4a8` and `bw4` cannot be compared with it' in lead
-
-@pytest.mark.parametrize('verdicts,says', [
-    (('confirmed','confirmed'), 'Every profile is as good as `bw8`.'),
-    (('confirmed','no verdict'), '`a` is as good as `bw8` (within 2 points); `b` cannot be compared with it.'),
-    (('refuted','refuted'), 'No profile is as good as `bw8`.'),
-    (('refuted','no verdict'), '`a` is not as good as `bw8`; `b` cannot be compared with it.'),
-    (('confirmed','refuted'), '`a` is as good as `bw8` (within 2 points); `b` is not.'),
-    (('undecided','no verdict'), 'Whether `a` is as good as `bw8` is open; `b` cannot be compared with it.'),
-    (('no verdict','no verdict'), 'Which width is better cannot be read from this run.')])
-def test_the_lead_claims_no_more_than_its_findings(verdicts, says, real):
-    records = real.joint('smollm2'); f = accuracy_findings(records)[0]
-    kept = Findings(replace(f, claim=f'`{n}` loses less', verdict=v) for n,v in zip('ab', verdicts))
-    assert verdict_rooms._lead(records, kept)==f'**{says}**'
 
 @pytest.mark.parametrize('verdicts,says', [
     (('confirmed',)*3, 'Bits chosen per layer beat the best simple profile.'),
@@ -248,45 +130,73 @@ def test_cheaper_bits_that_win_are_said_to_win(real, folder):
     first_line = asked(new, BITS, 'smollm2').split('\n')[0]
     assert not any(w in first_line for w in ('refuted','not better','no verdict','not comparable'))
 
-def test_a_worse_default_objective_is_no_longer_recommended(real, folder):
-    if not real.of('tiny', 'objectives'): pytest.skip('no record of objectives')
-    def worse(r):
-        if r['config']['arm']['name']!='random_profile':
-            for s in r['scores'].values(): s['nll_answer'] = [x+9 for x in s['nll_answer']]
-    change(folder, 'tiny', 'objectives', worse)
-    said = line(answers(load_study(folder))[OBJECTIVES], 'tiny')
-    assert '**`random_profile`** stays' in said and said!=line(answers(real)[OBJECTIVES], 'tiny')
+# --- arms: planted, so that what they should say is known ---------------------------------------------------------------
 
-def test_cyclic_precision_that_helps_is_said_to_help(real, folder):
-    runs = {r['config']['arm']['name'] for r in real.of('tiny', 'cpt')}
-    if not {'cyclic','static_low','random'}<=runs: pytest.skip('no record of cyclic precision')
-    def low(r):   # the static arm at four bits, and random precision, lose ground
-        if r['config']['arm']['schedule'] in ('static_low','random'):
-            for s in r['scores'].values(): s['nll_answer'] = [x+5 for x in s['nll_answer']]
-    change(folder, 'tiny', 'cpt', low)
-    new = load_study(folder)
-    for said in (asked(new, CPT, 'tiny'), brief(new, ONE_MINUTE[3], 'tiny')): assert said.lstrip().startswith('**It helps here')
-    now,then = (cpt_parts(s.of('tiny', 'cpt'))['bw4']['both'].value for s in (new, real))
-    assert now<then-1
-    shutil.rmtree(folder/'tiny'/'range_test')
-    blind = load_study(folder)
-    assert 'no range test' in asked(blind, CPT, 'tiny') and brief(blind, ONE_MINUTE[3], 'tiny').startswith('**No verdict')
+PROFILES = 'bw8','bw6','bw4'
 
-def test_a_benefit_too_small_to_matter_is_no_help(folder):
-    def slight(r):
-        if r['config']['arm']['schedule']=='cyclic':
-            for n,s in r['scores'].items(): s['nll_answer'] = list(copied[r['seed']][n])
-    copied = {}
-    for f in (folder/'tiny'/'cpt').glob('static_low-s*.json'):
-        r = json.loads(f.read_text())
-        copied[r['seed']] = {n:[x-.001 for x in s['nll_answer']] for n,s in r['scores'].items()}
-    if not copied: pytest.skip('no record of cyclic precision')
-    change(folder, 'tiny', 'cpt', slight, 'cyclic-s*')
-    study = load_study(folder)
-    found = cpt_findings(study.of('tiny', 'cpt'), ranges=study.of('tiny', 'range_test'))
-    f = found['cyclic at bw4 better than static_low']
-    assert f.effect.low<=f.effect.value<0 and f.effect.high<0 and f.verdict=='refuted'
-    assert 'It helps' not in asked(study, CPT, 'tiny')
+def arm(name, seed, loss=0., f1=.6, n=120, articles=10, noise=.02, profiles=PROFILES):
+    """A record of an arm whose answers cost `loss` nats per token more than those of another with the same seed; `loss` may
+    say it for each profile."""
+    rng,own = np.random.default_rng(seed),np.random.default_rng([seed, *name.encode()])
+    base = 2+rng.gamma(2., 1., n)
+    def scores(p):
+        more = loss.get(p, 0.) if isinstance(loss, dict) else loss
+        return dict(cost=dict(bops=int(p[2:]) if p!='float' else 16), n_answer=[2]*n, n_text=[20]*n, em=[0]*60,
+                    nll_answer=list(base+2*more+noise*own.normal(size=n)),
+                    nll_text=list(10*base+20*more+noise*own.normal(size=n)),
+                    f1=list(np.clip(f1-more+noise*own.normal(size=60), 0, 1)))
+    return dict(preset='tiny', experiment='arms', name=name, seed=seed, ids=[str(i) for i in range(n)], steps=100,
+                articles=[f'article {i%articles}' for i in range(n)], exposure=dict(shared=100), parameters=9,
+                config=dict(preset=dict(profiles=list(PROFILES))), scores={p:scores(p) for p in profiles})
+
+def arms(seeds=3, **losses):
+    made = [arm(n, s, x, profiles=('float',) if n=='float' else PROFILES) for n,x in losses.items() for s in range(seeds)]
+    return Study(dict(tiny=dict(arms=made)))
+
+@pytest.mark.parametrize('loss,says', [(-.1, 'helps'), (0., 'no'), (.1, 'hurts'), (-.02, 'open')])
+def test_each_of_the_four_outcomes_is_said_in_its_own_words(loss, says):
+    study = arms(static_high=0., cyclic=loss)
+    f, = arm_findings(study.of('tiny', 'arms'), 'cycles')
+    assert outcome(f)==says and f.examples==10
+    for said in (asked(study, CPT, 'tiny'), brief(study, ONE_MINUTE[3], 'tiny')):
+        lead = said.split('**')[1]
+        assert ('helps in every' if says=='helps' else OUTCOMES[says]) in lead
+        assert not any(w in lead for k,w in OUTCOMES.items() if k!=says and w not in OUTCOMES[says]), lead
+
+def test_what_precision_costs_is_read_against_float_trained_alike():
+    study = arms(shared=dict(bw8=.0, bw6=.1, bw4=.02), float=0.)
+    lead = asked(study, ACCURACY, 'tiny').split('**')[1]
+    assert lead=='Against the float model trained alike: `bw8` is within the margin; `bw6` loses more; `bw4`: too close to call.'
+    assert [f.verdict for f in arm_findings(study.of('tiny', 'arms'), 'price')]==['confirmed','refuted','undecided']
+    assert 'price' in study_findings(study, 'tiny') and [q.finding.claim for q in open_questions(study)]==['`bw4`']
+
+def test_a_route_that_serves_better_is_said_to_help():
+    study = arms(5, shared=0., bits=dict(bw8=.1, bw6=0., bw4=-.1))
+    told = asked(study, ACCURACY, 'tiny')
+    assert 'helps in 1, does not help by more than the margin in 1, hurts in 1 of 3 comparisons' in told
+    assert 'helps: `bits` at bw4 (-0.1' in told and 'hurts: `bits` at bw8 (0.1' in told
+
+def test_one_seed_is_called_one_seed_and_few_articles_are_no_sample():
+    assert 'one seed' in asked(arms(1, static_high=0., cyclic=.1), CPT, 'tiny').lower()
+    rs = [arm(n, 0, x, articles=3) for n,x in (('static_high', 0.), ('cyclic', .1))]
+    assert arm_findings(rs, 'cycles')[0].examples==120
+
+def test_arms_on_other_questions_are_not_paired():
+    study = arms(shared=0., float=0.)
+    for r in study.records['tiny']['arms']:
+        if r['name']=='float': r['ids'] = ['x'+i for i in r['ids']]
+    assert 'scored on other examples' in asked(study, ACCURACY, 'tiny')
+    assert 'scored on other examples' in brief(study, ONE_MINUTE[0], 'tiny')
+
+def test_table_and_picture_hold_what_was_scored():
+    study = arms(shared=0., bits=.1, float=0., untrained=1.)
+    rs = study.of('tiny', 'arms')
+    rows = [l.split('|')[1:3] for l in arm_table(rs).splitlines() if l.startswith('| `')]
+    assert sorted(a.strip()+p.strip() for a,p in rows)==sorted(
+        f'`{a}``{p}`' for a in ('shared','bits','float','untrained') for p in (('float',) if a=='float' else PROFILES))
+    drawn = {l.get_gid() for ax in plot_routes(rs).axes for l in ax.lines}
+    assert {'f1-shared-bw8','answer-bits-bw4','f1-float','answer-untrained-bw6'}<=drawn
+    assert arm_answer(Study({}), 'tiny', 'cycles').startswith('Open: there is no record')
 
 # --- robustness: planted, so that what it should say is known ----------------------------------------------------------
 
@@ -342,12 +252,12 @@ def test_typos_are_drawn_beside_the_earlier_ones():
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('experiment,question', [
-    ('joint',ACCURACY), ('allocation',BITS), ('objectives',OBJECTIVES), ('cpt',CPT), ('robustness',ATTACKS)])
+    ('arms',ACCURACY), ('allocation',BITS), ('arms',OBJECTIVES), ('arms',CPT), ('robustness',ATTACKS)])
 def test_a_missing_record_is_missed_where_it_is_needed(folder, experiment, question):
     for p in PRESET_NAMES: shutil.rmtree(folder/p/experiment, ignore_errors=True)
     study = load_study(folder); said = answers(study)
     for p in PRESET_NAMES: assert 'Open: there is no record; `switchable-llm' in line(said[question], p).split('\n')[0]
-    verb = 'run' if experiment=='joint' else experiment
+    verb = 'routes' if experiment=='arms' else experiment
     assert len([c for c in missing_records(study) if c.split(' --preset')[0].endswith(verb)])==len(PRESET_NAMES)
     abstract(study); open_table(study); statements_table(study)
 
@@ -368,32 +278,3 @@ def test_a_cut_file_is_named(folder):
     with pytest.raises(ValueError, match=f.name.replace('.', r'\.')): load_study(folder)
     (folder/'benchmarks'/'m').mkdir(parents=True); (folder/'benchmarks'/'m'/'store.json').write_text('{')
     with pytest.raises(ValueError, match=r'store\.json'): load_benchmarks(folder)
-
-def test_seeds_on_other_questions_are_not_averaged(folder):
-    def other(r): r['after']['ids'] = ['x'+i for i in r['after']['ids']]
-    assert change(folder, 'tiny', 'joint', other, '*-s0')
-    study = load_study(folder)
-    assert 'scored on other examples' in asked(study, ACCURACY, 'tiny')
-    assert 'F1 after joint training' in asked(study, ACCURACY, 'smollm2')
-    assert 'scored on other examples' in brief(study, ONE_MINUTE[0], 'tiny')
-    assert not [q for q in open_questions(study) if (q.preset, q.topic)==('tiny','accuracy')]
-
-@pytest.mark.parametrize('key', ['after','training'])
-def test_a_record_without_a_part_is_told_from_a_missing_one(folder, key):
-    change(folder, 'smollm2', 'joint', lambda r: r.pop(key))
-    assert f"a record lacks '{key}'" in line(answers(load_study(folder))[ACCURACY], 'smollm2')
-
-# --- undecided claims ---------------------------------------------------------------------------------------------------
-
-def test_more_of_the_same_questions_decides_what_was_undecided(real):
-    "What the report promises: so many times as many seeds and questions, and the nearest undecided claim is decided."
-    fair = copy.deepcopy(real.joint('smollm2')[0]); equal_steps(fair); trained_float(fair)
-    study = Study(dict(smollm2=dict(joint=[fair])))
-    qs = [q for q in open_questions(study) if q.topic=='accuracy' and q.finding.seeds==1 and q.times<20]
-    if not qs: pytest.skip('nothing of this kind is undecided')
-    q = qs[0]; k = int(np.ceil(q.times))+1; r = copy.deepcopy(fair)
-    for when in ('before','after'):
-        r[when]['ids'] = [f'{i}-{j}' for j in range(k) for i in r[when]['ids']]
-        for s in r[when]['scores']:
-            for key in ('em','f1','nll_answer','n_answer'): s[key] = s[key]*k
-    assert q.finding.claim not in [o.finding.claim for o in open_questions(Study({q.preset:dict(joint=[r])}))]

@@ -91,7 +91,8 @@ def training_on(
 GROUPS = {   # what a person wants -> the settings of a preset that say it
     'what to work on':('model','data','train_n','max_length','profiles','target'),
     'how layers are quantized':(
-        'dtype','act','ranges','weight','codes','calibration','calibration_size','kernel','attention'),
+        'dtype','act','ranges','weight','group_size','codes','chosen','rotate','calibration','calibration_size','kernel',
+        'attention'),
     'adapters':('r','alpha','dropout'),
     'how long to train':('steps','batch_size','accumulate','lr','warmup','weight_decay','seed'),
     'how to score':('eval_n','eval_seed','max_new_tokens')}
@@ -120,6 +121,7 @@ def option_type(
 def _kind(f):   # what argparse is told of a field of `Preset`
     if f.name in WORDS: return dict(choices=WORDS[f.name])
     if f.type==tuple[str,...]: return dict(nargs='+', metavar=f.name.upper().removesuffix('S'))
+    if f.type is bool: return dict(action=argparse.BooleanOptionalAction)
     if f.name not in NUMBERS: return dict(type=f.type)
     if f.type==int|None:
         nothing = 'all' if f.name.endswith('_n') else 'none'

@@ -12,17 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from ..quantizers import Bits
 from ..system.files import check_target, claim
-from ..study.records import load_records, check_name, record_target
+from ..study.records import PRESETS, load_records, check_name, record_target
 from ..study.methods import method_table, run_methods
-from ..study.experiments import run_spans, ARMS, run_calibration, run_objectives
-from ..findings.comparisons import span_reports, calibration_verdict, gate_verdict, objective_verdicts
+from ..study.arms import SECTIONS, run_arms
+from ..study.experiments import run_calibration, run_spans
+from ..findings.arms import arm_findings, said
+from ..findings.comparisons import span_reports, calibration_verdict
 from ..study.searches import run_allocation
 from ..study.figures import is_figure, save_figure
 from ..findings.plots import plot_ablation, plot_cost, plot_curves, plot_profiles
 from ..study.runs import (
     COUNT, OBJECTIVES, SEED, Number, chosen, evaluations, run_ablation, run_joint, run_name)
-from ..study.cycles import CPT_ARMS, CPT_PLANS, CPTPlan, run_cpt
-from ..findings.cycling import cpt_verdicts
 from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..findings.defences import robustness_verdicts
 from ..findings.verdicts import profile_labels, unequal_exposure
@@ -74,25 +74,16 @@ def _told(verdicts): return '\n'.join(f'{k}: {v}' for k,v in verdicts.items())
 
 def _given(**settings): return {k:v for k,v in settings.items() if v is not None}
 
-def _plan(preset): return CPT_PLANS.get(preset.name, CPTPlan())
-
-def _cycle(preset, args):
-    plan,given = _plan(preset).cycle,_given(cycles=args.cycles, b_min=args.b_min, b_max=args.b_max)
-    low,high = given.get('b_min', plan.b_min),given.get('b_max', plan.b_max)
-    if low>high: raise ValueError(f"--b-min {low}: needs to be at most --b-max, which is {high}")
-    return replace(plan, **given)
-
-def _cpt(preset, args, say):
-    changed = _given(steps=getattr(args, 'steps', None), questions=args.questions, arms=args.arms)
-    plan = replace(_plan(preset), cycle=_cycle(preset, args), **changed)
-    run_cpt(preset, args.out, plan, not args.quiet, say)
+def _arms(section):
+    def run(preset, args, say):
+        mine = [a for a in args.arms or () if a in SECTIONS[section](preset)]
+        if args.arms and not mine: return   # they belong to another section that was asked for
+        run_arms(preset, section, args.out, mine or None, args.answers, not args.quiet, say)
+    return run
 
 def _robustness(preset, args, say):
     plan = replace(PLANS.get(preset.name, PLANS['tiny']), **_given(questions=args.questions))
     run_robustness(preset, args.out, plan, args.trainings, args.checkpoint, not args.quiet, say)
-
-def _objectives(preset, args, say):
-    run_objectives(preset, args.out, args.arms or ARMS, args.questions, args.mix, args.unseen, not args.quiet, say)
 
 def _calibration(preset, args, say):
     run_calibration(preset, args.out, args.mix, 2*args.unseen, args.questions, say)
@@ -109,11 +100,14 @@ def _methods_said(preset, out): return text_table(method_table(load_records(out,
 
 def _spans(preset, args, say): run_spans(preset, args.out, progress=not args.quiet, say=say)
 
-def _objectives_said(preset, out):
-    records = load_records(out, preset, 'objectives')
-    if {r['name'] for r in records}=={'random_profile'}:
-        return 'Not decided: there is no record of an arm to compare the baseline with.'
-    return _told(objective_verdicts(records) | gate_verdict(records))
+def _arms_said(section):
+    asked = ('price','routes') if section=='routes' else (section,)
+    def tell(preset, out):
+        rs = load_records(out, preset, 'arms')
+        units = ('answer', 'nats per token', 1),('f1', 'points of F1', 100)
+        told = {f'{q}, {what}':said(fs, factor) for q in asked for score,what,factor in units if (fs := arm_findings(rs, q, score))}
+        return _told(told) or 'Not decided: there is no record of arms to compare.'
+    return tell
 
 def _calibration_said(preset, out): return calibration_verdict(load_records(out, preset, 'calibration'))
 
@@ -126,20 +120,16 @@ def _spans_said(preset, out):
     if not reports: return 'no record of joint training to compare with: `switchable-llm run` makes it'
     return '\n'.join(f'{n}\n{text_table(r.table())}\n{r.caption}' for n,r in reports.items())
 
-def _cpt_said(preset, out):
-    return _told(cpt_verdicts(load_records(out, preset, 'cpt'), load_records(out, preset, 'range_test')))
-
 def _robustness_said(preset, out):
     unequal = unequal_exposure(load_records(out, preset, 'joint'))
     return _told(robustness_verdicts(load_records(out, preset, 'robustness'), unequal))
 
 EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records of a preset say)
     methods     = (_methods, _methods_said),
-    objectives  = (_objectives, _objectives_said),
+    **{s:(_arms(s), _arms_said(s)) for s in SECTIONS},
     calibration = (_calibration, _calibration_said),
     allocation  = (_allocation, _allocation_said),
     spans       = (_spans, _spans_said),
-    cpt         = (_cpt, _cpt_said),
     robustness  = (_robustness, _robustness_said))
 
 # %% ../../nbs/apps/studying.ipynb #c66ce52a
@@ -159,10 +149,8 @@ def _check_experiment(args, preset):   # what can be known before a model is loa
     for e in args.experiment: record_target(args.out, preset.name, e, 'name', 0)
     if args.checkpoint: check_readable(args.checkpoint)
     for b in args.mix: Bits.parse(b)
-    for e,arms in (('objectives',ARMS), ('cpt',CPT_ARMS)):
-        if e not in args.experiment: continue
-        for a in args.arms or (): chosen(arms, a, f'arm of {e}')
-    if 'cpt' in args.experiment: _cycle(preset, args)
+    known = {a:None for e in args.experiment if e in SECTIONS for a in SECTIONS[e](preset)}
+    for a in args.arms or (): chosen(known, a, 'arm')
 
 def _experiment(args):
     preset,several = chosen_preset(args),len(args.experiment)>1
@@ -180,7 +168,7 @@ def _experiment(args):
 def _names(arms): return ', '.join(map(shlex.quote, arms))   # as one types them: some hold spaces
 
 def _experiment_options(parser):
-    width,cycle = Number(2, 16),CPTPlan().cycle
+    width,usual = Number(2, 16),{a:None for of in SECTIONS.values() for p in PRESETS.values() for a in of(p)}
     parser.add_argument('experiment', nargs='+', choices=list(EXPERIMENTS),
                         help='which ones; options that an experiment has no use for are not looked at')
     seeds = parser.group('seeds')
@@ -190,16 +178,10 @@ def _experiment_options(parser):
                        help='seeds that run at once, each in a process of its own (default: 1)')
     seeds.add_argument('--untold', action='store_true', help=argparse.SUPPRESS)   # one seed of several: no verdicts
     arms = parser.group('what to compare')
-    arms.add_argument('--arms', nargs='+', choices=[*ARMS, *CPT_ARMS], metavar='ARM',
-                      help=f"arms of `objectives` (default: all): {_names(ARMS)}; of `cpt` (default: all, or what "
-                           f"the preset has time for): {_names(CPT_ARMS)}")
+    arms.add_argument('--arms', nargs='+', metavar='ARM', help=f"arms of {', '.join(SECTIONS)} (default: all): {_names(usual)}")
     arms.add_argument('--mix', nargs='+', default=['w4a4','w6a6','w8a8'], metavar='BITS',
                       help='what mixed profiles that no training saw draw from (default: w4a4 w6a6 w8a8)')
     arms.add_argument('--unseen', type=option_type(COUNT), metavar='N', default=4, help='how many of them (default: 4)')
-    for name,number,what in (('cycles',COUNT,'cycles in a training'), ('b-min',width,'lowest width of a cycle'),
-                             ('b-max',width,'highest width of a cycle')):
-        usual = getattr(cycle, name.replace('-', '_'))
-        arms.add_argument('--'+name, type=option_type(number), metavar='N', help=f'`cpt`: {what} (default: {usual})')
     arms.add_argument('--trainings', nargs='+', choices=list(TRAININGS), default=['joint','rpt'], metavar='TRAINING',
                       help=f"models that `robustness` attacks: {', '.join(TRAININGS)} (default: joint rpt)")
     for k,what in (('w','weight'), ('a','activation')):
@@ -211,6 +193,8 @@ def _experiment_options(parser):
     scores = parser.group('how to score')
     scores.add_argument('--questions', type=option_type(COUNT), metavar='N',
                         help="validation questions to score (default: all of the preset's)")
+    scores.add_argument('--answers', type=option_type(COUNT), metavar='N', default=200,
+                        help='validation questions that arms answer in words (default: 200)')
     scores.add_argument('--search-questions', type=option_type(COUNT), metavar='N', default=128,
                         help='training questions that `allocation` chooses by; twice as many others decide (default: 128)')
     scores.add_argument('--f1', action='store_true', help='`allocation` generates answers at the front too')

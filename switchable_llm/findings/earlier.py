@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..search.intervals import Interval, crossed_mean
 from ..study.statistics import paired
 from ..study.figures import INK, name_rows, panels
-from .cycling import cpt_findings, cpt_verdicts
+from .arms import OUTCOMES, arm_findings, outcome
 from .defences import earlier_statements
 from switchable_llm.findings.verdicts import (
     PRESET_NAMES, Study, joint_score, markdown_table, no_record, profile_names, profile_scores, tried,
@@ -146,14 +146,11 @@ def _row_plot(rows, xlabel, limit=math.inf):   # (label, Interval or number, col
 def plot_earlier_cpt(
     study:Study, # All records
 )->Figure: # A row for each comparison
-    "F1 of cyclic precision minus that of its baseline: theirs hollow, ours with intervals where there is a verdict."
+    "F1 of cyclic precision minus that of its baseline: theirs hollow, ours with intervals."
     rows = [(f'{e.source}, {e.setting}', e.value-e.other, INK, _their_markers[e.source], False) for e in earlier('cpt')]
     for p,name in PRESET_NAMES.items():
-        for q in ('static','random'):
-            found = cpt_findings(study.of(p, 'cpt'), q, 'f1', ranges=study.of(p, 'range_test'))
-            said = lambda f: f.claim.removeprefix('cyclic ').replace(' better than ', ', against ')
-            rows += [(f'{capital(name)}, {said(f)}', tuple(100*x for x in f.effect), *_ours[p], True)
-                     for f in found if ' = ' not in f.claim and not f.fault]
+        rows += [(f"{capital(name)}, {f.claim.replace('`', '')}", tuple(100*x for x in f.effect), *_ours[p], True)
+                 for f in arm_findings(study.of(p, 'arms'), 'cycles', 'f1') if f.claim.startswith('`cyclic')]
     return _row_plot(rows, 'F1 of cyclic precision minus its baseline (points)', 40)
 
 def typo_harm(
@@ -182,10 +179,14 @@ def plot_earlier_typos(
 
 # %% ../../nbs/findings/earlier.ipynb #c2939b89
 def _stated(study, preset):   # statement -> what is found
-    cpt,joint,bits = study.of(preset, 'cpt'),study.of(preset, 'robustness', 'joint'),study.of(preset, 'allocation')
-    verdicts,rs = cpt_verdicts(cpt, study.of(preset, 'range_test')),study.joint(preset)
-    short = lambda v: v.split('**')[1].rstrip('.') if '**' in v else v
-    said = {k.removeprefix('Earlier: '):short(v) for k,v in verdicts.items() if k.startswith('Earlier')}
+    joint,bits,rs = study.of(preset, 'robustness', 'joint'),study.of(preset, 'allocation'),study.joint(preset)
+    found = {f.claim:f for f in arm_findings(study.of(preset, 'arms'), 'cycles')}
+    def cycling(rival):
+        f = found.get(f'`cyclic` against {rival}')
+        return f'it {OUTCOMES[outcome(f)]}, {f.effect.show()} {f.unit}' if f else no_record(preset, 'cycles')
+    said = {'“more accurate than at a static precision” (Fu et al. 2021, of CNNs)':cycling('static_high'),
+            '“comparable or lower PPL” (study A), “does not beat a static precision” (four of five)':cycling('static_high=cyclic'),
+            '“no benefit over random switching” (study B)':cycling('random')}
     measured = 'no verdict, as steps differ; measured: '*bool(unequal_exposure(rs))
     mlp = '“the MLP tolerates fewer bits than attention” (study A): where a bit is saved more cheaply'
     said[mlp] = measured+cheaper_part(bits) if bits else no_record(preset, 'allocation')

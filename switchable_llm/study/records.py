@@ -146,7 +146,10 @@ class Preset:
     act:str='per_tensor'         # Activation ranges: 'per_tensor' (static) or 'per_token' (dynamic)
     ranges:str='learned'         # Static activation ranges: 'calibrated', or 'learned' from there on
     weight:str='per_channel'     # Weight scales: 'per_tensor', 'per_channel' or 'per_group'
+    group_size:int=64            # Inputs that share a scale where `weight='per_group'`
     codes:str='nested'           # Weight codes: 'nested' in one 8-bit code, or 'independent' at each width
+    chosen:int=0                 # Training texts by which error compensation chooses the codes; 0 takes the nearest
+    rotate:bool=False            # Work in a Hadamard basis where layers are quantized
     kernel:str='auto'            # How quantized products run, as `switch.kernel`
     steps:int=1000               # Optimizer steps
     batch_size:int=4             # Questions in a forward pass, all processes together

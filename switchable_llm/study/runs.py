@@ -72,7 +72,8 @@ NUMBERS = dict(   # setting of a preset -> what it takes
     steps=COUNT, batch_size=COUNT, accumulate=COUNT, max_length=COUNT,
     lr=Number(0, whole=False, above=True), warmup=Number(0), weight_decay=Number(0, whole=False),
     r=Number(1, 65536), alpha=Number(0, whole=False, above=True), dropout=Number(0, .99, whole=False),
-    train_n=QUESTIONS, calibration=Number(1, 10_000), calibration_size=COUNT, eval_n=QUESTIONS, max_new_tokens=COUNT,
+    train_n=QUESTIONS, group_size=Number(16, 65536), chosen=Number(0, 10_000),
+    calibration=Number(1, 10_000), calibration_size=COUNT, eval_n=QUESTIONS, max_new_tokens=COUNT,
     eval_seed=SEED, seed=SEED)
 
 WORDS = dict(     # setting of a preset -> what it may be
@@ -115,7 +116,8 @@ def study_model(
     model,tokenizer = load_model(check_preset(preset).model, preset.dtype, head=head, seed=preset.seed)
     model.set_attn_implementation(preset.attention)
     profiles = [p for p in read_profiles(preset.profiles) if p.name!='float']
-    make_switchable_(model, profiles, QuantConfig(weight=preset.weight, act=preset.act, codes=preset.codes))
+    make_switchable_(model, profiles, QuantConfig(weight=preset.weight, act=preset.act, codes=preset.codes,
+                                                  group_size=preset.group_size, rotate=preset.rotate))
     switch_of(model).kernel = preset.kernel
     return model.to(study_device() if device is None else device), tokenizer
 
@@ -196,11 +198,12 @@ def fit(
     prepare:Callable=lambda model: None, # Called with the adapters in place; may return a context to train in
     checkpoint:str|Path|None=None, # Folder of the loop's checkpoints
     progress:bool=True,       # Show a bar
-    route:str='bits',         # How layers find their adapters, as `add_adapters_` takes it
+    adapters:dict|None=None,  # What `add_adapters_` is given; by default the preset's rank and scaling, routed by bits
 )->tuple[Policy,dict]: # The policy, and what `train` returned
     "Add adapters and train them on all profiles of the model."
     make = policy if callable(policy) else chosen(POLICIES, policy, 'policy')
-    set_seed(preset.seed); add_adapters_(model, route=route, r=preset.r, alpha=preset.alpha, dropout=preset.dropout)
+    set_seed(preset.seed)
+    add_adapters_(model, **dict(dropout=preset.dropout) | (adapters or dict(route='bits', r=preset.r, alpha=preset.alpha)))
     for l in switch_of(model).layers: l.adapters.float()   # on a bfloat16 base too: they learn in small steps
     if learns_ranges(preset): objective = replace(objective, terms=(*objective.terms, *range_terms(model)))
     around = prepare(model) or nullcontext()
