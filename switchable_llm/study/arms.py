@@ -401,7 +401,8 @@ def _scored(model, tokenizer, profile, asked, answers, preset):
                 em=[int(x) for x in em], f1=[round(x, 4) for x in f1])
 
 def _exposure(model, curve):   # adapter -> steps that moved it
-    used = Counter()
+    switch,used = switch_of(model),Counter()
+    moves = {k for l in switch.layers for k,a in l.adapters.items() if any(p.requires_grad for p in a.parameters())}
     for _,_,names,_ in curve:
-        used.update({k for n in names.split('+') for s in switch_of(model).bound[n] if s.adapter for k in s.adapter.split('+')})
+        used.update(moves & {k for n in names.split('+') for s in switch.bound[n] if s.adapter for k in s.adapter.split('+')})
     return dict(used)
