@@ -20,6 +20,6 @@ def test_a_context_in_both_parts_is_refused_before_a_model_is_loaded(tmp_path):
     said = '1 contexts are in both parts'
     with pytest.raises(ValueError, match=said): run_methods(preset, tmp_path/'runs', ['group'], n=4, calibration=4)
     with pytest.raises(ValueError, match=said): check_apart(preset)
-    with pytest.raises(ValueError, match=said): run_arms(replace(preset, chosen=8, model='tiny'), out=tmp_path/'runs')
+    with pytest.raises(ValueError, match=said): run_arms(replace(preset, chosen=8), out=tmp_path/'runs')
     write(tmp_path/'validation.json', other)
     check_apart(preset)

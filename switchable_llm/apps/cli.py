@@ -137,8 +137,8 @@ COMMANDS = dict(
         'run --model ./my-gpt2 --profiles bw4 bw8 my_profiles.yaml --policy all_profiles'], resumes=True),
     experiment=Command('studying', 'run experiments of the study at several seeds; '
                        'run it again to go on where it was stopped', [
-        'experiment objectives --preset tiny --steps 200 --seeds 0 1 2 3 4',
-        'experiment cpt robustness --preset tiny --seeds 0 1 2 3 4 --jobs 2',
+        'experiment routes --preset tiny --seeds 0 1 2',
+        'experiment cycles robustness --preset tiny --seeds 0 1 2 3 4 --jobs 2',
         'experiment spans --preset smollm2 --data squad/'], resumes=True))
 
 def _options_of(name, parser):   # called when a command was asked for

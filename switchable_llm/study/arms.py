@@ -298,6 +298,7 @@ def start(
     bits:Iterable[int]=(), # Uniform profiles that the model gets too
 )->tuple: # Model without adapters, tokenizer, training questions, validation questions
     "Where all arms begin."
+    if preset.chosen: check_apart(preset)   # what chooses codes is not scored; before a model is loaded
     model,tokenizer = study_model(preset)
     if bits: add_uniform_(model, bits)
     data,_,asked = study_data(preset, tokenizer)
@@ -306,7 +307,6 @@ def start(
     return model, tokenizer, data, asked
 
 def _with_codes(preset, model, tokenizer, out):
-    check_apart(preset)   # what chooses codes is not scored
     widths = sorted({p.default.w for p in read_profiles(preset.profiles)})
     names = [n for n in switch_of(model).profiles if n!='float']
     folder = out/'progress'/preset.name/f"codes-{'-'.join(names)}"
