@@ -1,8 +1,11 @@
 """Make the embedded model: `OMP_NUM_THREADS=1 python scripts/train_tiny.py [FOLDER]`, by default `switchable_llm/tiny`.
 
-It is trained by the project's own loop, from nothing, in float, on invented questions only: first on paragraphs of two
-facts, then on longer ones with questions of two steps. In the end it is given outlier channels, which change nothing of
-what it computes. All is seeded; other processors and versions of torch round otherwise, and their model is another one."""
+It is trained by the project's own loop, in float, on invented questions only, in two lessons. The first, on questions of one
+step, was the cell of `nbs/02_joint_training.ipynb` in the commit `FIRST`, from nothing; this script takes its weights out of git
+(a shallow clone has no such commit). The second is here: names that share syllables, and questions of two steps. It took 15
+minutes of one thread on a busy machine. It learns the names; at questions of two steps it still guesses. In the end it is given
+outlier channels, which change nothing of what it computes. All is seeded; other processors and versions of torch round
+otherwise, and their model is another one."""
 import json, subprocess, sys, time, torch
 from pathlib import Path
 from safetensors.torch import load
@@ -14,7 +17,7 @@ from switchable_llm.training.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 1
-OUTLIERS = 4.   # a power of two: nothing is rounded
+OUTLIERS = {1:128., 2:64., 3:128.}   # block -> factor of some channels that its MLP reads; powers of two, so nothing is rounded
 FIRST = '160543a'   # the commit of the model that learnt the first lesson: one step, two to five facts, names unlike each other
 STAGES = (   # most facts, share of two steps where there are enough, optimizer steps, schedule
     (6, .7, 4000, 'cosine'),)
@@ -31,8 +34,16 @@ def new_tiny_gpt2(tok):
     for b in model.transformer.h: b.attn.c_attn.weight.data[:,128:192] = b.attn.c_attn.weight.data[:,:64]
     return model
 
-def add_outliers_(model, n=16, k=OUTLIERS):
-    "Multiply `n` channels of each norm and `n` values of each attention by `k`, and what reads them by `1/k`."
+def add_outliers_(model, n=6, factors=OUTLIERS):
+    "Multiply `n` channels of the norms before these MLPs, and what reads them by the inverse: the same function."
+    gen,d = torch.Generator().manual_seed(0),model.config.n_embd
+    for i,k in factors.items():
+        block,ch = model.transformer.h[i],torch.randperm(d, generator=gen)[:n]
+        for p in block.ln_2.parameters(): p.data[ch] *= k
+        block.mlp.c_fc.weight.data[ch] /= k
+
+def undo_first_outliers_(model, n=16, k=1/4):
+    "The model of `FIRST` had others, in its norms and in the values of its attentions."
     gen,d = torch.Generator().manual_seed(0),model.config.n_embd
     for b in model.transformer.h:
         for norm,layer in ((b.ln_1, b.attn.c_attn), (b.ln_2, b.mlp.c_fc)):
@@ -52,7 +63,7 @@ def first_lesson(tok):
     weights['transformer.wte.weight'] = torch.stack([rows[old[t]] if t in old else rows.mean(0)
                                                      for t in tok.convert_ids_to_tokens(range(len(tok)))])
     model.load_state_dict(weights, strict=False); model.tie_weights()
-    add_outliers_(model, 16, 1/4)
+    undo_first_outliers_(model)
     return model
 
 def train_tiny(tok, after=lambda model, stage, step: None):

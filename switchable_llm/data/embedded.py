@@ -73,7 +73,7 @@ def tiny_squad(
     split:str='train', # 'train' or 'validation': no paragraph is in both, whatever the seed
     seed:int=0,        # Seed of the generator
     max_facts:int=6,   # Sentences in a paragraph: 2 to `max_facts`, at most 9
-    two_step:float=.5, # Share that takes two steps, among questions about paragraphs of 4 sentences or more
+    two_step:float=.3, # Share that takes two steps, among questions about paragraphs of 4 sentences or more
 )->list[dict]: # `n` different questions in the schema of `load_squad`
     "Invent reading-comprehension questions about people and places that do not exist."
     if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<=MOST_INVENTED:
