@@ -21,34 +21,50 @@ _relations = dict(  # kind of subject, kind of value, question, statements
     birth  =('person', 'year',  'When was {s} born?',      ('{s} was born in {v}.', 'The birth of {s} was in {v}.')),
     job    =('person', 'job',   'What is the job of {s}?', ('{s} works as a {v}.', 'The job of {s} is {v}.')),
     founded=('place',  'year',  'When was {s} founded?',   ('{s} was founded in {v}.',)))
+_people = dict(home='the one in {v}', birth='the one born in {v}', job='the {v}')   # a person, by another fact
+_described = {(told,asked):words for told,words in _people.items() for asked in _people if asked!=told}
+_described['home','founded'] = 'the home of {s}'                                     # a place
 
-def _values(kind, k, rng):   # k different values of a kind; names start with different syllables
-    def name(): return ''.join(rng.choices(_syllables, k=2)).capitalize()
+def _name(known, rng):   # half of the names share their first or second syllable with one that is there
+    first,second = rng.choices(_syllables, k=2)
+    if known and rng.random()<.5:
+        other = rng.choice(known).lower()
+        if rng.random()<.5: first = other[:2]
+        else: second = other[2:]
+    return (first+second).capitalize()
+
+def _values(kind, k, names, rng):   # k different values of a kind; no name twice in a paragraph
+    def name():
+        while (v := _name(names, rng)) in names: pass
+        names.append(v)
+        return v
     def year(): return str(rng.randrange(1500, 2000))
     def job(): return rng.choice(_jobs)
     draw,out = dict(person=name, place=name, year=year, job=job)[kind],{}
-    while len(out)<k:
-        v = draw()
-        out.setdefault(v[:2] if draw is name else v, v)
-    return list(out.values())
+    while len(out)<k: out.setdefault(draw())
+    return list(out)
 
-def _facts(relation, k, rng):   # k facts: question, statement, value, place of the value in the statement
-    subject,value,question,texts = _relations[relation]
-    facts = []
-    for s,v in zip(_values(subject, k, rng), _values(value, k, rng)):
-        text = rng.choice(texts).format(s=s, v=v)
-        facts.append((question.format(s=s), text, v, text.rindex(v)))
-    return facts
+def _fact(relation, s, v, rng):   # the statement, the value, and its place in the statement
+    text = rng.choice(_relations[relation][3]).format(s=s, v=v)
+    return text, v, text.rindex(v)
 
-def _tiny_record(n_facts, rng):
-    asked,other = rng.sample(list(_relations), 2)
-    k = rng.randint(2, n_facts)
-    facts = _facts(asked, k, rng) + _facts(other, n_facts-k, rng)
-    target = question,_,value,at = facts[0]
+def _tiny_record(n_facts, two_step, rng):   # `asked` is told of all, and something else of the first ones
+    (told,asked),words = rng.choice(list(_described.items()))
+    deep = n_facts>=4 and rng.random()<two_step
+    k = rng.randint(max(2, (n_facts+1)//2), n_facts-2*deep)
+    (subject,value,question,_),names = _relations[asked],[]
+    who,what = _values(subject, k, names, rng),_values(value, k, names, rng)
+    facts = [_fact(asked, s, v, rng) for s,v in zip(who, what)]
+    other = _values('person' if asked=='founded' else _relations[told][1], n_facts-k, names, rng)
+    pairs = [(o,s) if asked=='founded' else (s,o) for s,o in zip(who, other)]
+    i = rng.randrange(len(pairs) if deep else k)
+    s = words.format(s=pairs[i][0], v=pairs[i][1]) if deep else who[i]
+    target = text,answer,at = facts[i]
+    facts += [_fact(told, *p, rng) for p in pairs]
     rng.shuffle(facts)
-    start = sum(len(f[1])+1 for f in facts[:facts.index(target)]) + at
-    context = ' '.join(text for _,text,_,_ in facts)
-    return dict(context=context, question=question, answers=dict(text=[value], answer_start=[start]))
+    start = sum(len(f[0])+1 for f in facts[:facts.index(target)]) + at
+    context = ' '.join(f[0] for f in facts)
+    return dict(context=context, question=question.format(s=s), answers=dict(text=[answer], answer_start=[start]))
 
 MOST_INVENTED = 1_000_000   # questions; they are all held in memory
 
@@ -56,7 +72,8 @@ def tiny_squad(
     n:int,             # Number of questions
     split:str='train', # 'train' or 'validation': no paragraph is in both, whatever the seed
     seed:int=0,        # Seed of the generator
-    max_facts:int=5,   # Sentences in a paragraph: 2 to `max_facts`, at most 9
+    max_facts:int=6,   # Sentences in a paragraph: 2 to `max_facts`, at most 9
+    two_step:float=.3, # Share that takes two steps, among questions about paragraphs of 4 sentences or more
 )->list[dict]: # `n` different questions in the schema of `load_squad`
     "Invent reading-comprehension questions about people and places that do not exist."
     if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<=MOST_INVENTED:
@@ -64,9 +81,10 @@ def tiny_squad(
     if split not in ('train','validation'):
         raise ValueError(f"split={split!r}: choose 'train' or 'validation'")
     if not 2<=max_facts<=9: raise ValueError(f"max_facts={max_facts!r}: needs 2 to 9")
+    if not 0<=two_step<=1: raise ValueError(f"two_step={two_step!r}: needs a share, 0 to 1")
     rng,out = random.Random(f'{split}-{seed}'),{}
     while len(out)<n:
-        r = _tiny_record(rng.randint(2, max_facts), rng)
+        r = _tiny_record(rng.randint(2, max_facts), two_step, rng)
         of_validation = crc32(r['context'].encode())%8==0
         if of_validation==(split=='validation'): out.setdefault((r['question'], r['context']), r)
     return [dict(id=f'tiny-{split}-{seed}-{i}', title='Tiny', **r) for i,r in enumerate(out.values())]
@@ -88,9 +106,9 @@ def tiny_tokenizer(
 
 def _words():   # of the templates and the prompt; long ones first, so that none hides behind its beginning
     words = {'question:','context:','answer:', *(f' {j}' for j in _jobs)}
-    for _,_,question,statements in _relations.values():
-        for text in (question, *statements):
-            words |= {f' {w}' for w in re.findall('[A-Za-z]+', re.sub(r'\{.\}', '', text))}
+    texts = [text for _,_,question,statements in _relations.values() for text in (question, *statements)]
+    for text in (*texts, *_described.values()):
+        words |= {f' {w}' for w in re.findall('[A-Za-z]+', re.sub(r'\{.\}', '', text))}
     return sorted(words, key=lambda w: (-len(w), w))
 
 def _pieces(words):   # a pattern of what becomes one token: a word, a syllable, two digits, or any character
