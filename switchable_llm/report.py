@@ -17,14 +17,14 @@ from .study.records import PRESETS
 from .search.intervals import MARGIN
 from .study.statistics import Finding, Findings, plural, VERDICTS
 from .findings.cycling import CPT_QUESTIONS, cpt_findings
-from .findings.defences import earlier_statements, sanity_checks
+from .findings.defences import defence_findings, earlier_statements, sanity_checks
 from .findings.verdicts import (
     PRESET_NAMES, Study, accuracy_answer, accuracy_brief, accuracy_findings, markdown_table, profile_names,
     profile_scores, shared_findings, tried, unequal_exposure, COMMAND_OF, capital, listed)
 from .findings.choices import (
     allocation_answer, allocation_brief, allocation_findings, objectives_answer, objectives_brief)
 from .findings.reasons import (
-    cpt_answer, cpt_brief, robustness_answer, robustness_brief, robustness_findings)
+    cpt_answer, cpt_brief, robustness_answer, robustness_brief)
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
@@ -34,16 +34,15 @@ def study_findings(
     "Every family of claims that the report decides."
     cpt,ranges,rs = study.of(preset, 'cpt'),study.of(preset, 'range_test'),study.joint(preset)
     joint = study.of(preset, 'robustness', 'joint')
-    def attacked(): return unequal_exposure(rs, joint[0]['config']['plan']['profiles']) if joint else ''
     def cycles(q): return lambda: cpt_findings(cpt, q, ranges=ranges)
-    def chance(score): return lambda: robustness_findings(joint, score=score, unequal=attacked())
+    def chance(score): return lambda: defence_findings(joint, score=score)
     makes = {
         'accuracy':lambda: accuracy_findings(rs),
         'profiles at equal steps':lambda: shared_findings(cpt),
         'bits':lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal_exposure(rs)),
         **{f"cyclic precision, {q.replace('_', ' ')}":cycles(q) for q in CPT_QUESTIONS},
         **{f'random precision, {s}':chance(s) for s in ('right','nll')},
-        'earlier statements':lambda: earlier_statements(joint, attacked()).values(),
+        'earlier statements':lambda: earlier_statements(joint).values(),
         'attacks':lambda: sanity_checks(joint)}
     return {k:fs for k,make in makes.items() if (fs := _or_none(make))}
 

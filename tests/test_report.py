@@ -5,10 +5,9 @@ import numpy as np, pytest
 from conftest import ROOT
 from switchable_llm.study.statistics import Findings, read, show_exposure
 from switchable_llm.findings.cycling import cpt_faults, cpt_findings
-from switchable_llm.findings.defences import attack_faults, defence_findings, is_question
 from switchable_llm.findings.earlier import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
-from switchable_llm.findings.reasons import cpt_parts, robustness_findings, robustness_parts, transfer_share
+from switchable_llm.findings.reasons import cpt_parts
 from switchable_llm.report import (
     QUESTIONS, abstract, answers, as_markdown, load_benchmarks, missing_records, open_questions, open_table,
     records_table, speed_table, study_findings)
@@ -129,23 +128,6 @@ def test_cyclic_precision_without_a_range_test_has_no_verdict(first):
     assert 'No verdict' in statements_table(first).split('four of five')[1].split('\n')[0]
     assert not cpt_faults(first.of('tiny', 'cpt'), first.of('tiny', 'range_test'))
 
-def test_weak_attacks_have_no_verdict(first):
-    said,faults = asked(first, ATTACKS, 'smollm2'),attack_faults(first.of('smollm2', 'robustness', 'joint'))
-    for w in ('3 steps','2 draws','did less harm','hardly an answer'): assert any(w in f for f in faults)
-    assert all(f in said for f in faults) and said.lstrip().startswith('**No verdict')
-    assert 'Double-Win Quant says' not in said
-    assert 'the best fixed profile, 5.69, a random one 5.79' in brief(first, ONE_MINUTE[4], 'smollm2')
-
-def test_what_algebra_answers_is_not_claimed(real):
-    for p in PRESET_NAMES:
-        joint = real.of(p, 'robustness', 'joint')
-        for f in (*defence_findings(joint), *robustness_findings(joint)):
-            threat = f.claim.split(':')[0]
-            assert 'the mean of' not in f.claim
-            assert '`random_profile`' not in f.claim or threat not in ('clean','typos')
-        for threat,strategy in (('typos','random_profile'), ('pgd worst','random_token')):
-            assert joint and not is_question(joint[0], threat, strategy)
-
 def test_a_search_that_lost_in_its_own_space_says_so(first):
     said = brief(first, ONE_MINUTE[1], 'smollm2')
     assert 'At 5 of 6 budgets the search chose bits that lose more than a simple profile' in said
@@ -158,7 +140,7 @@ def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
     assert 'not decided' not in text.lower()
 
 def test_every_sentence_about_one_seed_says_so(first):
-    for q in (ACCURACY, OBJECTIVES, CPT, ATTACKS): assert 'says nothing of other seeds' in asked(first, q, 'smollm2'), q
+    for q in (ACCURACY, OBJECTIVES, CPT): assert 'says nothing of other seeds' in asked(first, q, 'smollm2'), q
     assert 'say nothing of other runs' in abstract(first)['What it rests on']
     assert 'nothing is known of other runs' in result_table(first.joint('smollm2'))
     assert 'other runs' not in result_table(first.joint('tiny'))
@@ -287,57 +269,6 @@ def test_a_benefit_too_small_to_matter_is_no_help(folder):
     f = found['cyclic at bw4 better than static_low']
     assert f.effect.low<=f.effect.value<0 and f.effect.high<0 and f.verdict=='refuted'
     assert 'It helps' not in asked(study, CPT, 'tiny')
-
-# --- robustness: planted, so that what it should say is known ----------------------------------------------------------
-
-def attacked(seed, own=.6, foreign=.2, guess=.3, n=50, kept=(.4, .6), steps=20, draws=2):
-    """A record of two profiles: harm of the own attack, of one from the other precision, and of one that has to guess;
-    answers that fixed and random keep."""
-    rng = np.random.default_rng(seed); base,ps = 2+rng.normal(size=n),['bw4','bw8']
-    names = [*(f'fixed_{p}' for p in ps), 'random_profile']
-    right = {s:(np.arange(n)<kept[s=='random_profile']*n).astype(float).tolist() for s in names}
-    def scores(harm): return {s:dict(nll=list(base+2*harm(s)+.02*rng.normal(size=n)), right=right[s]) for s in names}
-    white = lambda p: lambda s: own if s==f'fixed_{p}' else guess if s=='random_profile' else foreign
-    made = [(f'white_{p}', white(p)) for p in ps]+[('adaptive_random_profile', lambda s: guess)]
-    def misspelt(rate): return {s:dict(nll_answer=v['nll'], f1=[.5]*n) for s,v in scores(lambda s: 3*rate).items()}
-    typos = [dict(rate=r, distortion=r, scores=misspelt(r)) for r in (0., .1)]
-    plan = dict(questions=n, profiles=ps, strategies=['random_profile'], adaptive=['random_profile'], attacks=['pgd'],
-                radii=[.1], unbounded=None, steps=steps, draws=draws)
-    clean,rows = scores(lambda s: 0),[dict(attack='pgd', radius=.1, attacker=a, scores=scores(h)) for a,h in made]
-    return dict(preset='tiny', experiment='robustness', name='joint', seed=seed, config=dict(plan=plan), highest='bw8',
-                ids=list(range(n)), n_answer=[2]*n, clean=clean, typos=typos, attacks=rows, flips=[])
-
-def attacks(**kw): return Study(dict(tiny=dict(robustness=[attacked(s, **kw) for s in range(4)])))
-
-@pytest.mark.parametrize('kw,says', [
-    (dict(), '**It helps here, as Double-Win Quant says.**'), (dict(kept=(.6, .4)), '**It does not help here.**'),
-    (dict(kept=(.5, .5)), '**It does not help here.**'),
-    (dict(kept=(.01, .02)), '**No verdict'), (dict(steps=3), '**No verdict'), (dict(draws=1), '**No verdict')])
-def test_a_defence_is_judged_in_right_answers_against_the_best_after_its_attackers(kw, says):
-    study = attacks(**kw)
-    assert says in asked(study, ATTACKS, 'tiny') and says in abstract(study)['Random precision at inference']
-
-def test_an_attacker_who_knows_and_does_less_harm_is_too_weak():
-    study = attacks()
-    for r in study.records['tiny']['robustness']:
-        for a in r['attacks']:
-            chance = a['scores']['random_profile']
-            if a['attacker']=='white_bw8': chance['nll'] = [x+2 for x in chance['nll']]
-    said = asked(study, ATTACKS, 'tiny')
-    assert 'did less harm than one who does not know it' in said and '**No verdict' in said
-
-def test_transfer_and_parts_are_those_that_were_planted():
-    joint = attacks().of('tiny', 'robustness')
-    assert transfer_share(joint)==pytest.approx(1/3, abs=.03)
-    parts = robustness_parts(joint)
-    found = [parts[k].value for k in ('the mix of profiles','not knowing which','both')]
-    assert found==pytest.approx([0, -.3, -.3], abs=.02)
-    for share,kw in ((33, {}), (100, dict(foreign=.6))):
-        assert f'does {share} % of the harm' in asked(attacks(**kw), ATTACKS, 'tiny')
-
-def test_typos_are_drawn_beside_the_earlier_ones():
-    rows = lambda study: [t.get_text() for t in plot_earlier_typos(study).axes[0].get_yticklabels()]
-    assert set(rows(attacks()))-set(rows(Study({})))=={f'Embedded model, {s}' for s in ('bw4','bw8','random profile')}
 
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------
 
