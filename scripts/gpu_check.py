@@ -159,7 +159,8 @@ def meter():
     m = Meter(model, data[:16], tok.pad_token_id)
     return f'{float(m("bw8").sum()):.3f}'
 
-SHORT = replace(PLANS['tiny'], questions=8, steps=2, rates=(.1,), radii=(.1,), draws=1, repeats=1)
+SHORT = replace(PLANS['tiny'], questions=8, steps=2, restarts=1, rates=(.1,), radii=(.05,), draws=1, repeats=1)
+
 def training(kernel, act):
     def part(): return trains(kernel, act)
     part.__name__ = f'trains, {kernel}, {act}'

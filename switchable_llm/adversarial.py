@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'NEIGHBOURS', 'WHERE', 'NORMS', 'ATTACKS', 'misspell', 'with_typos', 'answer_positions', 'distortion',
            'token_mask', 'stack_masks', 'Attack', 'shifted', 'prompt_mask', 'row_scores', 'Attacker', 'white_box',
-           'random_attacker', 'adaptive', 'perturbation', 'allowed_tokens', 'flip_tokens', 'adversarial_task']
+           'adaptive', 'expected_loss', 'perturbation', 'allowed_tokens', 'flip_tokens', 'adversarial_task']
 
 # %% ../nbs/05_adversarial.ipynb #207e78d8
 import math, random, torch
@@ -196,36 +196,59 @@ class Attacker:
     strategy:Strategy     # What the attacker runs
     draws:int=1           # Gradients that a step averages
     fresh:bool=False      # New draws in each step
+    exact:bool=False      # No draws: each profile of the strategy once in every step
 
     def __post_init__(self):
         if self.draws<1: raise ValueError(f"draws={self.draws}: needs 1 or more")
+        if self.exact and not self.strategy.whole:
+            raise ValueError(f"strategy {self.strategy.name!r} reads no text at one profile: it has to be drawn, with exact=False")
 
     def passes(self,
         model:nn.Module,  # The model
         keys:Iterable,    # Of the rows
         seed:int,         # Of the draws
         step:int=0,       # Which step, over all restarts
-    ): # One context after the other, each with a draw of its own; a defender's draws are others
+    ): # One context after the other, each with a profile or a draw of its own; a defender's draws are others
         "What a step runs."
-        own = [f'attacker {k}' for k in keys]
-        for j in range(self.draws): yield use_strategy(model, self.strategy, own, seed, j+self.draws*step*self.fresh)
+        if self.exact:
+            for p in self.strategy.profiles: yield use_strategy(model, replace(self.strategy, profiles=(p,)), keys, seed)
+            return
+        own,shared = [f'attacker {k}' for k in keys],self.strategy.layers and self.strategy.per=='example'
+        drawn = replace(self.strategy, per='batch') if shared else self.strategy   # one draw of all layers for all rows: faster
+        if shared: own = ['attacker']*len(own)   # whatever the other rows are
+        for j in range(self.draws): yield use_strategy(model, drawn, own, seed, j+self.draws*step*self.fresh)
 
 def white_box(
     profile:str, # Its name
 )->Attacker: # Takes gradients there
     "Knows the profile."
     return Attacker(f'white_{profile}', strategy(f'fixed_{profile}'))
-def random_attacker(
-    profiles:Iterable[str], # What it draws from
-)->Attacker: # Takes gradients at its own draws
-    "Draws a profile for each example, and keeps it."
-    return Attacker('random', strategy('random_profile', profiles))
 def adaptive(
     defence:Strategy, # What the defender does
-    draws:int=4,      # Gradients that a step averages
+    draws:int=4,      # Gradients that a step averages, where there are too many draws to take them all
 )->Attacker: # Takes mean gradients
-    "Knows the strategy, and averages over its draws."
-    return Attacker(f'adaptive_{defence.name}', defence, draws, True)
+    "Knows the strategy: takes its exact expectation over the profiles; where layers or tokens draw, the mean of new draws."
+    return Attacker(f'adaptive_{defence.name}', defence, draws, not defence.whole, defence.whole)
+
+def expected_loss(
+    model:nn.Module,            # A language model
+    batch:dict,                 # As the task collates it
+    delta:Tensor|None,          # Perturbation of the embeddings
+    attacker:Attacker|None=None,# Whose; by default that of the live profile
+    keys:Iterable|None=None,    # One for each row
+    task:Task=answering,        # What is predicted
+    weights:Tensor|None=None,   # Of the predictions; by default the task's
+    seed:int=0,                 # Of the draws
+    step:int=0,                 # Which step, over all restarts
+)->Tensor: # (batch,), nats
+    "The loss that an attacker raises: its mean over all that a step runs."
+    losses = list(_losses(model, batch, delta, attacker, keys, task, weights, seed, step))
+    return sum(losses)/len(losses)
+
+def _losses(model, batch, delta, attacker, keys, task, weights, seed, step):   # (batch,) of each pass of a step
+    for p in [ExitStack()] if attacker is None else attacker.passes(model, keys, seed, step):
+        with p: loss = row_scores(model, batch, delta, task, weights)[0]
+        yield loss
 
 def perturbation(
     model:nn.Module,            # A language model; in evaluation mode, where it matters
@@ -238,6 +261,7 @@ def perturbation(
     task:Task=answering,        # What is predicted
     weights:Tensor|None=None,   # Of the predictions; by default the task's
     seed:int=0,                 # Of start and draws
+    restart:int|None=None,      # Only what comes of this start, from 0; by default the worst of all for the attacker
 )->Tensor: # (batch, length, features), float32, zero outside `where`
     "A perturbation of the embeddings that raises each row's loss."
     if not 0<=radius<math.inf: raise ValueError(f"radius={radius}: needs 0 or more")
@@ -247,27 +271,23 @@ def perturbation(
     weights = task.weights(batch, TrainConfig()) if weights is None else weights
     norm,d = _embedding_norm(model, batch, where)
     size = radius*norm*where.unsqueeze(-1)/(math.sqrt(d) if attack.norm=='linf' else 1)   # (batch, length, 1)
-    passes = lambda step: [ExitStack()] if attacker is None else attacker.passes(model, keys, seed, step)
-    def mean_loss(delta, step=0):
-        losses = []
-        for p in passes(step):
-            with p: losses.append(row_scores(model, batch, delta, task, weights)[0])
-        return sum(losses)/len(losses)
-    best = size.new_zeros(*size.shape[:2], d)
-    if radius==0: return best   # before anything is drawn
-    worst = torch.full_like(size[:, 0, 0], -math.inf)
-    for r in range(attack.restarts):
+    own = attacker,keys,task,weights,seed
+    def climbed(r):
         start = _starts(attack, size, d, keys, seed, r)
-        delta = _climb(attack, start, size, lambda delta, i: mean_loss(delta, r*attack.steps+i))
-        if attack.restarts==1: return delta
-        with torch.no_grad(): loss = mean_loss(delta)
-        better = loss>worst
-        best,worst = torch.where(better[:, None, None], delta, best),torch.where(better, loss, worst)
-    return best
+        return _climb(attack, start, size, lambda delta, i: _slope(model, batch, delta, *own, r*attack.steps+i))
+    if radius==0: return size.new_zeros(*size.shape[:2], d)   # before anything is drawn
+    made = [climbed(r) for r in (range(attack.restarts) if restart is None else [restart])]
+    if len(made)==1: return made[0]
+    with torch.no_grad(): worst = torch.stack([expected_loss(model, batch, delta, *own) for delta in made]).argmax(0)
+    return torch.stack(made)[worst, torch.arange(len(worst), device=worst.device)]
 
-def _climb(attack, delta, size, loss):
+def _slope(model, batch, delta, *own):   # gradient of the expected loss, pass by pass: one graph at a time
+    delta = delta.requires_grad_()
+    with torch.enable_grad(): return sum(torch.autograd.grad(l.sum(), delta)[0] for l in _losses(model, batch, delta, *own))
+
+def _climb(attack, delta, size, slope):   # the slope's length does not matter
     for i in range(attack.steps):
-        with torch.enable_grad(): g, = torch.autograd.grad(loss(delta.requires_grad_(), i).sum(), delta)
+        g = slope(delta, i)
         delta = attack._project(delta.detach()+attack.step/attack.steps*size*attack._direction(g), size)
     return delta
 

@@ -18,13 +18,13 @@ from .study.records import PRESETS
 from .search.intervals import MARGIN
 from .study.statistics import Finding, Findings, plural, VERDICTS
 from .findings.arms import QUESTIONS as ARM_QUESTIONS, arm_answer, arm_brief, arm_findings
-from .findings.defences import earlier_statements, sanity_checks
+from .findings.defences import defence_findings, earlier_statements, sanity_checks
 from switchable_llm.findings.verdicts import (
     PRESET_NAMES, Study, markdown_table, profile_names, profile_scores, spans_said, tried, unequal_exposure, COMMAND_OF,
     capital, listed, no_record)
 from .findings.choices import allocation_answer, allocation_brief, allocation_findings
 from .findings.reasons import (
-    robustness_answer, robustness_brief, robustness_findings)
+    robustness_answer, robustness_brief)
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
@@ -34,14 +34,13 @@ def study_findings(
     "Every family of claims that the report decides."
     arms,rs = study.of(preset, 'arms'),study.joint(preset)
     joint = study.of(preset, 'robustness', 'joint')
-    def attacked(): return unequal_exposure(rs, joint[0]['config']['plan']['profiles']) if joint else ''
     def asked(q): return lambda: arm_findings(arms, q)
-    def chance(score): return lambda: robustness_findings(joint, score=score, unequal=attacked())
+    def chance(score): return lambda: defence_findings(joint, score=score)
     makes = {
         **{q:asked(q) for q in ARM_QUESTIONS},
         'bits':lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal_exposure(rs)),
         **{f'random precision, {s}':chance(s) for s in ('right','nll')},
-        'earlier statements':lambda: earlier_statements(joint, attacked()).values(),
+        'earlier statements':lambda: earlier_statements(joint).values(),
         'attacks':lambda: sanity_checks(joint)}
     return {k:fs for k,make in makes.items() if (fs := _or_none(make))}
 

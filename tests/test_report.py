@@ -5,10 +5,8 @@ import numpy as np, pytest
 from conftest import ROOT
 from switchable_llm.study.statistics import Findings, read
 from switchable_llm.findings.arms import OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_routes
-from switchable_llm.findings.defences import attack_faults, defence_findings, is_question
 from switchable_llm.findings.earlier import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
-from switchable_llm.findings.reasons import robustness_findings, robustness_parts, transfer_share
 from switchable_llm.report import (
     QUESTIONS, abstract, answers, as_markdown, load_benchmarks, missing_records, open_questions, open_table,
     records_table, speed_table, study_findings)
@@ -25,14 +23,6 @@ def real():
     study = load_study(RESULTS)
     if not all(study.joint(p) for p in PRESET_NAMES): pytest.skip('the records of the study are not here')
     return study
-
-@pytest.fixture
-def first(real):
-    "The records of the first study, whose faults are known; nothing of this holds of another."
-    drawn = [n for _,_,n,_ in real.joint('smollm2')[0]['training']['curve']]
-    ours = drawn.count('bw8'), len(drawn), len(real.joint('smollm2'))
-    if ours!=(172, 1000, 1): pytest.skip('the study has been run anew')
-    return real
 
 @pytest.fixture
 def folder(tmp_path):
@@ -80,23 +70,6 @@ def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
                 if f.verdict not in ('confirmed','refuted','undecided') or f.verdict==told: continue
                 full = read(f.effect, f.above, f.below, room=False)
                 assert f.verdict==full=='refuted', (p, topic, f)
-
-def test_weak_attacks_have_no_verdict(first):
-    said,faults = asked(first, ATTACKS, 'smollm2'),attack_faults(first.of('smollm2', 'robustness', 'joint'))
-    for w in ('3 steps','2 draws','did less harm','hardly an answer'): assert any(w in f for f in faults)
-    assert all(f in said for f in faults) and said.lstrip().startswith('**No verdict')
-    assert 'Double-Win Quant says' not in said
-    assert 'the best fixed profile, 5.69, a random one 5.79' in brief(first, ONE_MINUTE[4], 'smollm2')
-
-def test_what_algebra_answers_is_not_claimed(real):
-    for p in PRESET_NAMES:
-        joint = real.of(p, 'robustness', 'joint')
-        for f in (*defence_findings(joint), *robustness_findings(joint)):
-            threat = f.claim.split(':')[0]
-            assert 'the mean of' not in f.claim
-            assert '`random_profile`' not in f.claim or threat not in ('clean','typos')
-        for threat,strategy in (('typos','random_profile'), ('pgd worst','random_token')):
-            assert joint and not is_question(joint[0], threat, strategy)
 
 def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
     text = as_markdown(abstract(real), True)+''.join(answers(real).values())
@@ -197,57 +170,6 @@ def test_table_and_picture_hold_what_was_scored():
     drawn = {l.get_gid() for ax in plot_routes(rs).axes for l in ax.lines}
     assert {'f1-shared-bw8','answer-bits-bw4','f1-float','answer-untrained-bw6'}<=drawn
     assert arm_answer(Study({}), 'tiny', 'cycles').startswith('Open: there is no record')
-
-# --- robustness: planted, so that what it should say is known ----------------------------------------------------------
-
-def attacked(seed, own=.6, foreign=.2, guess=.3, n=50, kept=(.4, .6), steps=20, draws=2):
-    """A record of two profiles: harm of the own attack, of one from the other precision, and of one that has to guess;
-    answers that fixed and random keep."""
-    rng = np.random.default_rng(seed); base,ps = 2+rng.normal(size=n),['bw4','bw8']
-    names = [*(f'fixed_{p}' for p in ps), 'random_profile']
-    right = {s:(np.arange(n)<kept[s=='random_profile']*n).astype(float).tolist() for s in names}
-    def scores(harm): return {s:dict(nll=list(base+2*harm(s)+.02*rng.normal(size=n)), right=right[s]) for s in names}
-    white = lambda p: lambda s: own if s==f'fixed_{p}' else guess if s=='random_profile' else foreign
-    made = [(f'white_{p}', white(p)) for p in ps]+[('adaptive_random_profile', lambda s: guess)]
-    def misspelt(rate): return {s:dict(nll_answer=v['nll'], f1=[.5]*n) for s,v in scores(lambda s: 3*rate).items()}
-    typos = [dict(rate=r, distortion=r, scores=misspelt(r)) for r in (0., .1)]
-    plan = dict(questions=n, profiles=ps, strategies=['random_profile'], adaptive=['random_profile'], attacks=['pgd'],
-                radii=[.1], unbounded=None, steps=steps, draws=draws)
-    clean,rows = scores(lambda s: 0),[dict(attack='pgd', radius=.1, attacker=a, scores=scores(h)) for a,h in made]
-    return dict(preset='tiny', experiment='robustness', name='joint', seed=seed, config=dict(plan=plan), highest='bw8',
-                ids=list(range(n)), n_answer=[2]*n, clean=clean, typos=typos, attacks=rows, flips=[])
-
-def attacks(**kw): return Study(dict(tiny=dict(robustness=[attacked(s, **kw) for s in range(4)])))
-
-@pytest.mark.parametrize('kw,says', [
-    (dict(), '**It helps here, as Double-Win Quant says.**'), (dict(kept=(.6, .4)), '**It does not help here.**'),
-    (dict(kept=(.5, .5)), '**It does not help here.**'),
-    (dict(kept=(.01, .02)), '**No verdict'), (dict(steps=3), '**No verdict'), (dict(draws=1), '**No verdict')])
-def test_a_defence_is_judged_in_right_answers_against_the_best_after_its_attackers(kw, says):
-    study = attacks(**kw)
-    assert says in asked(study, ATTACKS, 'tiny') and says in abstract(study)['Random precision at inference']
-
-def test_an_attacker_who_knows_and_does_less_harm_is_too_weak():
-    study = attacks()
-    for r in study.records['tiny']['robustness']:
-        for a in r['attacks']:
-            chance = a['scores']['random_profile']
-            if a['attacker']=='white_bw8': chance['nll'] = [x+2 for x in chance['nll']]
-    said = asked(study, ATTACKS, 'tiny')
-    assert 'did less harm than one who does not know it' in said and '**No verdict' in said
-
-def test_transfer_and_parts_are_those_that_were_planted():
-    joint = attacks().of('tiny', 'robustness')
-    assert transfer_share(joint)==pytest.approx(1/3, abs=.03)
-    parts = robustness_parts(joint)
-    found = [parts[k].value for k in ('the mix of profiles','not knowing which','both')]
-    assert found==pytest.approx([0, -.3, -.3], abs=.02)
-    for share,kw in ((33, {}), (100, dict(foreign=.6))):
-        assert f'does {share} % of the harm' in asked(attacks(**kw), ATTACKS, 'tiny')
-
-def test_typos_are_drawn_beside_the_earlier_ones():
-    rows = lambda study: [t.get_text() for t in plot_earlier_typos(study).axes[0].get_yticklabels()]
-    assert set(rows(attacks()))-set(rows(Study({})))=={f'Embedded model, {s}' for s in ('bw4','bw8','random profile')}
 
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------
 

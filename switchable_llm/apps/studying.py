@@ -25,7 +25,7 @@ from ..study.runs import (
     COUNT, OBJECTIVES, SEED, Number, chosen, evaluations, run_ablation, run_joint, run_name)
 from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..findings.defences import robustness_verdicts
-from ..findings.verdicts import profile_labels, unequal_exposure
+from ..findings.verdicts import profile_labels
 from .cli import teller
 from .options import add_preset_options, chosen_preset, option_type, text_table
 from .commands import add_policy, check_readable
@@ -83,7 +83,7 @@ def _arms(section):
 
 def _robustness(preset, args, say):
     plan = replace(PLANS.get(preset.name, PLANS['tiny']), **_given(questions=args.questions))
-    run_robustness(preset, args.out, plan, args.trainings, args.checkpoint, not args.quiet, say)
+    run_robustness(preset, args.out, plan, args.trainings, not args.quiet, say)
 
 def _calibration(preset, args, say):
     run_calibration(preset, args.out, args.mix, 2*args.unseen, args.questions, say)
@@ -121,8 +121,7 @@ def _spans_said(preset, out):
     return '\n'.join(f'{n}\n{text_table(r.table())}\n{r.caption}' for n,r in reports.items())
 
 def _robustness_said(preset, out):
-    unequal = unequal_exposure(load_records(out, preset, 'joint'))
-    return _told(robustness_verdicts(load_records(out, preset, 'robustness'), unequal))
+    return _told(robustness_verdicts(load_records(out, preset, 'robustness')))
 
 EXPERIMENTS = dict(   # name -> (run for one preset and seed, what the records of a preset say)
     methods     = (_methods, _methods_said),
@@ -199,8 +198,7 @@ def _experiment_options(parser):
                         help='training questions that `allocation` chooses by; twice as many others decide (default: 128)')
     scores.add_argument('--f1', action='store_true', help='`allocation` generates answers at the front too')
     work,output = parser.group('what to work on'),parser.group('output')
-    work.add_argument('--checkpoint', help='trained model of `allocation` and `robustness` '
-                                           '(default: that of `run` below --out, or one trained now)')
+    work.add_argument('--checkpoint', help='trained model of `allocation` (default: that of `run` below --out, or one trained now)')
     output.add_argument('--out', default='runs', help='folder of records and work in progress (default: runs)')
 
 COMMANDS = dict(run=(_run_options, _run), experiment=(_experiment_options, _experiment))   # as in `apps.commands`

@@ -190,8 +190,7 @@ def _stated(study, preset):   # statement -> what is found
     measured = 'no verdict, as steps differ; measured: '*bool(unequal_exposure(rs))
     mlp = '“the MLP tolerates fewer bits than attention” (study A): where a bit is saved more cheaply'
     said[mlp] = measured+cheaper_part(bits) if bits else no_record(preset, 'allocation')
-    unequal = unequal_exposure(rs, joint[0]['config']['plan']['profiles']) if joint else ''
-    found = earlier_statements(joint, unequal)
+    found = earlier_statements(joint)
     return said | {f'{k}: {f.claim}':f'{f.verdict}, {f.effect.show()} {f.unit}' for k,f in found.items()}
 
 def statements_table(

@@ -20,7 +20,8 @@ from switchable_llm.study.figures import (
     CAP, INK, STYLES, ProfileStyle, legend_key, log_axis, mark_interval, name_rows, need_keys, panels,
     profile_style)
 from ..search.intervals import crossed_mean
-from ..study.robustness import middle
+from ..study.robustness import DEFENCES, middle
+from .defences import by_arm, fixed_of, kept_by, radii_of
 
 # %% ../../nbs/findings/plots.ipynb #40475d44
 def _scores(evaluation): return {s['profile']['name']:s for s in evaluation['scores']}
@@ -305,24 +306,21 @@ def _front_style(p):
 # %% ../../nbs/findings/plots.ipynb #908d56e9
 def plot_transfer(
     records:Iterable[dict],   # Records of one preset and arm
-    attack:str='pgd',         # Which attack
-    radius:float|None=None,   # By default the middle one
+    radius:float|None=None,   # Of the attacks; by default the middle one
 )->Figure: # Precision of the attack (rows) by precision of inference (columns)
     "What an attack made at one precision does at another, in nats per token of the answer; the top row is clean."
     records = list(records)
     if not records: raise ValueError("records is empty: run_robustness makes them")
-    first,plan = records[0]['attacks'],records[0]['config']['plan']
-    radius = middle(plan['radii']) if radius is None else radius
-    columns = [f'fixed_{p}' for p in plan['profiles']]+list(plan['strategies'])
-    made = list(dict.fromkeys(a['attacker'] for a in first if (a['attack'], a['radius'])==(attack, radius)))
-    if not made:
-        there = ', '.join(sorted({a['attack'] for a in first}))
-        have = f"{there} at {plan['radii']}"
-        raise ValueError(f'attack={attack!r}, radius={radius}: not in the records, which have {have}')
-    def loss(r, attacker): return r['clean'] if attacker=='clean' else _attack(r, attack, radius, attacker)
-    def mean(attacker, column):
-        total = np.sum([loss(r, attacker)[column]['nll'] for r in records])
-        return total/np.sum([r['n_answer'] for r in records])
+    radius = middle(records[0]['config']['plan']['radii']) if radius is None else radius
+    columns = [*fixed_of(records[0]), *DEFENCES]
+    made = list(dict.fromkeys(a['attacker'] for a in records[0]['attacks'] if (a['attack'], a['radius'])==('pgd', radius)))
+    if not made: raise ValueError(f"radius={radius}: not in the records, which have {radii_of(records)}")
+    def found(r, attacker):   # mean over starts, so that nothing is picked
+        rows = [a['scores'] for a in r['attacks'] if (a['attack'], a['radius'], a['attacker'])==('pgd', radius, attacker)]
+        return [r['clean']] if attacker=='clean' else rows[0]
+    def mean(attacker, column):   # nats per token
+        total = [np.mean([np.mean(s[column]['nll'])*len(r['ids']) for s in found(r, attacker)]) for r in records]
+        return np.sum(total)/np.sum([r['n_answer'] for r in records])
     rows = ['clean', *made]
     z = np.array([[mean(w, c) for c in columns] for w in rows])
     with panels(1, 1, 1.8+.8*len(columns), 1.3+.38*len(z)) as (fig,(ax,)):
@@ -330,50 +328,50 @@ def plot_transfer(
         for (i,j),v in np.ndenumerate(z):
             ink = 'white' if im.norm(v)<.6 else 'black'
             ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=8, color=ink)
-        ax.set_xticks(range(len(columns)), [c.removeprefix('fixed_') for c in columns], rotation=30, ha='right')
-        ax.set_yticks(range(len(rows)), [w.removeprefix('white_') for w in rows])
+        said = lambda n: n.removeprefix('fixed_').removeprefix('white_').replace('adaptive_', 'knows ').replace('_', ' ')
+        ax.set_xticks(range(len(columns)), map(said, columns), rotation=30, ha='right')
+        ax.set_yticks(range(len(rows)), map(said, rows))
         ax.set(xlabel='precision of inference', ylabel='precision of the attack'); ax.grid(False)
         fig.colorbar(im, label='nats per token')
     return fig
 
-def _attack(record, attack, radius, attacker):   # strategy -> scores
-    key = attack,radius,attacker
-    return next(a['scores'] for a in record['attacks'] if (a['attack'], a['radius'], a['attacker'])==key)
-
-_RANGE = dict(nll=(0, np.inf), nll_answer=(0, np.inf), right=(0, 1), f1=(0, 1))   # of scores
+_RANGE = dict(nll_answer=(0, np.inf), right=(0, 1), f1=(0, 1))   # of scores
 
 def _mean_of(records, scores, what):   # an interval, over seeds and questions; losses count by tokens
     sizes = records[0]['n_answer'] if what.startswith('nll') else None
     return crossed_mean(scores, sizes).interval(within=_RANGE[what])
 
-def _band(ax, points, name):   # x -> Interval, as a line with a band
-    xs,short = sorted(points),name.removeprefix('fixed_')
-    style,line = profile_style(short),'-' if name.startswith('fixed_') else '--'
-    v,l,h = zip(*(points[x] for x in xs))
-    ax.plot(xs, v, marker=style.marker, ms=4, c=style.color, ls=line, label=short)
+def _band(ax, points, label, style, line='-', factor=1):   # x -> Interval, as a line with a band
+    xs = sorted(points)
+    v,l,h = factor*np.array([points[x] for x in xs]).T
+    ax.plot(xs, v, marker=style.marker, ms=4, c=style.color, ls=line, label=label, gid=label)
     ax.fill_between(xs, l, h, color=style.color, alpha=.15, lw=0)
 
+_LINES = (   # training, defence, what the line is called, its style
+    ('joint', 'best_fixed', 'best fixed profile', ProfileStyle('#365E89','o')),
+    ('joint', 'random_profile', 'random profile', ProfileStyle('#C856C6','s')),
+    ('joint', 'random_layer', 'random layers', ProfileStyle('#E57B62','v')),
+    ('rpt', 'random_profile', 'random profile, trained so (RPT)', ProfileStyle('#1B9E77','P')))
+
 def plot_radius(
-    records:Iterable[dict],  # Records of one preset and arm
-    attack:str='pgd',        # Which attack
-)->Figure: # Two panels: nats per token, and share of right answers
-    "Harm against the radius, each strategy under the attacker who knows it."
-    records = list(records)
-    if not records: raise ValueError("records is empty: run_robustness makes them")
-    plan = records[0]['config']['plan']
-    known = {f'fixed_{p}':f'white_{p}' for p in plan['profiles']} | {s:f'adaptive_{s}' for s in plan['strategies']}
-    made = {(a['attack'], a['radius'], a['attacker']) for a in records[0]['attacks']}
-    def at(r, name, x): return r['clean'][name] if x==0 else _attack(r, attack, x, known[name])[name]
-    said = dict(nll='nats per token of the answer', right='answers right, word for word')
-    with panels(1, 2, 8, 3) as (fig,axs):
-        for ax,score in zip(axs, said):
-            for name,w in known.items():
-                xs = [x for x in plan['radii'] if (attack, x, w) in made]
-                if not xs: continue
-                points = {x:[at(r, name, x)[score] for r in records] for x in (0, *xs)}
-                _band(ax, {x:_mean_of(records, found, score) for x,found in points.items()}, name)
-            ax.set(xlabel='radius (share of the embedding norm)', ylabel=said[score])
-        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5)
+    records:Iterable[dict],  # Records of one preset; any trainings
+)->Figure: # Share of right answers
+    "Right answers against the radius, each defence under the worst of all attackers; on the left without an attack."
+    arms = by_arm(records)
+    lines = [l for l in _LINES if l[0] in arms]
+    if not lines: raise ValueError("records is empty: run_robustness makes them")
+    radii = radii_of(r for rs in arms.values() for r in rs)
+    clean = radii[0]/2
+    with panels(1, 1, 6.4, 3.6) as (fig,(ax,)):
+        for arm,defence,label,style in lines:
+            rs = arms[arm]
+            def kept(r): return _mean_of(rs, kept_by(rs, defence, r), 'right')
+            _band(ax, {r:kept(r) for r in radii}, label, style, factor=100)
+            mark_interval(ax, clean*1.08**lines.index((arm, defence, label, style)), 100*np.array(kept(0.)), style, hollow=True,
+                          upright=True, gid=f'clean-{label}')
+        ax.set_xscale('log'); ax.set_xticks([clean, *radii], ['no attack', *(f'{r:g}' for r in radii)]); ax.minorticks_off()
+        ax.set(xlabel='radius of the attack (share of the embedding norm)', ylabel='right answers (%)', ylim=(-3, 103))
+        fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=2)
     return fig
 
 def plot_typos(
@@ -381,8 +379,7 @@ def plot_typos(
 )->Figure: # Two panels: nats per token, and F1
     "Harm of typos against the measured character error rate."
     records = list(records)
-    if not records or not records[0]['typos']:
-        raise ValueError("records is empty, or has no typos: run_robustness makes them")
+    if not records: raise ValueError("records is empty: run_robustness makes them")
     rates = range(len(records[0]['typos']))
     def rate(i): return float(np.mean([r['typos'][i]['distortion'] for r in records]))
     def scores(i, name, score): return [r['typos'][i]['scores'][name][score] for r in records]
@@ -390,7 +387,8 @@ def plot_typos(
     with panels(1, 2, 8, 3) as (fig,axs):
         for ax,score in zip(axs, said):
             for name in records[0]['clean']:
-                _band(ax, {rate(i):_mean_of(records, scores(i, name, score), score) for i in rates}, name)
+                points,short = {rate(i):_mean_of(records, scores(i, name, score), score) for i in rates},name.removeprefix('fixed_')
+                _band(ax, points, short.replace('_', ' '), profile_style(short), '-' if name!=short else '--')
             ax.set(xlabel='character error rate', ylabel=said[score])
         fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5)
     return fig
