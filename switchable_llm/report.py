@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_questions', 'open_table', 'missing_records',
-           'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'parts_table',
-           'load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', 'machine_name', 'levels_table',
-           'three_numbers', 'leads']
+           'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'load_benchmarks',
+           'time_ratio', 'benchmark_source', 'speed_table', 'machine_name', 'levels_table', 'three_numbers', 'leads']
 
 # %% ../nbs/06_report.ipynb #3b0b5de9
 import json, math, re
@@ -23,8 +22,7 @@ from switchable_llm.findings.verdicts import (
     PRESET_NAMES, Study, markdown_table, profile_names, profile_scores, spans_said, tried, unequal_exposure, COMMAND_OF,
     capital, listed, no_record)
 from .findings.choices import allocation_answer, allocation_brief, allocation_findings
-from .findings.reasons import (
-    robustness_answer, robustness_brief)
+from .findings.reasons import robustness_answer, robustness_brief
 
 # %% ../nbs/06_report.ipynb #e9ac8492
 def study_findings(
@@ -225,17 +223,6 @@ def cost_table(
     note = (f"Without and with adapters stored apart; float counts as {base['float_bits']} bits. Bit-operations: "
             'multiplications times weight bits times activation bits, in the switchable layers.')
     return markdown_table([heads, *(row(n, c) for n,c in costs.items())], note)
-
-def parts_table(
-    parts:dict, # What is compared -> part -> Interval
-)->str: # In Markdown
-    "Effects in parts, nats per token."
-    parts = {n:v for n,v in parts.items() if v}
-    columns = list(dict.fromkeys(k for v in parts.values() for k in v))
-    if not columns: return '*No record yet.*'
-    rows = [[name, *(v[k].show() if k in v else '' for k in columns)] for name,v in parts.items()]
-    note = 'Nats per token of the answer, below 0 helps; 95 % intervals, not corrected for their number.'
-    return markdown_table([['', *columns], *rows], note)
 
 # %% ../nbs/06_report.ipynb #52f669cc
 def load_benchmarks(

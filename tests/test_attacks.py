@@ -35,8 +35,7 @@ ODD = [dict(id='odd', question=q, context=c, answers=dict(text=[a], answer_start
 
 def real_questions(n=150): return load_squad(SQUAD, 'validation', n, seed=1) if SQUAD.exists() else tiny_squad(n)
 
-@pytest.fixture(scope='module')
-def model():
+def small_model():
     torch.manual_seed(0)
     small = dict(vocab_size=len(TOK), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, bos_token_id=1, eos_token_id=1, pad_token_id=0)
@@ -44,6 +43,9 @@ def model():
     make_switchable_(m, PROFILES, QuantConfig(act='per_token')); add_adapters_(m, r=2)
     for p in adapter_params(m).values(): torch.nn.init.normal_(p, std=.1)
     return m
+
+@pytest.fixture(scope='module')
+def model(): return small_model()
 
 def batch_of(n=6):
     qs = tiny_squad(n, 'validation'); qs.sort(key=lambda q: -len(encode(q, TOK).ids))
@@ -160,8 +162,7 @@ def test_stopped_command_goes_on(tmp_path, toy_folder, monkeypatch, capsys):
     "Killed between arms and between attacks, the same command ends with the records of one that was not."
     monkeypatch.chdir(tmp_path)
     small = (f"--model {toy_folder} --steps 3 --batch-size 4 --train-n 30 --calibration 2 --eval-n 4 "
-             "--profiles bw4 bw6 bw8 --max-new-tokens 3 --questions 3 --answers 2 --arms shared float "
-             "--trainings joint rpt --quiet")
+             "--profiles bw4 bw6 bw8 --max-new-tokens 3 --questions 3 --answers 2 --arms shared float --quiet")
     command = f'experiment routes robustness {small}'.split()
     import switchable_llm.study.robustness as robustness
     short = replace(robustness.PLANS['tiny'], radii=(.05,), rates=(.1,), steps=2, restarts=1, draws=1, repeats=1, train_steps=1)

@@ -25,6 +25,14 @@ def real():
     return study
 
 @pytest.fixture
+def first(real):
+    "The records of the first study, whose faults are known; nothing of this holds of another."
+    drawn = [n for _,_,n,_ in real.joint('smollm2')[0]['training']['curve']]
+    ours = drawn.count('bw8'), len(drawn), len(real.joint('smollm2'))
+    if ours!=(172, 1000, 1): pytest.skip('the study has been run anew')
+    return real
+
+@pytest.fixture
 def folder(tmp_path):
     "A copy of the records that may be changed."
     for p in PRESET_NAMES:

@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from switchable_llm.adversarial import ATTACKS, adaptive, expected_loss, perturbation, row_scores, white_box
 from switchable_llm.core.switching import use_profile
+from switchable_llm.findings.arms import by_arm
 from switchable_llm.findings.defences import (
-    OUTCOMES, attack_faults, best_fixed, by_arm, defence_findings, defence_scores, defence_table, fixed_of, kept_by, outcome,
-    radii_of, robustness_verdicts, sanity_checks, training_findings, transfer_share)
+    WORDS, attack_faults, best_fixed, defence_findings, defence_scores, defence_table, fixed_of, kept_by, radii_of,
+    robustness_verdicts, sanity_checks, training_findings, transfer_share, word_of)
 from switchable_llm.findings.earlier import plot_earlier_typos
 from switchable_llm.findings.plots import plot_radius, plot_transfer, plot_typos
 from switchable_llm.findings.reasons import robustness_answer, robustness_brief
@@ -15,13 +16,14 @@ from switchable_llm.report import abstract, answers, study_findings
 from switchable_llm.search.strategies import strategy, use_strategy
 from switchable_llm.study.records import PRESETS
 from switchable_llm.study.robustness import DEFENCES, PLANS, TRAININGS, Plan, attackers, run_robustness
-from test_attacks import batch_of, model as _model
-
-model = _model   # a fixture
+from test_attacks import batch_of, small_model
 
 PROFILES = 'bw4','bw8'
 SHORT = Plan(questions=5, profiles=PROFILES, rates=(.2,), radii=(.05, .5), steps=3, draws=2, repeats=2, train_steps=1,
              tokens_per_batch=300)
+
+@pytest.fixture(scope='module')
+def model(): return small_model()
 
 # --- attackers --------------------------------------------------------------------------------------------------------
 
@@ -124,7 +126,7 @@ def test_no_defence_is_attacked_less_than_by_who_knows_it(runs):
             for d in fixed_of(r): assert (defence_scores(r, d, x, 'nll')>=defence_scores(one, d, x, 'nll')).all()
 
 def test_the_plans_ask_for_what_the_findings_ask_for():
-    for p in PLANS.values(): assert p.steps>=20 and p.draws>=4 and p.restarts>=2 and min(p.radii)<=.003
+    for p in PLANS.values(): assert p.steps>=20 and p.draws>=4 and p.restarts>=2 and max(p.radii)>=16*min(p.radii)
     assert [a.name for a in attackers(SHORT)]==['white_bw4','white_bw8','adaptive_random_profile','adaptive_random_layer']
 
 # --- planted, so that what it should say is known ------------------------------------------------------------------------
@@ -172,14 +174,14 @@ OF_EACH = [   # what is planted -> the outcome at the middle radius, how the ans
 @pytest.mark.parametrize('kw,word,says', OF_EACH, ids=[f'{w}-{i}' for i,(_,w,_) in enumerate(OF_EACH)])
 def test_every_outcome_is_told_in_answer_abstract_and_table(kw, word, says):
     records = several(**kw); found = defence_findings(records, ['random_profile'])
-    assert outcome(found[1])==word and {outcome(f) for f in found}<=set(OUTCOMES)
+    assert word_of(found[1])==word and {word_of(f) for f in found}<=set(WORDS)
     for text in told(study_of(records)): assert text.startswith(says), text
     assert f'{word} at ' in next(l for l in defence_table(records).splitlines() if '| random profile |' in l)
     assert {f.family for f in found}=={3}
 
 def test_where_nothing_is_lost_there_is_nothing_to_gain_but_harm_is_seen():
     found = defence_findings(several(random_profile=(1., .6, .1), random_layer=(.7, .3, 0.)))
-    assert [outcome(f) for f in found if 'radius 0.003' in f.claim]==['nothing to gain','hurts']
+    assert [word_of(f) for f in found if 'radius 0.003' in f.claim]==['nothing to gain','hurts']
 
 def test_the_best_fixed_profile_is_not_chosen_by_what_it_is_scored_on():
     "Two profiles that are alike but for luck: the best of them keeps what each keeps, and no more."
@@ -223,8 +225,8 @@ def test_training_is_compared_at_every_radius_and_without_an_attack():
     hard = {d:(1., 1., .5) for d in LEVEL}
     records = [*several(), *several(arm='rpt', **hard), *several(arm='fixed_attack', **hard)]
     found = training_findings(records)
-    assert [outcome(f) for f in found if '`joint`' in f.claim]==['nothing to gain','nothing to gain','helps','helps']
-    same = [outcome(f) for f in found if '`fixed_attack`' in f.claim]   # alike, but for luck
+    assert [word_of(f) for f in found if '`joint`' in f.claim]==['nothing to gain','nothing to gain','helps','helps']
+    same = [word_of(f) for f in found if '`fixed_attack`' in f.claim]   # alike, but for luck
     assert same[:3]==['nothing to gain']*3 and same[3] in ('does not help by more than the margin','too close to call')
     assert set(by_arm(records))==set(TRAININGS) and 'Random-precision training' in told(study_of(records))[0]
     assert len(plot_radius(records).legends[0].texts)==4 and len(plot_radius(several()).legends[0].texts)==3

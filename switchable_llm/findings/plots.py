@@ -21,7 +21,8 @@ from switchable_llm.study.figures import (
     profile_style)
 from ..search.intervals import crossed_mean
 from ..study.robustness import DEFENCES, middle
-from .defences import by_arm, fixed_of, kept_by, radii_of
+from .arms import by_arm
+from .defences import fixed_of, kept_by, radii_of
 
 # %% ../../nbs/findings/plots.ipynb #40475d44
 def _scores(evaluation): return {s['profile']['name']:s for s in evaluation['scores']}

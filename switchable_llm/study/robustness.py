@@ -52,7 +52,7 @@ class Plan:
             raise ValueError(f"radii={self.radii}: needs one or more above 0 and below unbounded={self.unbounded}")
 
 PLANS = dict(   # preset -> plan; the small embedded model withstands more
-    tiny=Plan(radii=(.0125,.025,.05,.1,.2,.4), train_radius=.1),
+    tiny=Plan(radii=(.0125,.025,.05,.1,.14,.2), train_radius=.1),
     smollm2=Plan(profiles=('w4a8','bw6','bw8'), rates=(.1,)))
 DEFENCES = 'random_profile','random_layer'   # each is compared with the best fixed profile
 
