@@ -30,7 +30,7 @@ readme: env-dev
 	$(BIN)/python scripts/build_docs.py --readme
 
 bench: env-bench
-	for b in "train_step.py" "train_step.py --dtype bfloat16" "generate.py" "store.py" "ratios.py"; do $(BIN)/python benchmarks/$$b --out results/benchmarks || exit 1; done
+	for b in "train_step.py --only per_tensor per_token" "train_step.py --dtype bfloat16 --only per_tensor per_token" "generate.py --rounds 3" "store.py" "ratios.py"; do $(BIN)/python benchmarks/$$b --out results/benchmarks || exit 1; done
 
 # All locks at once, for every Python and system that is supported. Run the tests and commit the files together.
 lock: env-dev

@@ -1491,6 +1491,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                       'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.outcome': ( 'findings/arms.html#outcome',
                                                                                         'switchable_llm/findings/arms.py'),
+                                              'switchable_llm.findings.arms.plot_claims': ( 'findings/arms.html#plot_claims',
+                                                                                            'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.plot_routes': ( 'findings/arms.html#plot_routes',
                                                                                             'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.said': ( 'findings/arms.html#said',

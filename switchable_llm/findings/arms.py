@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SCORES', 'FEWEST', 'DEFAULT', 'QUESTIONS', 'outcome', 'by_arm', 'level', 'against', 'arm_findings',
-           'said', 'plot_routes', 'arm_table', 'arm_answer', 'arm_brief']
+           'said', 'plot_routes', 'arm_table', 'arm_answer', 'arm_brief', 'plot_claims']
 
 # %% ../../nbs/findings/arms.ipynb #4e354289
 import math
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..search.intervals import Interval, crossed_mean
 from ..study.figures import INK, ProfileStyle, mark_interval, name_rows, panels
-from ..study.statistics import Claim, Finding, Findings, as_good, basis, better, decide, paired, plural
+from ..study.statistics import Claim, Finding, Findings, as_good, basis, better, decide, paired, plot_findings, plural
 from .verdicts import Study, capital, listed, markdown_table, no_record
 
 # %% ../../nbs/findings/arms.ipynb #18be25b2
@@ -224,4 +224,11 @@ def arm_brief(
     found = arm_findings(study.of(preset, 'arms'), question)
     return f'**{_ASKED[question]}: {_in_a_word(found)}.**' if found else ''
 
-def _unit(records): return 'article' if len(set(records[0]['articles']))>=FEWEST else 'question' 
+def _unit(records): return 'article' if len(set(records[0]['articles']))>=FEWEST else 'question'
+
+def plot_claims(
+    panels:dict, # Model -> findings of a question
+)->Figure: # A panel for each model
+    "Effects with their intervals, by outcome; the dotted line is the margin."
+    return plot_findings(panels, 'nats per token of the answer', lambda f: OUTCOMES[outcome(f)] if _is_better(f) else f.verdict)
+

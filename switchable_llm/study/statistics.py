@@ -300,10 +300,14 @@ def paired(
 # %% ../../nbs/study/statistics.ipynb #219128fe
 _colors = dict(zip(VERDICTS, ('#1B9E77','#C856C6','#7f7f7f','#BAB206','#7f7f7f')))
 _markers = dict(zip(VERDICTS, 'oXDs|'))
+_looks = {v:(_colors[v], _markers[v]) for v in VERDICTS} | {
+    'helps':('#1B9E77','o'), 'does not help by more than the margin':('#A0703C','s'), 'hurts':('#C856C6','X'),
+    'too close to call':('#7f7f7f','D')}
 
 def plot_findings(
     panels:dict,    # Title -> findings; a claim has the same row in every panel
     xlabel:str='',  # What the differences are; by default their unit
+    told:Callable=lambda f: f.verdict, # Finding -> its word in the legend: a verdict, or an outcome
 )->Figure: # A panel for each title
     "Effects with their intervals, by verdict, and the regions that were claimed."
     if not panels or not all(panels.values()):
@@ -315,15 +319,15 @@ def plot_findings(
         plt.close(fig)
         for ax,(title,fs) in zip(axs[0], panels.items()):
             for f in fs:
-                y,c = claims.index(f.claim),_colors[f.verdict]
+                y,(c,marker) = claims.index(f.claim),_looks[told(f)]
                 for edge in (f.above, f.below):
                     if math.isfinite(edge): ax.plot([edge]*2, [y-.4, y+.4], ':', c='#7f7f7f', lw=1.2)
                 if math.isfinite(f.effect.low): ax.plot(f.effect[1:], [y, y], c=c, lw=1.6)
-                ax.plot(f.effect.value, y, _markers[f.verdict], c=c, ms=6, gid=f'{title}-{f.claim}')
+                ax.plot(f.effect.value, y, marker, c=c, ms=6, gid=f'{title}-{f.claim}')
             ax.set(title=title); ax.grid(axis='y', visible=False)
-        axs[0][0].set_yticks(range(len(claims)), claims); axs[0][0].set_ylim(len(claims)-.5, -.5)
+        axs[0][0].set_yticks(range(len(claims)), [c.replace('`', '') for c in claims]); axs[0][0].set_ylim(len(claims)-.5, -.5)
         fig.supxlabel(xlabel or next(f.unit for fs in panels.values() for f in fs), color='#7f7f7f', fontsize=9)
-        seen = [v for v in VERDICTS if any(f.verdict==v for fs in panels.values() for f in fs)]
-        keys = [plt.Line2D([], [], marker=_markers[v], c=_colors[v], label=v) for v in seen]
-        fig.legend(handles=keys, loc='outside upper center', ncols=5)
+        seen = {told(f) for fs in panels.values() for f in fs}
+        keys = [plt.Line2D([], [], marker=m, c=c, label=v) for v,(c,m) in _looks.items() if v in seen]
+        fig.legend(handles=keys, loc='outside upper center', ncols=2 if len(axs[0])==1 else 4)
     return fig
