@@ -17,6 +17,7 @@ from switchable_llm.study.records import PRESETS, Preset
 from switchable_llm import __version__
 from switchable_llm.system import progress
 from switchable_llm.system.files import claim
+from switchable_llm.system.native import library
 from switchable_llm.study.runs import NUMBERS, WORDS
 
 COMMAND = Path(sys.executable).with_name('switchable-llm')
@@ -192,6 +193,7 @@ def test_few_questions_are_enough_to_train(cli, tmp_path, toy_folder):
     small = ['--model', toy_folder, '--train-n', 10, '--batch-size', 2, '--steps', 1, '--profiles', 'bw4', '--quiet']
     assert cli('train', *small, '--out', 'x')==(0, 'model  x\n', '')
 
+@pytest.mark.skipif(library() is None, reason='no compiled kernels, which alone have levels')
 def test_a_level_that_is_none_is_told_before_the_work(toy_folder, tmp_path):
     env = os.environ|dict(SWITCHABLE_LLM_MAX_ISA='AVX1024')
     train = [sys.executable,'-c',CODE,'train','--model',toy_folder,*SHORT,'--out',tmp_path/'mine']

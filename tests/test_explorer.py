@@ -168,7 +168,7 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         p.wait(lambda: 'bw4' not in p.table(), 'bw4 to go')
         # another question: other numbers
         before = p.table()
-        p.write('Question', 'What is the job of Mupi?')
+        p.write('Question', 'What is the job of Dufe?')
         p.wait(lambda: p.table()!=before, 'the new question')
         assert list(p.table())==list(before) and p.table()['float']['answer']!=before['float']['answer']
         # a cell of the grid: a profile by hand
