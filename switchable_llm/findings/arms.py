@@ -72,27 +72,26 @@ def against(
     score:str='answer',  # One of `SCORES`
     make:Callable=better,# What is claimed: `better` or `as_good`
     text:str='',         # In words; by default their names
-    fault:str='',        # Why the runs cannot tell
 )->Claim|None: # Nothing, where a record or profile is missing
     "That an arm at a profile is better than another by the margin."
     if any(x not in runs or at not in runs[x][0]['scores'] for x,at in (a, b)): return None
     one,other = runs[a[0]],runs[b[0]]
     d = paired(one, other, lambda r: _values(r, a[1], score), lambda r: _values(r, b[1], score))
     d,sizes = _over(d, _sizes(other[0], b[1], score, d), one[0]['articles'][:d.shape[1]])
-    return make(text or f'`{a[0]}` at {a[1]}', d, score!='f1', sizes, SCORES[score][2], fault=fault)
+    return make(text or f'`{a[0]}` at {a[1]}', d, score!='f1', sizes, SCORES[score][2])
 
 # %% ../../nbs/findings/arms.ipynb #507d5826
 DEFAULT = 'shared'   # Route of the joint run
 
-def _trained(runs):   # profiles that were trained together
+def _scored(runs):   # the preset's profiles, in its order
     return runs[DEFAULT][0]['config']['preset']['profiles'] if DEFAULT in runs else []
 
-def _price(runs): return [((DEFAULT, p), ('float', 'float'), as_good, f'`{p}`') for p in _trained(runs)]
+def _price(runs): return [((DEFAULT, p), ('float', 'float'), as_good, f'`{p}`') for p in _scored(runs)]
 
 def _routes(runs):
-    return [((r, p), (DEFAULT, p), better, f'`{r}` at {p}') for r in ('bits','shared+bits') for p in _trained(runs)]
+    return [((r, p), (DEFAULT, p), better, f'`{r}` at {p}') for r in ('bits','shared+bits') for p in _scored(runs)]
 
-def _alone(runs): return [((DEFAULT, p), (f'alone-{p}', p), as_good, f'`{p}`') for p in _trained(runs)]
+def _alone(runs): return [((DEFAULT, p), (f'alone-{p}', p), as_good, f'`{p}`') for p in _scored(runs)]
 
 def _top(runs):   # the highest width of the cycle, as the records call it
     if 'cyclic' not in runs: return None
@@ -107,7 +106,7 @@ def _cycles(runs):
 
 def _objectives(runs):
     names = 'float_teacher','highest_teacher','cascade','ranges'
-    return [((a, p), (DEFAULT, p), better, f'`{a}` at {p}') for a in names for p in _trained(runs)]
+    return [((a, p), (DEFAULT, p), better, f'`{a}` at {p}') for a in names for p in _scored(runs)]
 
 QUESTIONS = dict(routes=_routes, price=_price, alone=_alone, cycles=_cycles, objectives=_objectives)
 
@@ -127,10 +126,9 @@ def said(
     factor:float=1,    # 100 for points of F1
 )->str: # 'helps: `cyclic` against random (-0.05 [-0.08, -0.03]); too close to call: ...'
     "Claims by outcome, with their effects."
-    word = {'as good':'within the margin', 'worse':'worse', 'open':'too close to call'}
-    def key(f): return outcome(f) if _is_better(f) else {'confirmed':'as good', 'refuted':'worse'}.get(f.verdict, 'open')
+    kept = dict(confirmed='within the margin', refuted='worse', undecided='too close to call')
     groups = {}
-    for f in findings: groups.setdefault((OUTCOMES if _is_better(f) else word)[key(f)], []).append(f)
+    for f in findings: groups.setdefault(OUTCOMES[outcome(f)] if _is_better(f) else kept[f.verdict], []).append(f)
     return '; '.join(f"{w}: {', '.join(f'{f.claim} ({f.effect.show(factor)})' for f in fs)}" for w,fs in groups.items())
 
 def _is_better(f):   # or a claim that nothing is lost: its edge lies on the wrong side of zero
@@ -146,7 +144,7 @@ def plot_routes(
     "Every profile by each route, beside the float model trained alike."
     runs = {n:rs for n,rs in by_arm(records).items() if n in (*_LOOK, 'float')}
     if DEFAULT not in runs: raise ValueError(f'no record of the arm {DEFAULT!r}, to which the others are compared')
-    names = _trained(runs)
+    names = _scored(runs)
     with panels(1, 2, 8, 1.2+.5*len(names), sharey=True) as (fig,axs):
         for ax,score,factor in zip(axs, ('f1','answer'), (100, 1)):
             for k,(arm,look) in enumerate(_LOOK.items()):

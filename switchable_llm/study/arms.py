@@ -286,8 +286,8 @@ def range_of(
     from_list = {k:tuple(v) if isinstance(v, list) else v for k,v in record['result'].items()}
     return PrecisionRange(**from_list | dict(gap=tuple(Interval(*g) for g in from_list['gap'])))
 
-def _cycle(preset, out, progress, say):   # through the widths that the test allows, up to eight
-    low = range_of(run_range_test(preset, out, progress=progress, say=say)).b_min
+def _cycle(preset, out, progress, say):   # through the widths that the test allows at seed 0, the same for all seeds, up to eight
+    low = range_of(run_range_test(replace(preset, seed=0), out, progress=progress, say=say)).b_min
     if low==8: raise ValueError(f'preset={preset.name!r}: training makes progress at 8 bits alone, so there is nothing to cycle through')
     return CycleConfig(CYCLES, low, 8)
 
@@ -335,7 +335,8 @@ def run_arms(
     check_single()
     preset,out = replace(preset, ranges='calibrated'),Path(out)   # an arm says itself what it trains
     table = chosen(SECTIONS, section, 'section')(preset)
-    names = [n for n in (arms or table) if chosen(table, n, 'arm')]
+    names = list(arms or table)
+    for n in names: chosen(table, n, 'arm')
     cycle = CycleConfig()
     if section=='cycles':
         cycle = _cycle(preset, out, progress, say)
