@@ -123,15 +123,19 @@ def directions_answer(
 
 # %% ../nbs/06_report.ipynb #ad3e86b7
 def _accuracy(study, preset):   # the price of precision first, then the route, then company
-    asked = [q for q in ('price','routes','alone') if arm_findings(study.of(preset, 'arms'), q)]
-    if not asked: return no_record(preset, 'routes')
-    return '\n'.join((*(arm_answer(study, preset, q) for q in asked), spans_said(study, preset)))
+    told = _told(study, preset, 'price', 'routes', 'alone')
+    return told if told==no_record(preset, 'routes') else f'{told}\n{spans_said(study, preset)}'
+
+def _told(study, preset, *questions):   # those that records answer
+    asked = [q for q in questions if arm_findings(study.of(preset, 'arms'), q)]
+    first = 'routes' if questions[0]=='price' else questions[0]
+    return '\n'.join(arm_answer(study, preset, q) for q in asked) or no_record(preset, first)
 
 QUESTIONS = {   # question -> how it is answered, for one preset
     'Accuracy per configuration':_accuracy,
     'How the bits were chosen':allocation_answer,
     'Objectives that help switching':lambda study, preset: arm_answer(study, preset, 'objectives'),
-    'Agreement with cyclic precision training, and why':lambda study, preset: arm_answer(study, preset, 'cycles'),
+    'Agreement with cyclic precision training, and why':lambda study, preset: _told(study, preset, 'cycles', 'widths'),
     'Agreement with Double-Win Quant, and why':robustness_answer,
     'Directions':directions_answer}
 
@@ -323,7 +327,8 @@ def _three(b):
         yield ['tokens/s of `generate()` at 4 / 8 bits, × float32 in transformers',
                ' / '.join(f"**{1/time_ratio(times, f'generate w{w}', 'transformers float32'):.1f}**" for w in (4, 8))]
     if 'train_step_float32' in b:
-        yield ['a training step, × LoRA on the float model', f"**{b['train_step_float32']['results']['ratios']['per_token']:.2f}**"]
+        yield ['time of a training step, × LoRA on the float model (less is faster)',
+               f"**{b['train_step_float32']['results']['ratios']['per_token']:.2f}**"]
 
 def leads(
     study:Study, # All records

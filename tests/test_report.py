@@ -162,6 +162,17 @@ def test_one_seed_is_called_one_seed_and_few_articles_are_no_sample():
     rs = [arm(n, 0, x, articles=3) for n,x in (('static_high', 0.), ('cyclic', .1))]
     assert arm_findings(rs, 'cycles')[0].examples==120
 
+def test_arms_of_other_settings_are_not_compared():
+    study = arms(shared=0., float=0.)
+    for r in study.records['tiny']['arms']: r['config'] = dict(preset=r['config']['preset'] | dict(steps=6 if r['name']=='float' else 30))
+    assert "'shared' and 'float' were run with steps=30 and 6" in asked(study, ACCURACY, 'tiny')
+
+def test_random_precision_is_asked_beside_the_cyclic_one():
+    study = arms(static_high=0., cyclic=0., random=-.1, static_low=.5)
+    found = arm_findings(study.of('tiny', 'arms'), 'cycles')
+    assert [f.claim for f in found]==['`cyclic` against static_high','`cyclic` against random']
+    assert 'Random precision in training, against a static one: helps in every comparison' in asked(study, CPT, 'tiny')
+
 def test_arms_on_other_questions_are_not_paired():
     study = arms(shared=0., float=0.)
     for r in study.records['tiny']['arms']:

@@ -101,12 +101,12 @@ def _methods_said(preset, out): return text_table(method_table(load_records(out,
 def _spans(preset, args, say): run_spans(preset, args.out, progress=not args.quiet, say=say)
 
 def _arms_said(section):
-    asked = ('price','routes') if section=='routes' else (section,)
+    asked = dict(routes=('price','routes'), cycles=('cycles','widths')).get(section, (section,))
     def tell(preset, out):
         rs = load_records(out, preset, 'arms')
         units = ('answer', 'nats per token', 1),('f1', 'points of F1', 100)
         told = {f'{q}, {what}':said(fs, factor) for q in asked for score,what,factor in units if (fs := arm_findings(rs, q, score))}
-        return _told(told) or 'Not decided: there is no record of arms to compare.'
+        return _told(told) or f'Not decided: of the arms of {section} that are compared, too few have a record in {out}; leave out --arms to run all.'
     return tell
 
 def _calibration_said(preset, out): return calibration_verdict(load_records(out, preset, 'calibration'))

@@ -65,6 +65,12 @@ def _sizes(record, at, score, values):
     tokens = SCORES[score][1]
     return np.ones(values.shape[1]) if tokens is None else np.asarray(record['scores'][at][tokens], dtype=float)
 
+def _check_alike(a, b):
+    was,now = (r['config']['preset'] for r in (a, b))
+    if odd := [k for k in was if was[k]!=now.get(k) and k!='seed']:
+        said = ', '.join(f'{k}={was[k]!r} and {now.get(k)!r}' for k in odd)
+        raise ValueError(f"arms {a['name']!r} and {b['name']!r} were run with {said}: run one of them again, below another --out")
+
 def against(
     runs:dict,           # Arm -> records
     a:tuple,             # (arm, profile)
@@ -76,6 +82,7 @@ def against(
     "That an arm at a profile is better than another by the margin."
     if any(x not in runs or at not in runs[x][0]['scores'] for x,at in (a, b)): return None
     one,other = runs[a[0]],runs[b[0]]
+    _check_alike(one[0], other[0])
     d = paired(one, other, lambda r: _values(r, a[1], score), lambda r: _values(r, b[1], score))
     d,sizes = _over(d, _sizes(other[0], b[1], score, d), one[0]['articles'][:d.shape[1]])
     return make(text or f'`{a[0]}` at {a[1]}', d, score!='f1', sizes, SCORES[score][2])
@@ -93,22 +100,23 @@ def _routes(runs):
 
 def _alone(runs): return [((DEFAULT, p), (f'alone-{p}', p), as_good, f'`{p}`') for p in _scored(runs)]
 
-def _top(runs):   # the highest width of the cycle, as the records call it
-    if 'cyclic' not in runs: return None
-    cost = {n:s['cost']['bops'] for n,s in runs['cyclic'][0]['scores'].items()}
-    return max(cost, key=cost.get)
+def _at_top(*pairs):   # arms of cycles, at the highest width that they were scored at
+    def at(runs):
+        arm = next((n for pair in pairs for n in pair if n in runs), None)
+        cost = {n:s['cost']['bops'] for n,s in runs[arm][0]['scores'].items()} if arm else {'':0}
+        top = max(cost, key=cost.get)
+        return [((a, top), (b, top), better, f'`{a}` against {b}') for a,b in pairs]
+    return at
 
-def _cycles(runs):
-    top = _top(runs)
-    pairs = [('cyclic','static_high'), ('cyclic','static_high=cyclic'), ('cyclic','random'), ('random','static_high'),
-             ('static_low','static_high'), ('cyclic-base','static_high-base'), ('cyclic-base','random-base')]
-    return [((a, top), (b, top), better, f'`{a}` against {b}') for a,b in pairs]
+_cycles = _at_top(('cyclic','static_high'), ('cyclic','static_high=cyclic'), ('cyclic','random'),
+                  ('cyclic-base','static_high-base'), ('cyclic-base','random-base'))
+_widths = _at_top(('random','static_high'), ('random-base','static_high-base'))
 
 def _objectives(runs):
     names = 'float_teacher','highest_teacher','cascade','ranges'
     return [((a, p), (DEFAULT, p), better, f'`{a}` at {p}') for a in names for p in _scored(runs)]
 
-QUESTIONS = dict(routes=_routes, price=_price, alone=_alone, cycles=_cycles, objectives=_objectives)
+QUESTIONS = dict(routes=_routes, price=_price, alone=_alone, cycles=_cycles, widths=_widths, objectives=_objectives)
 
 def arm_findings(
     records:Iterable[dict], # Of `run_arms`, of one preset
@@ -187,8 +195,10 @@ def _note(runs):
 
 # %% ../../nbs/findings/arms.ipynb #6a575d8c
 _ASKED = dict(   # question -> what the sentence begins with
-    routes='Own adapters for each width, against one adapter for all', price='Against the float model trained alike',
-    alone='Trained together, against alone', cycles='Cyclic precision', objectives='Teachers, at equal bit-operations')
+    routes='Own adapters for each width, alone or beside a shared one, against one adapter for all',
+    price='Against the float model trained alike', alone='Trained together, against alone',
+    cycles='Cyclic precision', widths='Random precision in training, against a static one',
+    objectives='Teachers, at equal bit-operations')
 
 def _in_a_word(findings):   # one sentence
     if all(_is_better(f) for f in findings):
@@ -210,8 +220,10 @@ def arm_answer(
     rs = study.of(preset, 'arms')
     nats,f1 = (arm_findings(rs, question, s) for s in ('answer','f1'))
     if not nats: return no_record(preset, 'routes' if question=='price' else question)
-    return (f'**{_ASKED[question]}: {_in_a_word(nats)}.** Nats per token of the answer: {said(nats)}. Points of F1: {said(f1, 100)}. '
-            f'{capital(basis(nats[0].seeds, nats[0].examples, _unit(rs)))}.')
+    answered = f' (F1: {f1[0].examples})' if f1[0].examples!=nats[0].examples else ''
+    return (f'**{_ASKED[question]}: {_in_a_word(nats)}.** Nats per token of the answer: {said(nats)}. '
+            f'Points of F1: {said(f1, 100)}. '
+            f'{capital(basis(nats[0].seeds, nats[0].examples, _unit(rs)))}{answered}.')
 
 def arm_brief(
     study:Study,   # All records

@@ -183,7 +183,9 @@ def _stated(study, preset):   # statement -> what is found
     found = {f.claim:f for f in arm_findings(study.of(preset, 'arms'), 'cycles')}
     def cycling(rival):
         f = found.get(f'`cyclic` against {rival}')
-        return f'it {OUTCOMES[outcome(f)]}, {f.effect.show()} {f.unit}' if f else no_record(preset, 'cycles')
+        if not f: return no_record(preset, 'cycles')
+        told = outcome(f)
+        return f"{'' if told=='open' else 'it '}{OUTCOMES[told]}, {f.effect.show()} {f.unit}"
     said = {'“more accurate than at a static precision” (Fu et al. 2021, of CNNs)':cycling('static_high'),
             '“comparable or lower PPL” (study A), “does not beat a static precision” (four of five)':cycling('static_high=cyclic'),
             '“no benefit over random switching” (study B)':cycling('random')}

@@ -118,7 +118,13 @@ def known_record(
     path = _record_path(root, preset, experiment, name, seed)
     if not path.exists(): return None
     if (record := _read(path)).get('config')==config: return record
-    raise ValueError(f"{path} was made with other settings: choose another output folder, or delete it")
+    odd = [f'{k}={v!r}, now {now.get(k)!r}' for k,v,now in _settings(record.get('config') or {}, config) if v!=now.get(k)]
+    raise ValueError(f"{path} was made with other settings ({'; '.join(odd[:3])}): choose another folder with --out, or delete it")
+
+def _settings(was, now):   # (name, value, what holds the new one), of the preset's too
+    for k,v in was.items():
+        if isinstance(v, dict) and isinstance(now.get(k), dict): yield from _settings(v, now[k])
+        else: yield k, v, now
 
 def free_name(
     root:str|Path,   # Folder of all records
