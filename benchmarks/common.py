@@ -66,14 +66,14 @@ def where():
     return out | dict(flags=flags, threads=threads, native=native_report(), kernels=kernels)
 
 def machine():
-    "The folder of this machine's records: its processor's name and the best instructions that our kernels use on it."
+    "What this machine's records are called by: its processor's name and the best instructions that our kernels use on it."
     name = re.sub(r'\((r|tm)\)|processor|cpu', '', f'{processor() or platform.machine()} {native_level()}'.lower())
     return re.sub(r'[^a-z0-9_]+', '-', name).strip('-')
 
 def write(out, name, settings, results):
-    "The record of a benchmark: `<out>/<machine>/<name>.json`."
+    "The record of a benchmark: `<out>/<name>-<machine>.json`."
     if out is None: return
-    path = Path(out)/machine()/f'{name}.json'
+    path = Path(out)/f'{name}-{machine()}.json'
     settings = {k:v for k,v in vars(settings).items() if k!='out'}
     record = dict(benchmark=name, settings=settings, environment=where(), results=results)
     write_whole(path, json.dumps(record, indent=1).encode())

@@ -69,8 +69,8 @@ def fallen(ratios, known, share):
     return [n for n,r in ratios.items() if r<known[n]*share]
 
 def check():
-    mine = RECORDS/machine()/'ratios.json'
-    record = json.loads((mine if mine.exists() else next(iter(sorted(RECORDS.glob('*/ratios.json'))))).read_text())['results']
+    mine = RECORDS/f'ratios-{machine()}.json'
+    record = json.loads((mine if mine.exists() else next(iter(sorted(RECORDS.glob('ratios-*.json'))))).read_text())['results']
     share,bad = 2/3 if mine.exists() else 1/4,[]
     for level in levels():
         if (known := record['levels'].get(level)) is None: continue

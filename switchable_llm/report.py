@@ -234,8 +234,9 @@ def load_benchmarks(
 )->dict[str,dict]: # Machine -> name -> record
     "Records of the benchmarks, of every machine; a `ValueError` names a file that is none."
     out = {}
-    for f in sorted((Path(root)/'benchmarks').glob('*/*.json')):
-        try: out.setdefault(f.parent.name, {})[f.stem] = json.loads(f.read_text())
+    for f in sorted((Path(root)/'benchmarks').glob('*-*.json'), key=lambda f: f.stem.partition('-')[::-1]):
+        name,_,machine = f.stem.partition('-')
+        try: out.setdefault(machine, {})[name] = json.loads(f.read_text())
         except json.JSONDecodeError as e: raise ValueError(f"{f}: not a record: {e}") from e
     return out
 
@@ -268,10 +269,10 @@ def _by_machine(first, rows, note):   # rows: machine -> what -> shown
     return markdown_table([[first, *map(machine_name, rows)], *([k, *(r.get(k, '') for r in rows.values())] for k in what)], note)
 
 def machine_name(
-    folder:str, # Of a machine's records: `intel-xeon-avx512`
+    machine:str, # As its records are called: `intel-xeon-avx512`
 )->str: # 'Intel Xeon, AVX512'
     "A machine as the tables name it."
-    *words,level = folder.split('-')
+    *words,level = machine.split('-')
     return ' '.join(w.upper() if w in ('amd','epyc') else w.capitalize() for w in words)+f', {level.upper()}'
 
 def levels_table(

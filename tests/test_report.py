@@ -217,5 +217,5 @@ def test_a_cut_file_is_named(folder):
     f = next((folder/'tiny').glob('*/*.json'))
     f.write_text(f.read_text()[:99])
     with pytest.raises(ValueError, match=f.name.replace('.', r'\.')): load_study(folder)
-    (folder/'benchmarks'/'m').mkdir(parents=True); (folder/'benchmarks'/'m'/'store.json').write_text('{')
-    with pytest.raises(ValueError, match=r'store\.json'): load_benchmarks(folder)
+    (folder/'benchmarks').mkdir(); (folder/'benchmarks'/'store-m.json').write_text('{')
+    with pytest.raises(ValueError, match=r'store-m\.json'): load_benchmarks(folder)
