@@ -15,7 +15,7 @@ from ..system.files import check_target, claim
 from ..study.records import PRESETS, load_records, check_name, record_target
 from ..study.methods import method_table, run_methods
 from ..study.arms import SECTIONS, run_arms
-from ..study.experiments import run_calibration, run_spans
+from ..study.experiments import run_calibration, run_spans, spread_arms
 from ..findings.arms import arm_findings, said
 from ..findings.comparisons import span_reports, calibration_verdict
 from ..study.searches import run_allocation
@@ -25,7 +25,7 @@ from ..study.runs import (
     COUNT, OBJECTIVES, SEED, Number, chosen, evaluations, run_ablation, run_joint, run_name)
 from ..study.robustness import PLANS, TRAININGS, run_robustness
 from ..findings.defences import robustness_verdicts
-from ..findings.verdicts import profile_labels
+from ..findings.verdicts import listed, profile_labels
 from .cli import teller
 from .options import add_preset_options, chosen_preset, option_type, text_table
 from .commands import add_policy, check_readable
@@ -145,7 +145,15 @@ def _each_seed(args):
     bad = ', '.join(str(s) for s,x in status.items() if x)
     if bad: raise RuntimeError(f"seed {bad}: stopped by an error, which is said above; the others are done")
 
+def _over_ray(args, preset):
+    for e in args.experiment:
+        mine = [a for a in args.arms or () if a in SECTIONS[e](preset)]
+        if args.arms and not mine: continue
+        spread_arms(preset, e, args.out, args.seeds, mine or None, args.answers, args.ray, args.cpus, args.gpus, teller(args))
+
 def _check_experiment(args, preset):   # what can be known before a model is loaded
+    if args.ray and (odd := [e for e in args.experiment if e not in SECTIONS]):
+        raise ValueError(f"--ray spreads the arms of {listed([*SECTIONS])}; run {listed(odd)} without it")
     for e in args.experiment: record_target(args.out, preset.name, e, 'name', 0)
     if args.checkpoint: check_readable(args.checkpoint)
     for b in args.mix: Bits.parse(b)
@@ -156,7 +164,8 @@ def _experiment(args):
     preset,several = chosen_preset(args),len(args.experiment)>1
     args.seeds = list(dict.fromkeys(args.seeds or [preset.seed]))
     _check_experiment(args, preset)
-    if args.jobs>1 and len(args.seeds)>1: _each_seed(args)
+    if args.ray: _over_ray(args, preset)
+    elif args.jobs>1 and len(args.seeds)>1: _each_seed(args)
     else:
         for seed in args.seeds:
             for e in args.experiment:
@@ -176,6 +185,11 @@ def _experiment_options(parser):
                        help="one run for each (default: the preset's, or --seed)")
     seeds.add_argument('--jobs', type=option_type(COUNT), default=1, metavar='N',
                        help='seeds that run at once, each in a process of its own (default: 1)')
+    seeds.add_argument('--ray', metavar='ADDRESS', help='spread arms and seeds over the Ray cluster at HOST:PORT; `auto` finds one that '
+                       "runs on this machine, `local` starts one (pip install 'switchable-llm[ray]')")
+    for k,what in (('cpus','cores'), ('gpus','devices')):
+        seeds.add_argument(f'--{k}', type=option_type(Number(0 if k=='gpus' else 1, 1024)), default=int(k=='cpus'), metavar='N',
+                           help=f'{what} of an arm under --ray (default: {int(k=="cpus")})')
     seeds.add_argument('--untold', action='store_true', help=argparse.SUPPRESS)   # one seed of several: no verdicts
     arms = parser.group('what to compare')
     arms.add_argument('--arms', nargs='+', metavar='ARM', help=f"arms of {', '.join(SECTIONS)} (default: all): {_names(usual)}")

@@ -179,7 +179,7 @@ class Preset:
 PRESETS = {p.name:p for p in (
     Preset('tiny', 'tiny', 'tiny', steps=300, batch_size=16, accumulate=1, max_length=256, lr=1e-3, dropout=0.,
            train_n=4000, calibration=20, calibration_size=16, eval_n=300),
-    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', dtype='bfloat16', attention='eager',
-           act='per_token', batch_size=2, accumulate=1, max_length=384, dropout=0.,
-           eval_n=500, eval_seed=0, max_new_tokens=16),
+    Preset('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'rajpurkar/squad', profiles=('bw8','bw6','w4a8','mixed8648'),
+           act='per_token', chosen=64, rotate=True, steps=300, batch_size=2, accumulate=1, max_length=384, dropout=0.,
+           eval_n=300, eval_seed=0, max_new_tokens=16),
     Preset('gpt2', 'gpt2', 'rajpurkar/squad'))}
