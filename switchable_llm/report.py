@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_questions', 'open_table', 'missing_records',
-           'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'cost_table', 'load_benchmarks',
-           'time_ratio', 'benchmark_source', 'speed_table', 'machine_name', 'levels_table', 'three_numbers', 'leads']
+           'directions_answer', 'answers', 'abstract', 'as_markdown', 'records_table', 'load_benchmarks', 'time_ratio',
+           'benchmark_source', 'speed_table', 'machine_name', 'levels_table', 'three_numbers', 'leads']
 
 # %% ../nbs/06_report.ipynb #3b0b5de9
 import json, math, re
@@ -15,11 +15,11 @@ from typing import Iterable, NamedTuple
 from .study.arms import SECTIONS
 from .study.records import PRESETS
 from .search.intervals import MARGIN
-from .study.statistics import Finding, Findings, plural, VERDICTS
+from .study.statistics import Finding, Findings, plural
 from .findings.arms import QUESTIONS as ARM_QUESTIONS, arm_answer, arm_brief, arm_findings
 from .findings.defences import defence_findings, earlier_statements, sanity_checks
 from switchable_llm.findings.verdicts import (
-    PRESET_NAMES, Study, markdown_table, profile_names, profile_scores, spans_said, tried, unequal_exposure, COMMAND_OF,
+    PRESET_NAMES, Study, markdown_table, spans_said, tried, COMMAND_OF,
     capital, listed, no_record)
 from .findings.choices import allocation_answer, allocation_brief, allocation_findings
 from .findings.reasons import robustness_answer, robustness_brief
@@ -30,13 +30,12 @@ def study_findings(
     preset:str,   # Name of a preset
 )->dict[str,list[Finding]]: # Topic -> findings, also those without room or verdict; only topics that have records
     "Every family of claims that the report decides."
-    arms,rs = study.of(preset, 'arms'),study.joint(preset)
-    joint = study.of(preset, 'robustness', 'joint')
+    arms,joint = study.of(preset, 'arms'), study.of(preset, 'robustness', 'joint')
     def asked(q): return lambda: arm_findings(arms, q)
     def chance(score): return lambda: defence_findings(joint, score=score)
     makes = {
         **{q:asked(q) for q in ARM_QUESTIONS},
-        'bits':lambda: allocation_findings(study.of(preset, 'allocation'), fault=unequal_exposure(rs)),
+        'bits':lambda: allocation_findings(study.of(preset, 'allocation')),
         **{f'random precision, {s}':chance(s) for s in ('right','nll')},
         'earlier statements':lambda: earlier_statements(joint).values(),
         'attacks':lambda: sanity_checks(joint)}
@@ -49,13 +48,11 @@ def _or_none(make):   # an answer says what is wrong; here it only does not coun
 def _all_of(study, presets):
     return Findings(f for p in presets for fs in study_findings(study, p).values() for f in fs)
 
-def _counted(findings):   # '44 claims were tested: 7 are confirmed, 1 is open'
-    words = dict(zip(VERDICTS, ('confirmed','refuted','open','without room','without a verdict')))
-    told = [f"{len(fs)} {'are' if fs[1:] else 'is'} {words[v]}" for v in VERDICTS if (fs := findings.of(v))]
-    return f"{plural(len(findings), 'claim')} {'were' if findings[1:] else 'was'} tested: {', '.join(told)}"
+def _counted(findings):   # '44 comparisons, 12 of them too close to call'
+    return f"{plural(len(findings), 'comparison')}, {len(findings.of('undecided')) or 'none'} of them too close to call"
 
 class OpenQuestion(NamedTuple):
-    "An undecided claim."
+    "A comparison that is too close to call."
     preset:str       # Name of the preset
     topic:str        # Of the claim
     finding:Finding  # What the data say of it
@@ -82,14 +79,14 @@ def open_table(
 )->str: # In Markdown
     "The claims that are nearest to a decision."
     qs = open_questions(study)
-    if not qs: return '*Nothing is undecided.*' if len(study) else '*No record yet.*'
+    if not qs: return '*Nothing is too close to call.*' if len(study) else '*No record yet.*'
     def row(q):
         f = q.finding
         return [f'{f.claim} ({q.topic})', PRESET_NAMES.get(q.preset, q.preset), f'{f.effect.show()} {f.unit}',
                 f'{f.detectable:.2g}', f'{f.seeds} × {f.examples}', _much(q.times)]
-    heads = ['undecided','model','effect','would have been seen','seeds × questions','times as many']
+    heads = ['too close to call','model','effect','would have been seen','seeds × questions','times as many']
     rest = f'; the {n} nearest to a decision are shown.' if len(qs)>n else '.'
-    return markdown_table([heads, *map(row, qs[:n])], f'{len(qs)} claims are undecided{rest}')
+    return markdown_table([heads, *map(row, qs[:n])], f'{len(qs)} comparisons{rest}')
 
 def missing_records(
     study:Study,  # All records
@@ -109,7 +106,7 @@ def directions_answer(
     study:Study,  # All records
     preset:str,   # Name of a preset
 )->str: # In Markdown
-    "What is undecided, and what it would take."
+    "What is too close to call, and what it would take."
     fs,qs = _all_of(study, [preset]),[q for q in open_questions(study) if q.preset==preset]
     if not fs: return 'Open: there is no record.'
     near = '; '.join(f'{q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
@@ -209,24 +206,6 @@ def records_table(
     if not rows: return '*No record yet.*'
     return markdown_table([['model','experiment','records','seeds','questions'], *rows])
 
-def cost_table(
-    records:Iterable[dict], # Of joint training
-)->str: # In Markdown
-    "What each profile takes, and what it takes against float."
-    records = list(records)
-    if not records: return '*No record yet.*'
-    scores = profile_scores(records[0], 'before') | profile_scores(records[0])
-    costs = {n:scores[n]['cost'] for n in ('float', *profile_names(records[0]))}
-    base,giga = costs['float'],1e9 if costs['float']['bops']>=1e9 else 1e6
-    def row(n, c):
-        share = {k:f'{100*c[k]/base[k]:.0f} %' for k in ('bytes','bops')}
-        return [n, f"{c['w_bits']:.3g}", f"{c['a_bits']:.3g}", f"{c['bytes']/1e6:.3g}", share['bytes'],
-                f"{c['adapter_bytes']/1e6:.2g}", f"{c['bops']/giga:.3g}", share['bops']]
-    heads = ['profile', 'weight bits', 'activation bits', 'MB', 'of float', 'LoRA, MB',
-             f"{'G' if giga==1e9 else 'M'}BOPs a token", 'of float']
-    note = (f"Without and with adapters stored apart; float counts as {base['float_bits']} bits. Bit-operations: "
-            'multiplications times weight bits times activation bits, in the switchable layers.')
-    return markdown_table([heads, *(row(n, c) for n,c in costs.items())], note)
 
 # %% ../nbs/06_report.ipynb #52f669cc
 def load_benchmarks(

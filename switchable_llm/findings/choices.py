@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from ..core.profiles import Profile, Site
 from ..search.sensitivity import cheaper
 from ..search.costs import total, Cost
-from ..search.intervals import MARGIN, Interval, crossed_mean
-from ..study.statistics import VERDICTS, Findings, better, decide, plural
+from ..search.intervals import MARGIN, Interval
+from ..study.statistics import Findings, better, decide, plural
+from .arms import in_a_word, said
 from .plots import plot_bits
-from .verdicts import Study, by_verdict, capital, no_record, unequal_exposure
+from .verdicts import Study, no_record
 
 # %% ../../nbs/findings/choices.ipynb #14fce8e5
 def _budget(record, of, i):   # the i-th of a kind, as a person writes it
@@ -40,7 +41,6 @@ def allocation_findings(
     records:Iterable[dict],  # Of `run_allocation`, one for each seed
     kind:str='searched',     # 'searched', 'allocated' or 'random'
     rival:str='simple',      # 'simple': the best uniform or built-in profile within the budget; or another kind
-    fault:str='',            # Why the data cannot carry a verdict
 )->Findings: # One for each budget; may be empty
     "Whether bits per layer beat their rival by an amount that matters, over seeds and questions."
     rows,names = {},{}
@@ -56,10 +56,9 @@ def allocation_findings(
         r = found[0][2]
         n = r['front']['n']
         against = f'{rival} bits' if rival!='simple' else ' or '.join(f'`{x}`' for x in dict.fromkeys(names[key]))
-        room = crossed_mean([other for _,other,_ in found], n).value>=MARGIN
-        text = f'at `{_budget(r, *key)}` {kind} bits beat {against}'
+        text = f'{_budget(r, *key)} against {against}'
         d = [np.subtract(own, other) for own,other,_ in found]
-        return better(text, d, less=True, sizes=n, unit='nats per token', room=room, fault=fault)
+        return better(text, d, less=True, sizes=n, unit='nats per token')
     return decide([claim(k, rs) for k,rs in rows.items()]) if rows else Findings()
 
 def cheaper_part(
@@ -81,37 +80,11 @@ def _worst_layers(record, n=3):   # by what they cost for certain
     return ', '.join(f'`{g}` at {b} {what[k]} bits (+{Interval(*rise[g, k, b]).show()})' for g,k,b in top)
 
 # %% ../../nbs/findings/choices.ipynb #31b35fba
-_ALONE = dict(zip(VERDICTS, (   # of all budgets
-    'Bits chosen per layer beat the best simple profile.', 'Bits chosen per layer do not beat the best simple profile.',
-    'Whether bits chosen per layer beat the best simple profile is open.',
-    'No room: the simple profiles lose so little that nothing could be better.',
-    'No verdict on bits: the profiles differ in steps too.')))
-
-_CLAUSES = dict(zip(VERDICTS, (   # of some: where it stands first, and after another
-    ('bits chosen per layer beat the best simple profile at {n} of {budgets}', ''),
-    ('bits chosen per layer do not beat the best simple profile at {n} of {budgets}', 'at {n} they do not'),
-    ('whether bits chosen per layer beat the best simple profile is open at {n} of {budgets}', 'at {n} that is open'),
-    ('there was nothing left to gain at {n} of {budgets}', 'at {n} there was nothing left to gain'),
-    ('', '{n} cannot be compared, as the profiles differ in steps too'))))
-
-_BETTER = dict(zip(VERDICTS, ('better','not better','open','nothing to gain','not comparable')))
-
-def _tally(findings):   # 'better at 2, open at 4'
-    return ', '.join(f'{_BETTER[v]} at {len(fs)}' for v in VERDICTS if (fs := findings.of(v))) or 'nothing was compared'
-
-def _found(findings):   # in one sentence
-    groups = {v:fs for v in VERDICTS if (fs := findings.of(v))}
-    if not groups: return 'Nothing was compared.'
-    if len(groups)==1: return _ALONE[next(iter(groups))]
-    of = plural(len(findings), 'budget')
-    clauses = [_CLAUSES[v][i>0].format(n=len(fs), budgets=of) for i,(v,fs) in enumerate(groups.items())]
-    return f"{capital('; '.join(clauses))}."
-
 def _missed(records, findings):   # budgets where the search chose worse than something that it could have had
     lost = [f for f in findings if f.effect.value>0]
     if not lost: return ''
     worst,sure = max(lost, key=lambda f: f.effect.value),sum(f.effect.low>MARGIN for f in lost)
-    where,rival = worst.claim.split(' searched')[0],worst.claim.rsplit('beat ', 1)[1]
+    where,rival = worst.claim.split(' against ')
     at = f'At {len(lost)} of {len(findings)} budgets' if len(findings)>1 else 'At the one budget'
     matters = f', at {sure} by an amount that matters for certain' if len(findings)>1 else ''
     return (f"{at} the search chose bits that lose more than a simple profile within the same budget{matters} "
@@ -125,17 +98,15 @@ def allocation_answer(
     "How the best bits were chosen, and whether they are better."
     rs = study.of(preset, 'allocation')
     if not rs: return no_record(preset, 'allocation')
-    r,unequal = rs[0],unequal_exposure(study.joint(preset))
+    r = rs[0]
     rivals = 'simple','random','allocated'
-    simple,chance,program = (allocation_findings(rs, rival=x, fault=unequal) for x in rivals)
+    simple,chance,program = (allocation_findings(rs, rival=x) for x in rivals)
     how = (f"How: each layer alone was lowered on {r['search_questions']} training questions; an integer program chose "
            f"bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, "
            f"and {r['score_questions']} other questions scored them ({plural(len(rs), 'seed')}).")
-    lines = [f"**{_found(simple)}** Loss minus that of the best simple profile within the budget, nats per token: "
-             f"{by_verdict(simple, _BETTER)}.",
-             unequal and f'{capital(unequal)}.', _missed(rs, simple),
-             f"Of {plural(len(chance), 'budget')}: against random bits {_tally(chance)}; against what the program chose "
-             f"without the search {_tally(program)}.", how,
+    lines = [f"{_brief(simple)} Loss minus that of the best simple profile within the budget, nats per token: {said(simple)}.",
+             _missed(rs, simple),
+             f"Against random bits: {in_a_word(chance)}. Against what the program chose without the search: {in_a_word(program)}.", how,
              f"Costliest alone, first record: {_worst_layers(r)} nats per token.",
              f"Where a byte (w) or a bit-operation (a) is saved more cheaply, at equal savings: {cheaper_part(rs)}."]
     return '\n'.join(filter(None, lines))
@@ -147,9 +118,12 @@ def allocation_brief(
     "Bits per layer in a sentence or two."
     rs = study.of(preset, 'allocation')
     if not rs: return ''
-    found = allocation_findings(rs, fault=unequal_exposure(study.joint(preset)))
-    full = {f.verdict for f in found}=={'no room'}
-    return ' '.join(filter(None, (f'**{_found(found)}**', not full and _missed(rs, found))))
+    found = allocation_findings(rs)
+    return f'{_brief(found)} {_missed(rs, found)}'.strip()
+
+def _brief(findings):
+    if not findings: return '**No simple profile fits any budget, so nothing was compared.**'
+    return f'**Bits chosen per layer, against the best simple profile of the same budget: {in_a_word(findings)}.**'
 
 def plot_chosen_bits(
     record:dict,            # Of `run_allocation`

@@ -14,11 +14,10 @@ from matplotlib.figure import Figure
 from ..search.intervals import Interval, crossed_mean
 from ..study.statistics import paired
 from ..study.figures import INK, name_rows, panels
-from .arms import OUTCOMES, arm_findings, outcome
+from .arms import DEFAULT, OUTCOMES, arm_findings, by_arm, level, outcome
 from .defences import earlier_statements
-from switchable_llm.findings.verdicts import (
-    PRESET_NAMES, Study, joint_score, markdown_table, no_record, profile_names, profile_scores, tried,
-    unequal_exposure, capital)
+from .verdicts import (
+    PRESET_NAMES, Study, joint_score, markdown_table, no_record, profile_scores, tried, capital)
 from .choices import cheaper_part
 
 # %% ../../nbs/findings/earlier.ipynb #447cf23a
@@ -84,20 +83,24 @@ def earlier(
     return [e for e in EARLIER if e.what==what and score in (None, e.score) and source in (None, e.source)]
 
 # %% ../../nbs/findings/earlier.ipynb #72e77607
-def _uniform(records):   # profile -> its bits, where weights and activations have the same everywhere
-    out = {}
-    for n,s in profile_scores(records[0]).items():
-        w,a = s['cost']['w_bits'],s['cost']['a_bits']
-        if w==a and not s['profile'].get('rules'): out[n] = w
-    return {n:out[n] for n in profile_names(records[0]) if n in out}
+def _uniform(costs):   # profile -> its bits, where weights and activations have the same everywhere
+    return {n:c['w_bits'] for n,c in costs.items() if c['w_bits']==c['a_bits'] and n!='float'}
+
+def _writing(runs):   # bits -> Interval
+    at = {16:level(runs['float'], 'float', 'f1')} if 'float' in runs else {}
+    costs = {n:s['cost'] for n,s in runs[DEFAULT][0]['scores'].items()}
+    return at | {b:level(runs[DEFAULT], n, 'f1') for n,b in _uniform(costs).items()}
+
+def _pointing(records):
+    costs = {n:s['cost'] for n,s in profile_scores(records[0]).items()}
+    return {b:joint_score(records, n) for n,b in _uniform(costs).items()}
 
 def _task_curves(study):   # label -> bits -> Interval
     out = {}
     for p,name in PRESET_NAMES.items():
-        for how,rs in (('writing', study.joint(p)), ('pointing', study.of(p, 'spans'))):
-            if not rs: continue
-            found = {16:joint_score(rs, 'float', when='before')} if how=='writing' else {}
-            out[f'{capital(name)}, {how}'] = found | {b:joint_score(rs, n) for n,b in _uniform(rs).items()}
+        runs,spans = by_arm(study.of(p, 'arms')),study.of(p, 'spans')
+        if DEFAULT in runs: out[f'{capital(name)}, writing'] = _writing(runs)
+        if spans: out[f'{capital(name)}, pointing'] = _pointing(spans)
     return out
 
 _ours = dict(zip(PRESET_NAMES, (('#0F8BC6','o'), ('#A0703C','X'))))   # no colours of profiles
@@ -123,13 +126,12 @@ def plot_earlier_accuracy(
 
 def _at(bits): return 10 if bits==16 else bits   # where float stands
 
-def _our_curve(ax, label, curve, color, marker):   # a line through the trained widths; float, not trained, is hollow
-    def draw(bits, line, fill, name, gid):
+def _our_curve(ax, label, curve, color, marker):   # a line through the widths; float stands apart
+    def draw(bits, line, name, gid):
         v,low,high = 100*np.array([curve[b] for b in bits]).reshape(-1, 3).T
-        ax.errorbar(list(map(_at, bits)), v, yerr=[v-low, high-v], ls=line, marker=marker, c=color, mfc=fill,
-                    ms=6.5, lw=1.8, label=name, gid=gid)
-    draw(sorted(curve.keys()-{16}), '-', color, label, f'ours-{label}')
-    draw(curve.keys()&{16}, '', 'none', None, f'ours-{label}, float')
+        ax.errorbar(list(map(_at, bits)), v, yerr=[v-low, high-v], ls=line, marker=marker, c=color, ms=6.5, lw=1.8, label=name, gid=gid)
+    draw(sorted(curve.keys()-{16}), '-', label, f'ours-{label}')
+    draw(curve.keys()&{16}, '', None, f'ours-{label}, float')
 
 def _row_plot(rows, xlabel, limit=math.inf):   # (label, Interval or number, colour, marker, filled)
     with panels(1, 1, 7.2, 1.1+.27*len(rows)) as (fig,(ax,)):
@@ -179,7 +181,7 @@ def plot_earlier_typos(
 
 # %% ../../nbs/findings/earlier.ipynb #c2939b89
 def _stated(study, preset):   # statement -> what is found
-    joint,bits,rs = study.of(preset, 'robustness', 'joint'),study.of(preset, 'allocation'),study.joint(preset)
+    joint,bits = study.of(preset, 'robustness', 'joint'),study.of(preset, 'allocation')
     found = {f.claim:f for f in arm_findings(study.of(preset, 'arms'), 'cycles')}
     def cycling(rival):
         f = found.get(f'`cyclic` against {rival}')
@@ -189,9 +191,8 @@ def _stated(study, preset):   # statement -> what is found
     said = {'“more accurate than at a static precision” (Fu et al. 2021, of CNNs)':cycling('static_high'),
             '“comparable or lower PPL” (study A), “does not beat a static precision” (four of five)':cycling('static_high=cyclic'),
             '“no benefit over random switching” (study B)':cycling('random')}
-    measured = 'no verdict, as steps differ; measured: '*bool(unequal_exposure(rs))
     mlp = '“the MLP tolerates fewer bits than attention” (study A): where a bit is saved more cheaply'
-    said[mlp] = measured+cheaper_part(bits) if bits else no_record(preset, 'allocation')
+    said[mlp] = cheaper_part(bits) if bits else no_record(preset, 'allocation')
     found = earlier_statements(joint)
     return said | {f'{k}: {f.claim}':f'{f.verdict}, {f.effect.show()} {f.unit}' for k,f in found.items()}
 
@@ -213,15 +214,11 @@ def earlier_table(
     for x in earlier('accuracy', 'f1'): rows.setdefault(x.source, {})[x.bits] = f'{x.value:.1f}'
     for label,curve in _task_curves(study).items(): rows[label] = {b:i.show(100) for b,i in curve.items()}
     for p,name in PRESET_NAMES.items():
-        rs = study.joint(p)
-        if not rs or 'mixed8648' not in profile_names(rs[0]): continue
-        rows[f'{capital(name)}, writing'][None] = joint_score(rs, 'mixed8648').show(100)
+        rs = by_arm(study.of(p, 'arms')).get(DEFAULT, [])
+        if rs and 'mixed8648' in rs[0]['scores']: rows[f'{capital(name)}, writing'][None] = level(rs, 'mixed8648', 'f1').show(100)
     heads = ['F1 %','float','8 bits','6 bits','5 bits','4 bits','mixed']
     cells = ([name, *(r.get(c, '') for c in columns)] for name,r in rows.items())
-    differ = {capital(name):unequal_exposure(study.joint(p)) for p,name in PRESET_NAMES.items()}
-    steps = ' '.join(f'{name}: {said}.' for name,said in differ.items() if said)
-    note = f'Theirs: trained, also in float. Ours: float not trained; mixed is `mixed8648`. {steps}'
-    return markdown_table([heads, *cells], note.strip())
+    return markdown_table([heads, *cells], 'All are trained, float too; ours float alike. Mixed is `mixed8648`.')
 
 def other_numbers(
 )->str: # In Markdown

@@ -21,9 +21,9 @@ from .arms import SECTIONS, run_arms, run_range_test, start
 from .records import Preset, load_records, save_record
 from ..joint_training import random_layers
 from ..profiles_eval import perplexity
-from switchable_llm.study.runs import (
+from .runs import (
     OBJECTIVES, POLICIES, calibration_batches, check_single, chosen, fit, stage, study_data, study_model,
-    run_name, as_saved)
+    run_name, as_saved, nearest)
 from ..data.spans import encode_windows
 from ..data.squad import load_squad
 from ..search.extraction import evaluate_spans, span_extraction, train_head_
@@ -110,7 +110,7 @@ def run_spans(
 )->dict: # The record, which is also saved
     "Calibrate, train all profiles together on span extraction, score them; resumable."
     chosen(POLICIES, policy, 'policy'); aim = chosen(OBJECTIVES, objective, 'objective'); check_single()
-    name = name or run_name(preset, policy, objective)
+    preset,name = nearest(preset, say),name or run_name(preset, policy, objective)
     work = Path(out)/'progress'/preset.name/f'spans-{name}-s{preset.seed}'
     stride = preset.max_length//4 if stride is None else stride
     settings = as_saved(dict(preset=asdict(preset), policy=policy, objective=aim.to_dict(), stride=stride))

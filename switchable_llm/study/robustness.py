@@ -12,15 +12,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable
-from ..core.calibration import calibrate_
 from ..models.checkpoints import base_hash, read_switchable, save_switchable
+from .arms import start
 from .records import Preset, known_record, save_record
 from ..data.encoding import collate, encode
 from ..data.tasks import answering
 from ..joint_training import high_to_low
 from ..profiles_eval import batches_by_length, scoring_mode
 from .runs import (
-    calibration_batches, check_single, chosen, fit, stage, study_data, study_device, study_model, as_saved)
+    check_single, chosen, fit, stage, study_data, study_device, as_saved)
 from .searches import trained_model
 from ..search.strategies import score_strategy, strategy, use_strategy
 from switchable_llm.adversarial import (
@@ -148,19 +148,17 @@ def run_robustness(
     for a in arms: chosen(TRAININGS, a, 'arm')
     return [_run_arm(a, replace(preset, profiles=plan.profiles), Path(out), plan, progress, say) for a in arms]
 
-def _arm_model(arm, preset, plan, config, work, progress):   # trained, in float32; tokenizer; steps at each profile
+def _arm_model(arm, preset, plan, config, out, work, progress):   # trained, in float32; tokenizer; steps at each profile
     folder = work/'model'
     def trained():
-        model,tokenizer = study_model(preset)
-        data = study_data(preset, tokenizer)[0]
-        calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
+        model,tokenizer,data,_ = start(preset, out)
         task = TRAININGS[arm](plan, high_to_low(model, plan.profiles)[0])
         log = fit(preset, model, tokenizer, data, 'equal_exposure', task=task, checkpoint=work/'training',
                   progress=progress)[1]
         save_switchable(model, folder, base=preset.model)
         return Counter(n for _,_,names,_ in log['curve'] for n in names.split('+'))
     steps = stage(work/'trained.json', config, trained)
-    model,tokenizer = trained_model(preset, folder, work/'training', progress)
+    model,tokenizer = trained_model(preset, folder)
     return model, tokenizer, steps
 
 def _run_arm(arm, preset, out, plan, progress, say):
@@ -169,7 +167,7 @@ def _run_arm(arm, preset, out, plan, progress, say):
     if (old := known_record(out, preset.name, 'robustness', arm, preset.seed, config)) is not None: return old
     stage(work/'settings.json', config, lambda: None)      # with other settings this folder is taken
     told = lambda what: say(f'{preset.name}, {arm}, seed {preset.seed}: {what}')
-    model,tokenizer,steps = _arm_model(arm, preset, plan, config, work, progress)
+    model,tokenizer,steps = _arm_model(arm, preset, plan, config, out, work, progress)
     told('trained')
     base = dict(name=preset.model, dtype=preset.dtype, sha256=base_hash(model))
     model,highest = model.float().to(study_device()),high_to_low(model, plan.profiles)[0]

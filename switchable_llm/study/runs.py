@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COUNT', 'SEED', 'QUESTIONS', 'NUMBERS', 'WORDS', 'POLICIES', 'OBJECTIVES', 'Number', 'check_preset', 'chosen',
            'study_device', 'study_model', 'study_data', 'calibration_batches', 'fit', 'learns_ranges', 'range_terms',
-           'train_config', 'as_saved', 'stage', 'check_single', 'run_name', 'run_joint', 'evaluations', 'run_ablation']
+           'train_config', 'as_saved', 'stage', 'check_single', 'nearest', 'run_name', 'run_joint', 'evaluations',
+           'run_ablation']
 
 # %% ../../nbs/study/runs.ipynb #74b8cd34
 import copy, json, math, os, torch
@@ -273,6 +274,14 @@ def check_single(
         raise ValueError("the study run scores and writes in one process: "
                          "start it without a launcher, or launch a script that calls `train`")
 
+def nearest(
+    preset:Preset, # Of a run that does not choose codes
+    say:Callable,  # Told so
+)->Preset: # Which takes the nearest codes
+    "What is run instead, and recorded."
+    if preset.chosen: say(f'chosen={preset.chosen}: this run takes the nearest codes; arms and experiments choose them')
+    return replace(preset, chosen=0)
+
 def run_name(
     preset:Preset,             # What is run
     policy:str='random_profile', # One of `POLICIES`
@@ -300,7 +309,8 @@ def run_joint(
         return _joint(preset, out, work, policy, objective, name, progress, say)
 
 def _joint(preset, out, work, policy, objective, name, progress, say):
-    aim,settings = OBJECTIVES[objective],dict(preset=asdict(preset), policy=policy)
+    aim,preset = OBJECTIVES[objective],nearest(preset, say)
+    settings = dict(preset=asdict(preset), policy=policy)
     if objective!='cross_entropy': settings['objective'] = aim.to_dict()
     settings = as_saved(settings)
     # with other settings this folder is taken

@@ -9,14 +9,14 @@ __all__ = ['search_items', 'default_budgets', 'random_choice', 'front_verdict', 
 # %% ../../nbs/study/searches.ipynb #43f6394c
 import itertools, math
 import numpy as np
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Callable, Iterable
 from torch import nn
-from ..core.calibration import calibrate_
 from ..core.switching import switch_of, use_profile
 from ..models.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
 from ..data.encoding import Encoded, encode
+from .arms import train_arm
 from .records import Preset, save_record
 from ..models.loading import load_model
 from ..data.squad_scores import em_f1
@@ -27,7 +27,7 @@ from ..search.costs import profile_cost, total
 from ..search.sensitivity import Meter, bit_options, cheaper, sensitivity, tolerance
 from ..search.groups import find_groups, uniform
 from ..search.allocation import Choices, Contest, allocate, best, front, search, Front
-from .runs import calibration_batches, check_single, fit, run_name, stage, study_data, study_model
+from .runs import check_single, stage, study_data
 from .statistics import plural
 
 # %% ../../nbs/study/searches.ipynb #45821677
@@ -105,18 +105,10 @@ def search_verdicts(
 
 # %% ../../nbs/study/searches.ipynb #5e59e05d
 def trained_model(
-    preset:Preset,          # Says how it was, or will be, trained
-    folder:Path,            # A switchable checkpoint; made where it is missing
-    work:Path,              # For the checkpoints of the loop, where it has to run
-    progress:bool=True,     # Show bars
+    preset:Preset,          # Says how it was trained
+    folder:Path,            # A switchable checkpoint
 )->tuple: # Calibrated model with adapters; tokenizer
-    "The jointly trained model of a preset: loaded, or trained now."
-    if not Path(folder).exists():
-        model,tokenizer = study_model(preset)
-        data = study_data(preset, tokenizer)[0]
-        calibrate_(model, calibration_batches(preset, data, tokenizer.pad_token_id))
-        fit(preset, model, tokenizer, data, checkpoint=work, progress=progress)
-        save_switchable(model, folder, base=preset.model)
+    "A trained model of a preset, as it is scored."
     model,tokenizer = load_model(preset.model, preset.dtype)
     model.set_attn_implementation(preset.attention)
     load_switchable(folder, model)
@@ -152,8 +144,8 @@ def _f1(model, tokenizer, profile, questions, max_new_tokens):
 def run_allocation(
     preset:Preset,                 # What to run
     out:str|Path='runs',           # Folder of records; work in progress goes below it too
-    checkpoint:str|Path|None=None, # A jointly trained model; by default that of `run_joint`, or one trained now
-    name:str|None=None,            # Name of the record; by default that of `run_joint`
+    checkpoint:str|Path|None=None, # A trained model; by default the arm 'shared', which is trained now
+    name:str='shared',             # Name of the record
     n_search:int=128,              # Training questions to choose by
     n_confirm:int|None=None,       # Others, on which the finalists of a search meet; by default twice as many
     n_score:int=300,               # Validation questions to score by
@@ -168,13 +160,11 @@ def run_allocation(
 )->dict: # The record, which is also saved
     "Sensitivity, allocation, search and front of one trained model; resumable."
     check_single()
-    n_confirm = n_confirm or 2*n_search
-    joint = run_name(preset)
-    name = name or joint
-    root = Path(out)/'progress'/preset.name
-    work,usual = root/f'allocation-{name}-s{preset.seed}',root/f'{joint}-s{preset.seed}'/'model'
-    folder = Path(checkpoint) if checkpoint else usual if usual.exists() else work/'model'
-    model,tokenizer = trained_model(preset, folder, work/'training', progress)
+    n_confirm,preset = n_confirm or 2*n_search,replace(preset, ranges='calibrated')   # as arms have them
+    work = Path(out)/'progress'/preset.name/f'allocation-{name}-s{preset.seed}'
+    folder = Path(checkpoint) if checkpoint else work/'model'
+    if not folder.exists(): save_switchable(train_arm(preset, out, work/'training', progress), folder, base=preset.model)
+    model,tokenizer = trained_model(preset, folder)
     w,a = bit_options(model)
     w,a = sorted(w if w_bits is None else w_bits),sorted(a if a_bits is None else a_bits)
     reference,budgets = uniform(max(w), max(a)),budgets or default_budgets(model, w, a)
