@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import torch
 from torch import nn
+from ..system.progress import tqdm
 from ..core.calibration import calibrate_, learn_ranges_
 from ..core.profiles import read_profiles
 from ..core.switching import base_params, switch_of, use_profile
@@ -224,7 +225,7 @@ def precision_range_test(
     probes:int=64,          # Questions to measure the loss on
     threshold:float=.5,     # Share of the way to the static counterpart's loss that counts as progress
     tolerance:float=.02,    # Nats per token by which the upper end may miss the static counterpart
-    progress:bool=False,    # Show bars
+    progress:bool=False,    # Show a bar
 )->PrecisionRange: # Measurements and range
     "Train a little at each width, from the lowest, with the quantizer on (Fu et al. 2021, section 3.3)."
     bits = sorted(set(bits))
@@ -233,9 +234,8 @@ def precision_range_test(
         raise ValueError(f"probes={probes}: needs 1 to {len(data)-1}, so that something is left to train on")
     preset = replace(preset, steps=steps, warmup=min(preset.warmup, steps//4), ranges='calibrated')
     names = {b:uniform_names(model, b, b)[b] for b in bits}
-    def probe(b):
-        return _probe(preset, copy.deepcopy(model), tokenizer, data[:-probes], data[-probes:], names[b], progress)
-    loss = {b:probe(b) for b in bits}
+    def probe(b): return _probe(preset, copy.deepcopy(model), tokenizer, data[:-probes], data[-probes:], names[b])
+    loss = {b:probe(b) for b in tqdm(bits, 'widths of the range test', disable=not progress)}
     means = [[crossed_mean([p.nll_answer], p.n_answer).value for p in loss[b]] for b in bits]
     if means[-1][1]>means[-1][0]+tolerance:
         raise ValueError(f"lr={preset.lr}: at {bits[-1]} bits the loss rises from {means[-1][0]:.3g} to "
@@ -247,11 +247,11 @@ def precision_range_test(
     gap.append(Interval(0., 0., 0.))   # of the static counterpart to itself
     return PrecisionRange(tuple(bits), *map(tuple, zip(*means)), tuple(gap), steps, threshold, tolerance)
 
-def _probe(preset, model, tokenizer, data, probes, name, progress):   # before and after
+def _probe(preset, model, tokenizer, data, probes, name):   # before and after
     def score():
         with use_profile(model, name): return perplexity(model, tokenizer, probes, preset.max_length)
     before = score()
-    fit(preset, model, tokenizer, data, lambda *_: fixed_profile(name), progress=progress, adapters=dict(route='shared'))
+    fit(preset, model, tokenizer, data, lambda *_: fixed_profile(name), progress=False, adapters=dict(route='shared'))
     return before, score()
 
 # %% ../../nbs/study/arms.ipynb #d153f94a
@@ -355,7 +355,9 @@ def run_arms(
     cycle = CycleConfig()
     if section=='cycles':
         cycle = _cycle(preset, out, progress, say)
-        preset = replace(preset, steps=max(1, preset.steps//CYCLES)*CYCLES)   # whole cycles
+        whole = max(1, preset.steps//CYCLES)*CYCLES
+        if whole!=preset.steps: say(f'{whole} steps instead of {preset.steps}, so that {CYCLES} cycles are whole')
+        preset = replace(preset, steps=whole)
     widths = range(cycle.b_min, cycle.b_max+1) if section=='cycles' else ()
     begun = start(preset, out, widths)
     def run(name):
