@@ -1501,6 +1501,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                             'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.plot_routes': ( 'findings/arms.html#plot_routes',
                                                                                             'switchable_llm/findings/arms.py'),
+                                              'switchable_llm.findings.arms.route_said': ( 'findings/arms.html#route_said',
+                                                                                           'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.said': ( 'findings/arms.html#said',
                                                                                      'switchable_llm/findings/arms.py')},
             'switchable_llm.findings.choices': { 'switchable_llm.findings.choices._brief': ( 'findings/choices.html#_brief',

@@ -16,7 +16,7 @@ from .study.arms import SECTIONS
 from .study.records import PRESETS
 from .search.intervals import MARGIN
 from .study.statistics import Finding, Findings, plural
-from .findings.arms import QUESTIONS as ARM_QUESTIONS, arm_answer, arm_brief, arm_findings
+from .findings.arms import QUESTIONS as ARM_QUESTIONS, arm_answer, arm_brief, arm_findings, route_said
 from .findings.defences import defence_findings, earlier_statements, sanity_checks
 from switchable_llm.findings.verdicts import (
     PRESET_NAMES, Study, markdown_table, spans_said, tried, COMMAND_OF,
@@ -121,7 +121,8 @@ def directions_answer(
 # %% ../nbs/06_report.ipynb #ad3e86b7
 def _accuracy(study, preset):   # the price of precision first, then the route, then company
     told = _told(study, preset, 'price', 'routes', 'alone')
-    return told if told==no_record(preset, 'routes') else f'{told}\n{spans_said(study, preset)}'
+    if told==no_record(preset, 'routes'): return told
+    return '\n'.join(filter(None, (told, route_said(study, preset), spans_said(study, preset))))
 
 def _told(study, preset, *questions):   # those that records answer
     asked = [q for q in questions if arm_findings(study.of(preset, 'arms'), q)]

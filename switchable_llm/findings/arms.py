@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SCORES', 'FEWEST', 'FEW', 'DEFAULT', 'QUESTIONS', 'outcome', 'by_arm', 'level', 'against', 'arm_findings',
-           'said', 'plot_routes', 'cost_table', 'arm_table', 'in_a_word', 'arm_answer', 'arm_brief', 'plot_claims']
+           'said', 'plot_routes', 'cost_table', 'arm_table', 'in_a_word', 'arm_answer', 'route_said', 'arm_brief',
+           'plot_claims']
 
 # %% ../../nbs/findings/arms.ipynb #4e354289
 import math
@@ -246,6 +247,18 @@ def arm_answer(
     return (f'**{_ASKED[question]}: {in_a_word(nats)}.** Nats per token of the answer: {_numbers(nats)}. '
             f'Points of F1: {_numbers(f1, 100)}. '
             f'{capital(basis(nats[0].seeds, nats[0].examples, _unit(rs)))}{answered}.')
+
+def route_said(
+    study:Study,  # All records
+    preset:str,   # Name of a preset
+)->str: # A sentence; empty where there is no record
+    "What follows for the library's default, which is the route by bits."
+    found = arm_findings(study.of(preset, 'arms'), 'routes')
+    better = list(dict.fromkeys(f.claim.split('`')[1] for f in found if outcome(f)=='helps'))
+    if not found: return ''
+    if better: return f"{capital(listed([f'`{b}`' for b in better]))} helps somewhere: look there before you take a route."
+    return ('No route is better by the margin anywhere, so the default stays `bits`: with it a width can be added or trained anew '
+            'later, and the others do not move.')
 
 def _numbers(findings, factor=1):   # all, or where they end
     if len(findings)<=FEW: return said(findings, factor)
