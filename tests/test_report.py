@@ -12,8 +12,7 @@ from switchable_llm.report import (
     records_table, speed_table, study_findings)
 from switchable_llm.findings import choices as choice_rooms
 from switchable_llm.findings.choices import allocation_findings
-from switchable_llm.findings.verdicts import (
-    PRESET_NAMES, Study, load_study, result_table)
+from switchable_llm.findings.verdicts import PRESET_NAMES, Study, load_study
 
 RESULTS = ROOT/'results'
 KEEP = ('joint','arms','allocation','robustness','range_test','calibration','spans')
@@ -208,8 +207,8 @@ def test_an_empty_folder_says_so_everywhere(tmp_path):
     said = abstract(study)
     assert said['What it rests on']=='There is no record yet.' and said['Open']=='Nothing was tested yet.'
     for t in ONE_MINUTE: assert said[t].count('No record yet')==len(PRESET_NAMES)
-    tables = [records_table(study), speed_table(load_benchmarks(tmp_path)), open_table(study), result_table([])]
-    assert open_questions(study)==[] and tables==['*No record yet.*']*4
+    tables = [records_table(study), speed_table(load_benchmarks(tmp_path)), open_table(study)]
+    assert open_questions(study)==[] and tables==['*No record yet.*']*3
     for draw in (plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos):
         assert not any('Embedded' in t.get_text() for t in draw(study).axes[0].get_yticklabels())
 

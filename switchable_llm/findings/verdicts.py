@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESET_NAMES', 'COMMAND_OF', 'Study', 'load_study', 'by_verdict', 'subject_of', 'effect_of', 'capital', 'listed',
            'no_record', 'tried', 'markdown_table', 'profile_scores', 'profile_names', 'joint_score', 'joint_exposure',
-           'unequal_exposure', 'profile_labels', 'result_table', 'spans_said']
+           'unequal_exposure', 'profile_labels', 'spans_said']
 
 # %% ../../nbs/findings/verdicts.ipynb #4aabbe09
 import itertools, math, re
@@ -157,10 +157,6 @@ def joint_score(
     nll = crossed_mean([s['nll_answer'] for s in ss], ss[0]['n_answer']).interval(within=(0, math.inf))
     return Interval(*(math.exp(min(700, x)) for x in nll))
 
-def _percent(i):   # short, and in one line
-    v,low,high = (f'{100*x:.{0 if i.value>=.1 else 1}f}' for x in i)
-    return f'{v}\u00a0[{low},\u00a0{high}]'
-
 def joint_exposure(
     records:Iterable[dict], # Of joint training, one for each seed
 )->dict[str,dict]: # Profile -> kind of layer -> optimizer steps that its adapter has had, mean over seeds
@@ -185,32 +181,6 @@ def profile_labels(
 )->dict[str,str]: # Profile -> its name and the steps of its adapters, as `plot_profiles` takes them
     "What a row of a figure is called, so that nobody compares bits where steps differ."
     return {n:f'{n}\n{show_exposure(steps)} steps' for n,steps in joint_exposure(records).items() if steps}
-
-def result_table(
-    records:Iterable[dict], # Of joint training, one for each seed
-)->str: # In Markdown
-    "Cost, exposure and scores of each profile before and after joint training."
-    records = list(records)
-    if not records: return '*No record yet.*'
-    names,had = profile_names(records[0]),joint_exposure(records)
-    pct = lambda n,when,k='f1': _percent(joint_score(records, n, k, when))
-    def row(n):
-        c = profile_scores(records[0])[n]['cost']
-        size = f"{c['bytes']/1e6:.3g}\u00a0+\u00a0{c['adapter_bytes']/1e6:.2g}"
-        bits,steps = f"{c['w_bits']:.3g} / {c['a_bits']:.3g}",show_exposure(had[n])
-        return [n, bits, size, steps, pct(n, 'before'), pct(n, 'after'), pct(n, 'after', 'em')]
-    mb = profile_scores(records[0], 'before')['float']['cost']['bytes']/1e6
-    heads = ['profile', 'W / A bits', 'MB + LoRA', 'steps of its adapters', 'F1 % before', 'F1 % after', 'EM % after']
-    first = ['float', '16\u00a0/\u00a016', f'{mb:.3g}', '', pct('float', 'before'), '', '']
-    return markdown_table([heads, first, *map(row, names)], _table_note(records))
-
-def _table_note(records):   # how it was made, and how to read it
-    p,n,one = records[0]['config']['preset'],len(records[0]['after']['ids']),len(records)==1
-    learned,act = ', ranges learned'*('-learned' in records[0]['name']),p['act'].replace('_', ' ')
-    over = 'questions; one seed, so nothing is known of other runs' if one else f'questions and {len(records)} seeds'
-    return (f"{p['steps']:,} steps of {p['batch_size']*p['accumulate']}, a random profile each step, "
-            f"activations {act}{learned}, {p.get('codes', 'independent')} weight codes; {n} validation questions; "
-            f"95 % intervals over {over}. Float was not trained. Float counts as 16 bits.")
 
 def spans_said(
     study:Study,  # All records
