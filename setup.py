@@ -9,7 +9,8 @@ class on_all_cores(build_ext):
     def build_extension(self, ext):
         one = self.compiler.compile
         def compile(sources, **kw):
-            with ThreadPoolExecutor(os.cpu_count()) as pool: return [o for made in pool.map(lambda s: one([s], **kw), sources) for o in made]
+            with ThreadPoolExecutor(os.cpu_count()) as pool: made = list(pool.map(lambda s: one([s], **kw), sources))
+            return sum(made, [])
         self.compiler.compile = compile
         super().build_extension(ext)
 

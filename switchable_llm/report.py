@@ -11,7 +11,7 @@ __all__ = ['QUESTIONS', 'IN_BRIEF', 'study_findings', 'OpenQuestion', 'open_ques
 import json, math, re
 from pathlib import Path
 from statistics import median, median_high
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 from .study.arms import SECTIONS
 from .study.records import PRESETS
 from .search.intervals import MARGIN
