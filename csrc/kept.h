@@ -50,54 +50,23 @@ static inline void codes32(const uint8_t *p, i64 bits, F *a, F *b) {
     }
     *a = floats(x); *b = floats(y);
 }
-// p (32) = scale q k for the tokens of a unit; w (n) is scratch.
-static void score_unit(const float *q, const uint8_t *unit, i64 n, i64 bits, float scale, float *w, float *p) {
-    const i64 span = GROUP*bits/8;
-    const uint8_t *low = unit + n*span, *steps = low + 2*n;
-    F base = zero();
-    for (i64 i = 0; i < n; i += 16) {
-        const Lanes m = head(n - i);
-        const F x = load(q + i, m);
-        base = fma(x, half16(low, i, m), base);
-        store(w + i, m, x*half16(steps, i, m));
-    }
-    F a = each(sum_of(base)), b = a, c = zero(), d = c, x, y;
-    i64 i = 0;
-    for (; i + 1 < n; i += 2) {
-        codes32(unit + i*span, bits, &x, &y);
-        a = fma(each(w[i]), x, a); b = fma(each(w[i]), y, b);
-        codes32(unit + (i + 1)*span, bits, &x, &y);
-        c = fma(each(w[i + 1]), x, c); d = fma(each(w[i + 1]), y, d);
-    }
-    if (i < n) {
-        codes32(unit + i*span, bits, &x, &y);
-        a = fma(each(w[i]), x, a); b = fma(each(w[i]), y, b);
-    }
-    const F s = each(scale);
-    store(p, s*(a + c));
-    store(p + 16, s*(b + d));
-}
 // y (n) = inv sum p v over `count` rows and the last one.
 template<int B> static void mix_rows(const float *p, const uint8_t *rows, const uint8_t *last, i64 count, i64 n, float inv,
                                      float *y) {
     constexpr int several = 8/B, loads = 4/several;
     const i64 codes = packed_bytes(n, B), row = codes + 4, span = codes;
-    F lows = zero();
-    float low = 0;
-    for (i64 t = 0; t <= count; t++) low += p[t]*half_at((t < count ? rows + t*row : last) + codes, 0);
-    lows = each(low);
     for (i64 i = 0; i < span; i += 16*loads) {
         F a[4]; Lanes m[loads];
-        for (int j = 0; j < 4; j++) a[j] = lows;
+        for (int j = 0; j < 4; j++) a[j] = zero();
         for (int l = 0; l < loads; l++) m[l] = head(span - i - 16*l);
         for (i64 t = 0; t <= count; t++) {
             const uint8_t *r = t < count ? rows + t*row : last;
-            const F w = each(p[t]*half_at(r + codes, 1));
+            const F w = each(p[t]), low = each(half_at(r + codes, 0)), step = each(half_at(r + codes, 1));
             for (int l = 0; l < loads; l++) {
                 const I v = load_bytes(r + i + 16*l, m[l]);
                 I c[4] = {v, shift_right<B>(v), shift_right<B*2 % 32>(v), shift_right<B*3 % 32>(v)};
                 for (int j = 0; j < several; j++)
-                    a[l*several + j] = fma(w, floats(c[j] & all_ints((1 << B) - 1)), a[l*several + j]);
+                    a[l*several + j] = fma(w, low + step*floats(c[j] & all_ints((1 << B) - 1)), a[l*several + j]);
             }
         }
         for (int l = 0; l < loads; l++) for (int j = 0; j < several; j++) {
@@ -105,15 +74,6 @@ template<int B> static void mix_rows(const float *p, const uint8_t *rows, const 
             const i64 left = span - i - 16*l < n - at ? span - i - 16*l : n - at;
             store(y + at, head(left), a[l*several + j]*each(inv));
         }
-    }
-}
-static void mix_floats(const float *p, const float *rows, const float *last, i64 count, i64 n, float inv, float *y) {
-    for (i64 i = 0; i < n; i += 16) {
-        const Lanes m = head(n - i);
-        F a = zero();
-        for (i64 t = 0; t <= count; t++)
-            a = fma(each(p[t]), load(t < count ? rows + t*n + i : last + i, m), a);
-        store(y + i, m, a*each(inv));
     }
 }
 // What a head of keys and values has in a block.

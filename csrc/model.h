@@ -121,56 +121,109 @@ static bool has_head_norms(const SlLayer *L) { return L->qk_norm[0] || L->qk_nor
 static i64 first_seen(const SlLayer *L, i64 pos) {
     return L->window && pos >= L->window ? pos + 1 - L->window : 0;
 }
-// p (n) = exp(p - largest); returns 1/sum.
-static float soften(float *p, i64 n) {
-    F top = each(-INFINITY), sum = zero();
-    for (i64 t = 0; t < n; t += 16) {
-        const Lanes m = head(n - t);
-        top = pick(m, most(load(p + t, m), top), top);
+// ---- attention: a query's result is the same bits whether it comes alone or with others ----
+// A score adds the products of channels 0, 16, 32, ... in this order, those of 1, 17, 33, ... likewise, and then the
+// sixteen sums as `sum_of` does. Positions lie in blocks of sixteen that begin at multiples of sixteen.
+
+// p = scale q k of keys a..b, which lie in rows.
+static void score_rows(const float *q, const float *keys, i64 a, i64 b, i64 n, float scale, float *p) {
+    for (i64 t = a; t < b;) {
+        const int some = b - t < 4 ? 1 : 4;
+        F s[4];
+        for (int j = 0; j < 4; j++) s[j] = zero();
+        for (i64 i = 0; i < n; i += 16) {
+            const Lanes m = head(n - i);
+            const F x = load(q + i, m);
+            for (int j = 0; j < some; j++) s[j] = fma(x, load(keys + (t + j)*n + i, m), s[j]);
+        }
+        for (int j = 0; j < some; j++) p[t + j] = scale*sum_of(s[j]);
+        t += some;
     }
+}
+// The sums of channels l, l+16, ... of Q queries `far` apart, for sixteen keys that lie in columns `wide` apart.
+template<int Q> INL void add_channels(const float *q, i64 far, const float *kt, i64 wide, i64 n, i64 l, F *s) {
+    for (int i = 0; i < Q; i++) s[i] = zero();
+    for (i64 j = l; j < n; j += 16) {
+        const F v = load(kt + j*wide);
+        for (int i = 0; i < Q; i++) s[i] = fma(each(q[i*far + j]), v, s[i]);
+    }
+}
+// The same scores, of Q queries for sixteen keys in columns.
+template<int Q> static void score_columns(const float *q, i64 far, const float *kt, i64 wide, i64 n, F *p) {
+    F s[Q], t[Q], two[Q];
+    for (i64 odd = 0; odd < 2; odd++) {
+        for (i64 l = odd; l < 4; l += 2) {
+            F four[Q];
+            add_channels<Q>(q, far, kt, wide, n, l, four); add_channels<Q>(q, far, kt, wide, n, l + 8, s);
+            add_channels<Q>(q, far, kt, wide, n, l + 4, t);
+            for (int i = 0; i < Q; i++) four[i] = four[i] + s[i];
+            add_channels<Q>(q, far, kt, wide, n, l + 12, s);
+            for (int i = 0; i < Q; i++) {
+                four[i] = four[i] + (t[i] + s[i]);
+                two[i] = l == odd ? four[i] : two[i] + four[i];
+            }
+        }
+        for (int i = 0; i < Q; i++) p[i] = odd ? p[i] + two[i] : two[i];
+    }
+}
+// p = exp(p - largest) from `from` (less than 16) to n, 0 before; returns 1/sum.
+static float soften(float *p, i64 from, i64 n) {
+    F top = each(-INFINITY), sum = zero();
+    for (i64 t = 0; t < from; t++) p[t] = -INFINITY;
+    for (i64 t = 0; t < n; t += 16) top = pick(head(n - t), most(load(p + t, head(n - t)), top), top);
     top = each(largest_of(top));
     for (i64 t = 0; t < n; t += 16) {
         const Lanes m = head(n - t);
-        const F e = keep(exp16(load(p + t, m) - top), m);
+        const F e = drop(keep(exp16(load(p + t, m) - top), m), head(from - t));
         store(p + t, m, e); sum = sum + e;
     }
     return 1.f/sum_of(sum);
 }
-// One head: q (n) against `pos` cached keys and the new one; y = softmax(scale q k) v.
-static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 pos,
-                   i64 n, float scale, float *p, float *y) {
-    for (i64 t = 0; t < pos; t++) p[t] = scale*dot(keys + t*n, q, 0, n);
-    p[pos] = scale*dot(k, q, 0, n);
-    const float inv = soften(p, pos + 1);
+// y (n) = inv sum p v over rows 0..count, and `last` after them.
+static void mix_floats(const float *p, const float *rows, const float *last, i64 count, i64 n, float inv, float *y) {
     for (i64 i = 0; i < n; i += 64) {
         F a[4]; Lanes m[4];
-        for (int j = 0; j < 4; j++) {
-            m[j] = head(n - i - 16*j);
-            a[j] = each(p[pos])*load(v + i + 16*j, m[j]);
-        }
-        for (i64 t = 0; t < pos; t++) {
+        for (int j = 0; j < 4; j++) { m[j] = head(n - i - 16*j); a[j] = zero(); }
+        for (i64 t = 0; t <= count; t++) {
             const F w = each(p[t]);
-            const float *row = values + t*n + i;
+            const float *row = (t < count ? rows + t*n : last) + i;
             for (int j = 0; j < 4; j++) a[j] = fma(w, load(row + 16*j, m[j]), a[j]);
         }
-        for (int j = 0; j < 4; j++)
-            store(y + i + 16*j, m[j], a[j]*each(inv));
+        for (int j = 0; j < 4; j++) store(y + i + 16*j, m[j], a[j]*each(inv));
     }
 }
+// One head: q (n) against the cached keys from `first` to `pos`, in rows, and the new one; y = softmax(scale q k) v.
+static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 first, i64 pos,
+                   i64 n, float scale, float *p, float *y) {
+    const i64 begin = first & ~(i64)15;
+    score_rows(q, keys, first, pos, n, scale, p - begin);
+    score_rows(q, k, 0, 1, n, scale, p + pos - begin);
+    const float inv = soften(p, first - begin, pos + 1 - begin);
+    mix_floats(p + first - begin, values + first*n, v, pos - first, n, inv, y);
+}
+// The same where keys or values are in few bits: of complete groups, unpacked to `spare` (n,32); `last` is the new value's row.
 static void attend_kept(const SlKept *S, const Head &h, const float *q, const float *k, const float *v, const uint8_t *last,
                         i64 pos, i64 first, i64 n, float scale, float *spare, float *p, float *y) {
-    const i64 own = S->k_bits ? pos/GROUP*GROUP : 0, begin = S->k_bits && first < own ? first/GROUP*GROUP : first;
+    const i64 own = S->k_bits ? pos/GROUP*GROUP : 0, begin = S->k_bits && first < own ? first/GROUP*GROUP : first & ~(i64)15;
     i64 t = begin;
-    for (; t < own; t += GROUP)
-        score_unit(q, h.keys + t/GROUP*h.unit, n, S->k_bits, scale, spare, p + t - begin);
-    for (; t < pos; t++) {
-        const float *key = S->k_bits ? h.recent + (t - own)*n : (const float*)(h.keys + t*h.unit);
-        p[t - begin] = scale*dot(key, q, 0, n);
+    for (; t < own; t += GROUP) {
+        unpack_units(h, n, S->k_bits, t, t + GROUP, spare - t, GROUP);
+        for (i64 i = 0; i < GROUP; i += 16) {
+            F s[1];
+            score_columns<1>(q, 0, spare + i, GROUP, n, s);
+            store(p + t + i - begin, s[0]*each(scale));
+        }
     }
-    p[pos - begin] = scale*dot(k, q, 0, n);
-    p += first - begin;
+    if (t < first) t = first;
+    if (S->k_bits) score_rows(q, h.recent - own*n, t, pos, n, scale, p - begin);
+    else score_rows(q, (const float*)h.keys, t, pos, n, scale, p - begin);
+    score_rows(q, k, 0, 1, n, scale, p + pos - begin);
+    for (i64 i = begin; i < first; i++) p[i - begin] = -INFINITY;
+    const i64 skip = (first - begin) & ~(i64)15;
+    p += skip;
+    const float inv = soften(p, first - begin - skip, pos + 1 - begin - skip);
+    p += first - begin - skip;
     const i64 count = pos - first;
-    const float inv = soften(p, count + 1);
     const uint8_t *rows = h.values + first*h.row;
     if (S->v_bits == 8) mix_rows<8>(p, rows, last, count, n, inv, y);
     else if (S->v_bits == 4) mix_rows<4>(p, rows, last, count, n, inv, y);
@@ -184,7 +237,7 @@ static void attention_kept(const SlModel *M, const SlCache *C, i64 layer, i64 po
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, first = first_seen(L, pos);
     const Turn turn = turn_at(M, L, C, pos);
     const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
-    uint8_t *last = (uint8_t*)(o->spare + round64(hd));
+    uint8_t *last = (uint8_t*)(o->spare + round64(GROUP*hd));
     for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
         const Head h = head_at(M, C, S, i/each);
         if (g != i/each) {
@@ -213,8 +266,7 @@ static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, co
         float *keys = C->keys + (layer*G + i/each)*row, *values = C->values + (layer*G + i/each)*row;
         if (g != i/each) { g = i/each; rotate(k_new + g*hd, turn, hd, o->k); }
         rotate(qkv + i*hd, turn, hd, o->q);
-        attend(o->q, keys + first*hd, values + first*hd, o->k, v_new + g*hd, pos - first, hd,
-               (float)M->attention_scale, o->scores, out + i*hd);
+        attend(o->q, keys, values, o->k, v_new + g*hd, first, pos, hd, (float)M->attention_scale, o->scores, out + i*hd);
         if (i % each == 0) {
             memcpy(keys + pos*hd, o->k, (size_t)hd*4);
             memcpy(values + pos*hd, v_new + g*hd, (size_t)hd*4);
@@ -267,7 +319,8 @@ static int decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, floa
     const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
     const size_t score = round64(pos + 17 + GROUP);
-    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 4*head_dim + 64) + round64(turned_room(kp));
+    const size_t spare = C->kept ? round64(GROUP*M->head_dim) + head_dim + 64 : 0;   // unpacked keys, and a row of values
+    const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 2*head_dim + spare) + round64(turned_room(kp));
     const size_t common = 4*(2*dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
     char *p = arena.get(common + own*threads + 64);
@@ -286,7 +339,7 @@ static int decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, floa
         Own o;
         o.bytes = (int8_t*)q; o.h = (float*)(q + input_bytes(kp));
         o.norm = o.h + round64(r); o.scores = o.norm + dim;
-        o.q = o.scores + score; o.k = o.q + head_dim; o.spare = o.k + head_dim; o.turned = o.spare + 2*head_dim + 64;
+        o.q = o.scores + score; o.k = o.q + head_dim; o.spare = o.k + head_dim; o.turned = o.spare + spare;
         for (i64 i = 0; i < M->n_layers; i++) run_layer(M, C, i, pos, &room, &o, me, all);
         if (logits) {
             normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, o.norm);
@@ -304,33 +357,19 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
                         i64 wide, i64 window, float scale, float *p, float *y, i64 ystride) {
     const i64 last = pos + g;   // keys that the last query sees
     const i64 start = window && pos >= window ? (pos + 1 - window) & ~(i64)15 : 0;   // nobody sees what is before
-    for (i64 k = start; k < last; k += 16) {
-        F a[8];
-        for (int i = 0; i < 8; i++) a[i] = zero();
-        for (i64 j = 0; j < n; j++) {
-            const F v = load(kt + j*wide + k);
-            for (int i = 0; i < 8; i++)
-                a[i] = fma(each(q[(i < g ? i : 0)*qstride + j]), v, a[i]);
-        }
-        for (int i = 0; i < g; i++)
-            store(p + i*wide + k, a[i]*each(scale));
+    float inv[8];
+    for (i64 k = start; k < last; k += 16) for (int i = 0; i < g;) {
+        F a[4];
+        const int some = g - i < 4 ? 1 : 4;
+        (some == 4 ? score_columns<4> : score_columns<1>)(q + i*qstride, qstride, kt + k, wide, n, a);
+        for (int j = 0; j < some; j++) store(p + (i + j)*wide + k, a[j]*each(scale));
+        i += some;
     }
     for (int i = 0; i < g; i++) {
         float *s = p + i*wide;
-        const i64 sees = pos + i + 1, from = window && sees > window ? sees - window : 0;
-        for (i64 k = start; k < from; k++) s[k] = -INFINITY;
-        F top = each(-INFINITY), sum = zero();
-        for (i64 k = start; k < sees; k += 16)
-            top = pick(head(sees - k), most(load(s + k), top), top);
-        top = each(largest_of(top));
-        for (i64 k = start; k < sees; k += 16) {
-            F e = exp16(load(s + k) - top);
-            e = drop(keep(e, head(sees - k)), head(from - k));
-            store(s + k, e); sum = sum + e;
-        }
-        const float inv = 1.f/sum_of(sum);
-        for (i64 k = start; k < sees; k += 16)
-            store(s + k, load(s + k)*each(inv));
+        const i64 sees = pos + i + 1, from = window && sees > window ? sees - window : 0, at = from & ~(i64)15;
+        for (i64 k = start; k < at; k++) s[k] = 0;
+        inv[i] = soften(s + at, from - at, sees - at);
         for (i64 k = sees; k < last; k++) s[k] = 0;
     }
     for (int i0 = 0; i0 < g; i0 += 4) for (i64 c = 0; c < n; c += 64) {
@@ -348,7 +387,7 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
             }
         }
         for (int i = 0; i < 4 && i0 + i < g; i++)
-            for (int j = 0; j < 4; j++) store(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]);
+            for (int j = 0; j < 4; j++) store(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]*each(inv[i0 + i]));
     }
 }
 // Normalizes and rotates queries and keys, and puts keys and values into the cache.
