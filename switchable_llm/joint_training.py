@@ -250,7 +250,7 @@ def train(
         bar = tqdm(range(state.step, cfg.steps), 'train', cfg.steps, initial=state.step, disable=hidden)
         for step in bar:
             start = time.perf_counter()
-            point = step_of(step)
+            with torch.enable_grad(): point = step_of(step)   # also where a caller has turned gradients off
             optimizer.zero_grad(set_to_none=True)
             state.add(point, time.perf_counter()-start)
             if (step+1)%every==0 or step+1==cfg.steps: save()

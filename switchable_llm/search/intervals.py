@@ -33,7 +33,7 @@ def digits(
 )->str: # About three significant digits
     "A number as tables show it."
     size = abs(x)
-    if size==0: return '0'
+    if size<1e-12: return '0'   # the rounding of a sum
     if math.isinf(x): return '∞' if x>0 else '-∞'
     if size>=1e5 or size<5e-4: return f'{x:.1e}'
     return f'{x:.{0 if size>=1000 else 1 if size>=10 else 2 if size>=1 else 3}f}'
