@@ -199,9 +199,44 @@ SL_API int sl_prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, 
     if (int fault = check_pass(M, C, ids, m, pos)) return fault;
     return M->packed ? calls()->prompt(M, C, ids, m, pos, logits) : SHAPES;
 }
+// Models through which tokens can go together: of one shape, and all inside packed.
+static bool same_shape(const SlModel *a, const SlModel *b) {
+    if (a == b) return true;
+    if (a->n_layers != b->n_layers || a->dim != b->dim || a->heads != b->heads || a->kv_heads != b->kv_heads) return false;
+    if (a->head_dim != b->head_dim || a->hidden != b->hidden || a->rms != b->rms || a->silu != b->silu) return false;
+    if (a->head->n != b->head->n || a->head->dense != b->head->dense) return false;
+    for (i64 i = 0; i < a->n_layers; i++) {
+        const SlLayer *x = a->layers + i, *y = b->layers + i;
+        if (!x->gate != !y->gate || !x->qkv[1] != !y->qkv[1] || x->before != y->before || x->window != y->window) return false;
+    }
+    return true;
+}
+// Tokens of n texts at once, each at its own precision, as `sl_prompt` runs those of one. No two texts share a cache. The
+// logits (wanted,vocabulary) are those after the last tokens, of the texts that want them.
+SL_API int sl_rows(const SlRow *rows, i64 n, float *logits, i64 logits_len) {
+    if (!calls()) return CANNOT;
+    if (!rows || !within(n, 1, 65536)) return RANGE;
+    i64 tokens = 0, wanted = 0;
+    for (i64 r = 0; r < n; r++) {
+        const SlRow *R = rows + r;
+        if (R->size != (i64)sizeof *R) return STRUCT;
+        if (!R->ids) return BUFFER;
+        if (int fault = check_pass(R->model, R->cache, R->ids, R->m, R->pos)) return fault;
+        if (!R->model->packed || !same_shape(rows->model, R->model)) return SHAPES;
+        for (i64 q = 0; q < r; q++) {
+            const SlCache *a = rows[q].cache, *b = R->cache;
+            if (a == b || (a->keys && a->keys == b->keys) || (a->kept && a->kept == b->kept)) return RANGE;
+        }
+        if ((tokens += R->m) > MOST) return RANGE;
+        wanted += R->wanted != 0;
+    }
+    if (wanted && (!logits || logits_len != times(wanted, rows->model->head->n))) return BUFFER;
+    return calls()->rows(rows, n, logits);
+}
 #else
 SL_API int sl_check_model(SlModel*, i64*) { return 1; }
 SL_API int sl_linear(const SlLinear*, const void*, i64, i64, i64, int, void*, i64) { return 1; }
 SL_API int sl_decode_step(const SlModel*, const SlCache*, i64, i64, float*) { return 1; }
 SL_API int sl_prompt(const SlModel*, const SlCache*, const i64*, i64, i64, float*) { return 1; }
+SL_API int sl_rows(const SlRow*, i64, float*, i64) { return 1; }
 #endif

@@ -13,5 +13,5 @@ namespace avx2 {
 }
 SL_TARGET_OFF
 extern const Calls calls_avx2;
-const Calls calls_avx2 = {avx2::linear_any, avx2::decode_step, avx2::prompt};
+const Calls calls_avx2 = {avx2::linear_any, avx2::decode_step, avx2::prompt, avx2::rows};
 #endif

@@ -15,5 +15,5 @@ namespace avx512 {
 }
 SL_TARGET_OFF
 extern const Calls calls_avx512;
-const Calls calls_avx512 = {avx512::linear_any, avx512::decode_step, avx512::prompt};
+const Calls calls_avx512 = {avx512::linear_any, avx512::decode_step, avx512::prompt, avx512::rows};
 #endif

@@ -13,5 +13,5 @@ namespace avx_vnni {
 }
 SL_TARGET_OFF
 extern const Calls calls_avx_vnni;
-const Calls calls_avx_vnni = {avx_vnni::linear_any, avx_vnni::decode_step, avx_vnni::prompt};
+const Calls calls_avx_vnni = {avx_vnni::linear_any, avx_vnni::decode_step, avx_vnni::prompt, avx_vnni::rows};
 #endif

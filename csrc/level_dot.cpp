@@ -13,5 +13,5 @@ namespace dot {
 }
 SL_TARGET_OFF
 extern const Calls calls_dot;
-const Calls calls_dot = {dot::linear_any, dot::decode_step, dot::prompt};
+const Calls calls_dot = {dot::linear_any, dot::decode_step, dot::prompt, dot::rows};
 #endif

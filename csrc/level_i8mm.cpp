@@ -13,5 +13,5 @@ namespace i8mm {
 }
 SL_TARGET_OFF
 extern const Calls calls_i8mm;
-const Calls calls_i8mm = {i8mm::linear_any, i8mm::decode_step, i8mm::prompt};
+const Calls calls_i8mm = {i8mm::linear_any, i8mm::decode_step, i8mm::prompt, i8mm::rows};
 #endif

@@ -473,15 +473,35 @@ static void join(const SlModel *M, const float *after, const SlLayer *next, int 
             normalize(row, next->norm[2*which], next->norm[2*which + 1], dim, M->rms, M->eps, norm + t*dim);
     }
 }
-static thread_local Arena prompt_arena;
+static thread_local Arena rows_arena;
 
-// Logits of one token, by all threads.
-static int finish_token(const SlModel *M, const float *x, float *norm, float *logits, int threads) {
-    normalize(x, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, norm);
-    const size_t bytes = input_bytes(M->head->kp), turned = bytes + 4*round64(M->head->r);
-    const size_t own = turned + round64(turned_room(M->head->kp));
-    char *p = arena.get(own*threads + 64);
-    if (!p) return NO_MEMORY;
+// ---- tokens of several texts, each at a precision of its own ----
+struct Piece { const SlLinear *d; i64 first, count; };   // tokens that go through a weight at one precision
+
+// Few tokens of several precisions: a block of the weight is read once for all of them.
+static int few_pieces(const Piece *P, i64 n, const float *x, float *y, i64 stride) {
+    struct Place { int8_t *xs; Row *rows; float *h; int32_t *sums; };
+    const SlLinear *d0 = P->d;
+    const i64 blocks = (d0->n + 15) >> 4;
+    int threads = max_threads();
+    if (threads > blocks) threads = (int)blocks;
+    size_t room = round64(turned_room(d0->kp)), need = round64(n*sizeof(Place)) + room*threads;
+    for (i64 i = 0; i < n; i++) {
+        const i64 digits = digits_of(P[i].d), far = P[i].d->group ? (digits + 1)*groups_of(P[i].d) : 0;
+        need += round64(P[i].count*digits*d0->kp) + round64(P[i].count*sizeof(Row)) + round64(4*P[i].count*P[i].d->r)
+              + round64(4*P[i].count*far);
+    }
+    char *mem = arena.get(need + 64);
+    if (!mem) return NO_MEMORY;
+    Place *at = (Place*)mem;
+    char *turn = mem + round64(n*sizeof(Place)), *p = turn + room*threads;
+    for (i64 i = 0; i < n; i++) {
+        const i64 digits = digits_of(P[i].d), far = P[i].d->group ? (digits + 1)*groups_of(P[i].d) : 0;
+        at[i].xs = (int8_t*)p; p += round64(P[i].count*digits*d0->kp);
+        at[i].rows = (Row*)p; p += round64(P[i].count*sizeof(Row));
+        at[i].h = (float*)p; p += round64(4*P[i].count*P[i].d->r);
+        at[i].sums = (int32_t*)p; p += round64(4*P[i].count*far);
+    }
     #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -489,75 +509,177 @@ static int finish_token(const SlModel *M, const float *x, float *norm, float *lo
 #else
         const int all = 1;
 #endif
-        Own o = {};
-        o.bytes = (int8_t*)p + own*thread_id(); o.h = (float*)(o.bytes + bytes); o.turned = (float*)(o.bytes + turned);
-        share(M->head, norm, logits, false, &o, thread_id(), all);
+        const int me = thread_id();
+        for (i64 i = 0; i < n; i++) {
+            const SlLinear *d = P[i].d;
+            const i64 digits = digits_of(d), far = d->group ? (digits + 1)*groups_of(d) : 0;
+            #pragma omp for schedule(static) nowait
+            for (i64 t = 0; t < P[i].count; t++) {
+                const float *in = x + (P[i].first + t)*d->k;
+                int8_t *bytes = at[i].xs + t*digits*d->kp;
+                quantize_row(d, turned(d, in, 0, (float*)(turn + room*me)), 0, bytes, 64, d->kp, at[i].rows + t);
+                if (d->group) group_sums(d, bytes, (int)digits, at[i].sums + t*far);
+                adapter_row(d, in, 0, at[i].h + t*d->r);
+            }
+        }
+        #pragma omp barrier
+        const i64 b1 = blocks*(me + 1)/all;
+        for (i64 b = blocks*me/all; b < b1; b += SL_BLOCKS) for (i64 i = 0; i < n; i++) {
+            const SlLinear *d = P[i].d;
+            const i64 end = b + SL_BLOCKS < b1 ? b + SL_BLOCKS : b1;
+            char *to = (char*)(y + P[i].first*stride);
+            if (d->group) groups_range(d, at[i].xs, at[i].sums, at[i].rows, at[i].h, P[i].count, b, end, to, stride, 0);
+            else gemv_range(d, at[i].xs, at[i].rows, at[i].h, P[i].count, b, end, to, stride, 0);
+        }
     }
     return FINE;
 }
+// y = the weight times x (tokens,k), whatever the precisions; where a precision has many tokens they go by themselves.
+// `few` is room for n pieces.
+static int pieces_linear(const Piece *P, i64 n, const float *x, float *y, i64 stride, Piece *few) {
+    i64 some = 0;
+    for (i64 i = 0; i < n; i++) {
+        const SlLinear *d = P[i].d;
+        if (n > 1 && P[i].count*digits_of(d) < 2*SL_MANY) { few[some++] = P[i]; continue; }
+        if (int fault = tokens_linear(d, x + P[i].first*d->k, P[i].count, y + P[i].first*stride, stride)) return fault;
+    }
+    return some ? few_pieces(few, some, x, y, stride) : FINE;
+}
+// The same with a float weight: a block is read once for all tokens.
+static int dense_rows(const SlLinear *d, const float *x, i64 m, float *y, int threads) {
+    float *h = (float*)arena.get(4*m*d->r + 64);
+    if (!h) return NO_MEMORY;
+    for (i64 t = 0; t < m; t++) adapter_row(d, x + t*d->k, 0, h + t*d->r);
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 nb = 0; nb < (d->n + 15) >> 4; nb++)
+        for (i64 t = 0; t < m; t++) put_block(d, dense_block(d, x + t*d->k, nb), h + t*d->r, nb, y + t*d->n, false);
+    return FINE;
+}
 
-static int prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
-    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim;
-    const i64 hidden = M->hidden, keys = ((pos + m + 15) & ~(i64)15) + 16 + (C->kept ? GROUP : 0);
+struct Pass {                   // what is on its way
+    const SlRow *R; i64 n;
+    i64 *first;                 // (n+1) of each text's tokens
+    Piece *pieces, *few;        // (n)
+    float *x, *norm, *y, *qkv, *att, *up, *gate;
+};
+// All tokens through the weights that `of` finds.
+template<class Of> static int through(const Pass &p, Of of, const float *in, float *out, i64 stride) {
+    i64 n = 0;
+    for (i64 r = 0; r < p.n; r++) {
+        if (r && p.R[r].model == p.R[r - 1].model) p.pieces[n - 1].count += p.R[r].m;
+        else p.pieces[n++] = {of(p.R[r].model), p.first[r], p.R[r].m};
+    }
+    return pieces_linear(p.pieces, n, in, out, stride, p.few);
+}
+// Logits of the last tokens that are wanted, one after the other.
+static int finish_rows(const Pass &p, float *logits, int threads) {
+    i64 n = 0, rows = 0;
+    for (i64 r = 0; r < p.n; r++) {
+        const SlModel *M = p.R[r].model;
+        if (!p.R[r].wanted) continue;
+        normalize(p.x + (p.first[r + 1] - 1)*M->dim, M->norm_w, M->norm_b, M->dim, M->rms, M->eps, p.norm + rows*M->dim);
+        if (n && p.pieces[n - 1].d == M->head) p.pieces[n - 1].count++;
+        else p.pieces[n++] = {M->head, rows, 1};
+        rows++;
+    }
+    const SlLinear *d = n ? p.pieces->d : nullptr;
+    if (!n) return FINE;
+    return d->dense ? dense_rows(d, p.norm, rows, logits, threads) : pieces_linear(p.pieces, n, p.norm, logits, d->n, p.few);
+}
+// Attention of the query heads that share the keys and values of head g of one text.
+static void attend_head(const SlRow *r, i64 layer, i64 g, const float *qkv, i64 wide, const float *held, i64 keys, float *kt, float *att) {
+    const SlModel *M = r->model;
+    const SlCache *C = r->cache;
+    const SlLayer *L = M->layers + layer;
+    const i64 hd = M->head_dim, H = M->heads, each = H/M->kv_heads, pos = r->pos, m = r->m;
+    float *p = kt + hd*keys;
+    if (C->kept) {
+        prompt_kept(M, C, layer, pos, m, g, qkv, wide, held, keys, kt, p, kt + round64(hd*keys + 8*keys + hd + 64), att);
+        return;
+    }
+    const float *K = C->keys + (layer*M->kv_heads + g)*C->capacity*hd, *V = C->values + (layer*M->kv_heads + g)*C->capacity*hd;
+    const float scale = (float)M->attention_scale;
+    if (m == 1) {
+        for (i64 i = g*each; i < (g + 1)*each; i++)
+            attend(qkv + i*hd, K, V, K + pos*hd, V + pos*hd, first_seen(L, pos), pos, hd, scale, p, att + i*hd);
+        return;
+    }
+    for (i64 k = first_seen(L, pos) & ~(i64)15; k < keys; k++)
+        for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
+    for (i64 i = g*each; i < (g + 1)*each; i++) for (i64 t = 0; t < m; t += 8)
+        attend_some(qkv + t*wide + i*hd, wide, kt, V, pos + t, (int)(m - t < 8 ? m - t : 8), hd, keys, L->window, scale, p,
+                    att + t*H*hd + i*hd, H*hd);
+}
+static i64 keys_of(const SlRow *r) { return ((r->pos + r->m + 15) & ~(i64)15) + 16 + (r->cache->kept ? GROUP : 0); }
+
+// Tokens of n texts. Models of one shape; those at one precision lie together.
+static int rows(const SlRow *R, i64 n, float *logits) {
+    const SlModel *M = R->model;
+    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim, hidden = M->hidden;
     const int threads = max_threads();
-    const size_t own = round64(hd*keys + 8*keys + hd + 64) + (C->kept ? round64(hd*keys) : 0);
-    const size_t held_size = C->kept ? round64(G*GROUP*hd) : 0;
-    const size_t common = round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden) + held_size;
-    char *mem = prompt_arena.get(4*(common + own*threads) + 64);
+    i64 m = 0, keys = 0;
+    bool kept = false;
+    for (i64 r = 0; r < n; r++) {
+        m += R[r].m; kept = kept || R[r].cache->kept;
+        if (keys_of(R + r) > keys) keys = keys_of(R + r);
+    }
+    const size_t own = round64(hd*keys + 8*keys + hd + 64) + (kept ? round64(hd*keys) : 0);
+    const size_t held_size = kept ? round64(G*GROUP*hd) : 0, lists = round64(8*(n + 1)) + 2*round64(n*sizeof(Piece));
+    const size_t numbers = round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden) + held_size*n + own*threads;
+    char *mem = rows_arena.get(lists + 4*numbers + 64);
     if (!mem) return NO_MEMORY;
-    float *x = (float*)mem, *norm = x + m*dim, *y = norm + m*dim, *qkv = x + round64(3*m*dim);
-    float *att = qkv + round64(m*wide), *up = att + round64(m*H*hd), *gate = up + m*hidden;
-    float *held = up + round64(2*m*hidden), *scratch = held + held_size;
-    for (i64 t = 0; t < m; t++) embed(M, ids[t], pos + t, x + t*dim);
+    Pass p = {};
+    p.R = R; p.n = n;
+    p.first = (i64*)mem; p.pieces = (Piece*)(mem + round64(8*(n + 1)));
+    p.few = (Piece*)((char*)p.pieces + round64(n*sizeof(Piece)));
+    p.x = (float*)(mem + lists); p.norm = p.x + m*dim; p.y = p.norm + m*dim; p.qkv = p.x + round64(3*m*dim);
+    p.att = p.qkv + round64(m*wide); p.up = p.att + round64(m*H*hd); p.gate = p.up + m*hidden;
+    float *held = p.up + round64(2*m*hidden), *scratch = held + held_size*n;
+    p.first[0] = 0;
+    for (i64 r = 0; r < n; r++) {
+        p.first[r + 1] = p.first[r] + R[r].m;
+        for (i64 t = 0; t < R[r].m; t++) embed(R[r].model, R[r].ids[t], R[r].pos + t, p.x + (p.first[r] + t)*dim);
+    }
     for (i64 l = 0; l < M->n_layers; l++) {
-        const SlLayer *L = M->layers + l;
-        const float *in = L->before ? norm : x;
+        const SlLayer *L = M->layers + l;   // norms and shape are those of all precisions
+        const float *in = L->before ? p.norm : p.x;
+        int fault = FINE;
         if (L->before) {
             #pragma omp parallel for schedule(static) num_threads(threads)
             for (i64 t = 0; t < m; t++)
-                normalize(x + t*dim, L->norm[0], L->norm[1], dim, M->rms, M->eps, norm + t*dim);
+                normalize(p.x + t*dim, L->norm[0], L->norm[1], dim, M->rms, M->eps, p.norm + t*dim);
         }
         for (i64 j = 0, at = 0; j < 3 && L->qkv[j]; at += L->qkv[j++]->n)
-            tokens_linear(L->qkv[j], in, m, qkv + at, wide);
-        if (C->kept) {
-            keep_tokens(M, C, l, pos, m, qkv, wide, scratch, held);
-            #pragma omp parallel for schedule(static) num_threads(threads)
-            for (i64 g = 0; g < G; g++) {
-                float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
-                prompt_kept(M, C, l, pos, m, g, qkv, wide, held, keys, kt, p, kt + round64(hd*keys + 8*keys + hd + 64), att);
+            if ((fault = through(p, [&](const SlModel *of) { return of->layers[l].qkv[j]; }, in, p.qkv + at, wide))) return fault;
+        #pragma omp parallel num_threads(threads)
+        {
+            float *kt = scratch + own*thread_id();
+            #pragma omp for schedule(dynamic)
+            for (i64 r = 0; r < n; r++) {
+                float *qkv = p.qkv + p.first[r]*wide;
+                if (R[r].cache->kept) keep_tokens(R[r].model, R[r].cache, l, R[r].pos, R[r].m, qkv, wide, kt, held + r*held_size);
+                else cache_tokens(R[r].model, R[r].cache, l, R[r].pos, R[r].m, qkv, wide, kt);
             }
-        } else {
-            cache_tokens(M, C, l, pos, m, qkv, wide, scratch);
-            #pragma omp parallel num_threads(threads)
-            {
-                float *kt = scratch + own*thread_id(), *p = kt + hd*keys;
-                i64 have = -1;
-                #pragma omp for schedule(static)
-                for (i64 h = 0; h < H; h++) {
-                    const i64 g = h/(H/G);
-                    const float *K = C->keys + (l*G + g)*C->capacity*hd, *V = C->values + (l*G + g)*C->capacity*hd;
-                    if (have != g) {
-                        for (i64 k = first_seen(L, pos) & ~(i64)15; k < keys; k++)
-                            for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
-                        have = g;
-                    }
-                    for (i64 t = 0; t < m; t += 8) {
-                        const int some = (int)(m - t < 8 ? m - t : 8);
-                        attend_some(qkv + t*wide + h*hd, wide, kt, V, pos + t, some, hd, keys, L->window,
-                                    (float)M->attention_scale, p, att + t*H*hd + h*hd, H*hd);
-                    }
-                }
+            #pragma omp for schedule(dynamic)
+            for (i64 q = 0; q < n*G; q++) {
+                const i64 r = q/G;
+                attend_head(R + r, l, q % G, p.qkv + p.first[r]*wide, wide, held + r*held_size, keys_of(R + r), kt,
+                            p.att + p.first[r]*H*hd);
             }
         }
-        tokens_linear(L->out, att, m, y, dim);
-        join(M, L->after[0], L, 1, m, x, y, norm, threads);
-        if (L->gate) tokens_linear(L->gate, in, m, gate, hidden);
-        tokens_linear(L->up, in, m, up, hidden);
+        if ((fault = through(p, [&](const SlModel *of) { return of->layers[l].out; }, p.att, p.y, dim))) return fault;
+        join(M, L->after[0], L, 1, m, p.x, p.y, p.norm, threads);
+        if (L->gate && (fault = through(p, [&](const SlModel *of) { return of->layers[l].gate; }, in, p.gate, hidden))) return fault;
+        if ((fault = through(p, [&](const SlModel *of) { return of->layers[l].up; }, in, p.up, hidden))) return fault;
         #pragma omp parallel for schedule(static) num_threads(threads)
         for (i64 t = 0; t < m; t++)
-            activate(up + t*hidden, L->gate ? gate + t*hidden : nullptr, 0, hidden, M->silu);
-        tokens_linear(L->down, up, m, y, dim);
-        join(M, L->after[1], nullptr, 0, m, x, y, norm, threads);
+            activate(p.up + t*hidden, L->gate ? p.gate + t*hidden : nullptr, 0, hidden, M->silu);
+        if ((fault = through(p, [&](const SlModel *of) { return of->layers[l].down; }, p.up, p.y, dim))) return fault;
+        join(M, L->after[1], nullptr, 0, m, p.x, p.y, p.norm, threads);
     }
-    return logits ? finish_token(M, x + (m - 1)*dim, norm, logits, threads) : FINE;
+    return finish_rows(p, logits, threads);
+}
+static int prompt(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits) {
+    const SlRow r = {sizeof r, M, C, ids, m, pos, logits != nullptr};
+    return rows(&r, 1, logits);
 }

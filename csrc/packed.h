@@ -96,6 +96,15 @@ struct SlCache {                // mirrored by parts._Cache: one sequence
     i64 capacity, places;       // tokens that fit; positions in a table of angles
 };
 
+struct SlRow {                  // mirrored by parts._Row: tokens of one text at one precision
+    i64 size;
+    const SlModel *model;
+    const SlCache *cache;
+    const i64 *ids;             // (m)
+    i64 m, pos;
+    i64 wanted;                 // whether logits are to follow the last of them
+};
+
 // What the calls return; mirrored by kernels.FAULTS.
 enum { FINE, CANNOT, NO_MEMORY, POSITION, TOKEN, STRUCT, RANGE, BUFFER, SHAPES, UNCHECKED };
 
@@ -114,6 +123,7 @@ struct Calls {
     int (*linear)(const SlLinear *d, const void *x, i64 m, i64 xstride, int type, void *y, i64 ystride);
     int (*decode)(const SlModel *M, const SlCache *C, i64 id, i64 pos, float *logits);
     int (*prompt)(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos, float *logits);
+    int (*rows)(const SlRow *R, i64 n, float *logits);
 };
 const Calls *calls();           // of `isa_level()`; null where it has none
 

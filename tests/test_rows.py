@@ -1,5 +1,5 @@
 "One row, one answer: the same bits whether tokens come one by one, as a prompt or in chunks, and with one thread or several."
-import random
+import ctypes, random
 import pytest, torch
 import test_cache_bits as bits, test_lean_families as families
 from switchable_llm.core.calibration import calibrate_
@@ -8,8 +8,10 @@ from switchable_llm.core.switching import make_switchable_, use_profile
 from switchable_llm.lora_routing import add_adapters_
 from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.serving.exports import freeze
-from switchable_llm.serving.lean import LiveStep
+from switchable_llm.serving import lean
+from switchable_llm.serving.lean import LiveStep, together
 from switchable_llm.serving.packed import load_packed
+from switchable_llm.serving.parts import Row, native_calls
 
 pytestmark = families.native
 PROFILES = [Profile('w8', Bits(8)), Profile('w4', Bits(4)), 'w8a8', 'w6a6', 'w4a8', 'w4a8_k8v4', 'w8a8_k4v2']
@@ -57,3 +59,67 @@ def test_chunks_do_not_matter(case, act, tmp_path, threads):
 def test_groups_and_rotation(tmp_path, threads):
     cfg = QuantConfig(act='per_token', weight='per_group', group_size=16, rotate=True)
     with torch.no_grad(): check(packed(bits.toy('llama'), tmp_path/'m.safetensors', cfg), 0, threads)
+
+def batches(model, seed, threads, texts=5, passes=14):
+    "Texts that come and go, each at its own profile and with as many tokens as it likes; answers compared, tokens."
+    rng,n,tokens = random.Random(seed),0,0
+    names = [p for p in model.switch.profiles if p!='float']
+    def begin():
+        with use_profile(model, rng.choice(names)): return LiveStep(model).now(),LiveStep(model).now()
+    live = [begin() for _ in range(texts)]
+    for _ in range(passes):
+        if rng.random()<.3: live[rng.randrange(len(live))] = begin()
+        now = [s for s in rng.sample(live, rng.randrange(1, texts+1)) if s[0].cache.length<100]
+        parts = [[rng.randrange(3, 97) for _ in range(rng.choice((1, 1, 1, 4, 9, 20)))] for _ in now]
+        wanted = [rng.random()<.8 for _ in now]
+        threads(rng.choice((1, 2, 3)))
+        got = together(zip([a for a,_ in now], parts), wanted)
+        threads(rng.choice((1, 2, 3)))
+        alone = [b.prompt(p).clone() for (_,b),p in zip(now, parts)]
+        assert len(got)==sum(wanted)
+        for x,y in zip(got, [a for a,w in zip(alone, wanted) if w]): assert torch.equal(x, y)
+        n += len(now); tokens += sum(map(len, parts))
+    return n, tokens
+
+@pytest.mark.parametrize('act', ['per_token','per_tensor'])
+@pytest.mark.parametrize('case', bits.CASES)
+def test_company_does_not_matter(case, act, tmp_path, threads):
+    model = packed(bits.toy(case), tmp_path/'m.safetensors', QuantConfig(act=act))
+    with torch.no_grad():
+        for seed in range(3): assert batches(model, seed, threads)[0]>10
+
+def test_company_in_groups(tmp_path, threads):
+    cfg = QuantConfig(act='per_token', weight='per_group', group_size=16, rotate=True)
+    with torch.no_grad(): batches(packed(bits.toy('llama'), tmp_path/'m.safetensors', cfg), 0, threads)
+
+def test_what_cannot_go_together(tmp_path):
+    model = packed(bits.toy('gpt2'), tmp_path/'m.safetensors', QuantConfig(act='per_token'))
+    with torch.no_grad():
+        a,b = LiveStep(model).now(),LiveStep(model).now()
+        assert together([]).numel()==0
+        with pytest.raises(ValueError, match='two rows have one cache'): together([(a, [3]), (a, [4])])
+        with pytest.raises(ValueError, match='empty'): together([(a, [3]), (b, [])])
+        with pytest.raises(ValueError, match='wanted has 1 entries for 2 rows'): together([(a, [3]), (b, [4])], [True])
+        other = LiveStep(packed(bits.toy('gpt2'), tmp_path/'n.safetensors', QuantConfig(act='per_token'))).now()
+        with pytest.raises(ValueError, match='not of one model'): together([(a, [3]), (other, [4])])
+        a.cache.lock.acquire()
+        with pytest.raises(RuntimeError, match='another thread'): together([(b, [3]), (a, [4])])
+        assert not b.cache.lock.locked() and b.cache.length==0
+
+def test_the_border_refuses_what_does_not_fit(tmp_path):
+    model = packed(bits.toy('gpt2'), tmp_path/'m.safetensors', QuantConfig(act='per_token'))
+    calls,ids = native_calls(),(ctypes.c_int64*3)(3, 4, 5)
+    with torch.no_grad():
+        steps = [LiveStep(model).now() for _ in range(2)]
+        for s in steps: s.cache.reserve(8)
+        def call(n=2, length=None, **changed):
+            rows = (Row*2)(*(lean._row(s, [3, 4, 5], ids, True) for s in steps))
+            for k,v in changed.items(): setattr(rows[1], k, v)
+            logits = torch.empty(2, steps[0].table.outputs)
+            return calls.rows(rows, n, logits.data_ptr(), logits.numel() if length is None else length)
+        assert call()==0
+        assert call(n=0) and call(n=70_000) and call(size=8) and call(m=0) and call(pos=-1) and call(pos=10**6)
+        assert call(length=5) and call(length=0) and call(cache=ctypes.addressof(steps[0].cache.native))   # two texts on one
+        steps[1].table.model.checked,before = 0,steps[1].table.model.checked
+        assert call(); steps[1].table.model.checked = before
+        assert call()==0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIKE_LLAMA', 'PARTS', 'NotLean', 'Angles', 'Half', 'Block', 'Parts', 'LikeLlama', 'parts_of', 'Dense', 'live_plan',
-           'Table', 'native_calls']
+           'Table', 'Row', 'native_calls']
 
 # %% ../../nbs/serving/parts.ipynb #a552827b
 import ctypes, threading, torch
@@ -358,16 +358,21 @@ def _entry(q):   # a layer, for the kernels
     return linear_entry(dict(dense=q.weight, bias=q.bias), n, k, bits=8, dense_type=FLOAT_TYPES[q.weight.dtype],
                         dense_columns=not q.weight.is_contiguous())
 
+class Row(ctypes.Structure):   # SlRow
+    "Tokens of one text at one precision."
+    _fields_ = integers('size') + pointers('model cache ids') + integers('m pos wanted')
+
 class _Calls(NamedTuple):
     check:Callable   # table, where the first fault is
     token:Callable   # table, cache, token, position, logits or None
     prompt:Callable  # table, cache, tokens, their number, position of the first, logits or None
+    rows:Callable    # `Row`s, their number, logits, how many numbers these hold
 
 @lru_cache
 def native_calls()->_Calls|None: # `None` where the kernels do not run
     "The native calls that a step makes."
     if 'decode' not in native_features(): return None
     lib,p,i = library(),ctypes.c_void_p,ctypes.c_int64
-    calls = _Calls(lib.sl_check_model, lib.sl_decode_step, lib.sl_prompt)
-    for f,types in zip(calls, ([p, p], [p, p, i, i, p], [p, p, p, i, i, p])): f.argtypes = types
+    calls = _Calls(lib.sl_check_model, lib.sl_decode_step, lib.sl_prompt, lib.sl_rows)
+    for f,types in zip(calls, ([p, p], [p, p, i, i, p], [p, p, p, i, i, p], [p, i, p, i])): f.argtypes = types
     return calls
