@@ -99,20 +99,27 @@ def together(
             s.cache.adopt(s.bits); s.cache.check_cut(); s.cache.reserve(s.cache.length+len(ids))
         return _run_together(rows, wanted)
 
-def _run_together(rows, wanted):
+def _run_together(rows, wanted):   # so many tokens at a time that memory stays small
     if not rows: return torch.empty(0, 0)
-    calls,outputs = native_calls(),rows[0][0].table.outputs
+    some,done,out = max(1, Step.AT_ONCE//len(rows)),0,{}
+    while left := [i for i,(_,ids) in enumerate(rows) if len(ids)>done]:
+        now = [(rows[i][0], rows[i][1][done:done+some]) for i in left]
+        asked = [wanted[i] and len(rows[i][1])<=done+some for i in left]
+        out.update(zip([i for i,a in zip(left, asked) if a], _one_pass(now, asked)))
+        done += some
+    return torch.stack([out[i] for i in sorted(out)]) if out else torch.empty(0, rows[0][0].table.outputs)
+
+def _one_pass(rows, wanted):   # logits of those that are wanted
+    calls = native_calls()
     if calls is None or not all(s.table.packed for s,_ in rows):
-        out = [_alone(s, ids) for s,ids in rows]
-        return torch.stack([x for x,w in zip(out, wanted) if w]) if any(wanted) else torch.empty(0, outputs)
+        return [x for x,w in zip([_alone(s, ids) for s,ids in rows], wanted) if w]
     order = sorted(range(len(rows)), key=lambda i: id(rows[i][0].table))   # those at one precision lie together
     held = [(ctypes.c_int64*len(rows[i][1]))(*rows[i][1]) for i in order]
     table = (Row*len(rows))(*(_row(*rows[i], at, wanted[i]) for i,at in zip(order, held)))
-    logits = torch.empty(sum(wanted), outputs)
+    logits = torch.empty(sum(wanted), rows[0][0].table.outputs)
     check_fault(calls.rows(table, len(rows), logits.data_ptr(), logits.numel()), f'{len(rows)} texts')
     for s,ids in rows: s.cache.length = s.cache.most = s.cache.length+len(ids)
-    back = torch.tensor([i for i in order if wanted[i]]).argsort()
-    return logits[back]
+    return logits[torch.tensor([i for i in order if wanted[i]]).argsort()]
 
 def _row(step, ids, held, wanted):
     return Row(ctypes.sizeof(Row), ctypes.addressof(step.table.model), ctypes.addressof(step.cache.native), ctypes.addressof(held),
