@@ -82,7 +82,7 @@ def test_the_installed_command(child_env, tmp_path):
     assert (p.returncode, p.stderr)==(0, '')
     table = dict(re.split(r'\s{2,}', l, maxsplit=1) for l in p.stdout.splitlines())
     assert table['setting'].split()==['tiny','smollm2','gpt2']
-    assert table['dtype'].split()==['float32','bfloat16','float32']
+    assert table['act'].split()==['per_tensor','per_token','per_tensor']
 
 @pytest.mark.skipif(os.name!='posix', reason='needs a shell')
 def test_a_closed_pipe_is_no_traceback(child_env):
