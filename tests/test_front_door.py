@@ -1,6 +1,6 @@
 "The front door: six lines that run as written, few names, and nothing imported before it is used."
 import json, subprocess, sys, warnings
-import pytest
+import pytest, torch
 import switchable_llm as sl
 from switchable_llm.apps.front_door import GROUPED
 from switchable_llm.core.profiles import Rule
@@ -161,3 +161,12 @@ def test_one_question_is_no_list_of_questions():
     for work in (sl.answer, sl.evaluate):
         with pytest.raises(ValueError, match=r'is one dict.*\[question\]'): work(model, tokenizer, question)
     with pytest.raises(ValueError, match=r'is one dict.*\[question\]'): sl.train(*switchable(['bw8']), question)
+
+def test_adapters_begin_with_the_same_numbers():
+    def numbers(seed):
+        torch.manual_seed(torch.seed() % 1000)
+        before,(model,_) = torch.get_rng_state(),sl.load('tiny')
+        sl.make_switchable(model, ['bw8'], seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)   # the caller's own draws go on as they would
+        return torch.cat([p.detach().flatten() for l in model.switch.layers for p in l.adapters.parameters()])
+    assert torch.equal(numbers(0), numbers(0)) and not torch.equal(numbers(0), numbers(1))

@@ -62,6 +62,7 @@ def make_switchable(
     route:str='bits',        # Which adapter a layer uses: that of its 'bits', of the 'profile', one that is 'shared', or 'shared+bits'
     sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names, for a family that FAMILIES lacks
     experts:str='quantized', # What a mixture's experts are: 'quantized', or 'float' as they are
+    seed:int=0,              # Of the numbers that adapters begin with
 )->list[str]: # Names of the layers that became switchable
     "Give every layer switchable bits, and adapters that are found by them; the base is frozen."
     if fault := lora_fault(r, alpha, 0.): raise ValueError(fault)   # before the model is touched
@@ -69,7 +70,9 @@ def make_switchable(
     profiles = [as_profile(p) for p in profiles]
     if cfg.codes=='nested' and (fault := too_wide(profiles)): raise ValueError(f"{fault}; QuantConfig(codes='independent') has more")
     names = make_switchable_(model, profiles, cfg, sites, experts=experts)
-    add_adapters_(model, route=route, r=r, alpha=alpha)
+    with torch.random.fork_rng([model.device] if model.device.type=='cuda' else []):   # the caller's own draws go on as they would
+        torch.manual_seed(seed)
+        add_adapters_(model, route=route, r=r, alpha=alpha)
     return names
 
 def too_wide(
