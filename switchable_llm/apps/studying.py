@@ -213,7 +213,7 @@ def _experiment_options(parser):
                         help='training questions that `allocation` chooses by; twice as many others decide (default: 128)')
     scores.add_argument('--f1', action='store_true', help='`allocation` generates answers at the front too')
     work,output = parser.group('what to work on'),parser.group('output')
-    work.add_argument('--checkpoint', help='trained model of `allocation` (default: that of `run` below --out, or one trained now)')
+    work.add_argument('--checkpoint', help='trained model of `allocation` (default: the arm `shared`, trained now)')
     output.add_argument('--out', default='runs', help='folder of records and work in progress (default: runs)')
 
 COMMANDS = dict(run=(_run_options, _run), experiment=(_experiment_options, _experiment))   # as in `apps.commands`

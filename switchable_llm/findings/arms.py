@@ -176,11 +176,11 @@ def plot_routes(
 def cost_table(
     records:Iterable[dict], # Of `run_arms`, of one preset
 )->str: # In Markdown
-    "What each profile takes, and what it takes of float; the untrained model has both."
+    "What each profile takes, and what it takes of float."
     runs = by_arm(records)
-    if 'untrained' not in runs: return '*No record yet.*'
-    costs = {p:s['cost'] for p,s in runs['untrained'][0]['scores'].items()}
-    own,base = runs[DEFAULT][0]['parameters'] if DEFAULT in runs else 0,costs['float']
+    if not {'float', DEFAULT}<=runs.keys(): return '*No record yet.*'
+    own,base = runs[DEFAULT][0]['parameters'],runs['float'][0]['scores']['float']['cost']
+    costs = dict(float=base) | {p:s['cost'] for p,s in runs[DEFAULT][0]['scores'].items()}
     giga = 1e9 if base['bops']>=1e9 else 1e6
     def row(p, c):
         share = [f'{100*c[k]/base[k]:.0f} %' for k in ('bytes','bops')]

@@ -22,7 +22,6 @@ from transformers.models.auto.modeling_auto import (
 from ..attention.attending import row_starts
 from .kept import Cache
 from .parts import NotLean, native_calls, parts_of
-from ..core.switching import use_profile
 from .lean import LiveStep, Step, live_of, together
 from ..system.native import native_report
 
@@ -247,17 +246,14 @@ def _rows_hindrance(cache, ids, kw):
         place = torch.arange(past, past+n)-torch.tensor(starts)[:, None]
         if at.shape[1]!=n or not (at.cpu().eq(place) | (place<0)).all(): return 'position_ids are not those of the tokens'
 
-def _live_at(model, name):
-    with use_profile(model, name): return model.switch.live
-
 def _rows_forward(model, cache, ids, mask, record):   # the logits of all rows, as transformers gives them; or why not
-    b,own = len(ids),record.profiles if record else ()
-    lives = [_live_at(model, own[i*len(own)//b]) for i in range(b)] if own else [model.switch.live]*b   # beams of a row lie together
-    try: tables = [live_of(model).tables.at(l.settings) for l in lives]
+    b,switch,own = len(ids),model.switch,record.profiles if record else ()
+    found = [switch.find(own[i*len(own)//b]) for i in range(b)] if own else [dict(settings=switch.live.settings, cache=switch.live.cache)]*b
+    try: tables = [live_of(model).tables.at(f['settings']) for f in found]   # beams of a row lie together
     except NotLean as e: return str(e)
     if not cache.rows: cache.begin(_starts(ids, mask))
     parts = [ids[i, max(0, s-cache.length):].tolist() for i,s in enumerate(cache.starts)]
-    logits = together([(Step(t, r, l.cache), p) for t,r,l,p in zip(tables, cache.rows, lives, parts)])
+    logits = together([(Step(t, r, f['cache']), p) for t,r,f,p in zip(tables, cache.rows, found, parts)])
     cache.length += ids.shape[1]
     if record: record.native += sum(map(len, parts))
     return CausalLMOutputWithPast(logits=logits.to(model.dtype)[:, None], **{_GIVES: cache})
@@ -277,7 +273,7 @@ def _profiles_of_rows(model, profiles, args, kw):
     if isinstance(profiles, str): raise ValueError(f"profiles={profiles!r}: give a name for each row, as [{profiles!r}]")
     ids = args[0] if args else kw.get('input_ids', kw.get('inputs'))
     if torch.is_tensor(ids) and len(ids)!=len(profiles): raise ValueError(f"profiles has {len(profiles)} names for {len(ids)} rows")
-    for p in profiles: _live_at(model, p)
+    for p in profiles: model.switch.find(p)   # an error lists the names
     return tuple(profiles)
 
 def _lean_forward(model, step, cache, ids):   # the step's logits, as transformers gives them

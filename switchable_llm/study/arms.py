@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETUPS', 'ROUTES', 'SECTIONS', 'CYCLES', 'TESTED', 'Arm', 'uniform', 'step_cost', 'arm_policy', 'arm_steps',
            'plot_schedules', 'PrecisionRange', 'precision_range_test', 'run_range_test', 'range_of', 'start',
-           'train_arm', 'run_arms', 'arm_ranks']
+           'train_shared', 'run_arms', 'arm_ranks']
 
 # %% ../../nbs/study/arms.ipynb #466a5c41
 import copy
@@ -322,16 +322,14 @@ def _with_codes(preset, model, tokenizer, out):
     return fresh.to(study_device())
 
 # %% ../../nbs/study/arms.ipynb #4ffc0ef1
-def train_arm(
+def train_shared(
     preset:Preset,         # Model, questions, quantizer, steps
     out:str|Path='runs',   # Chosen codes are kept below it
     checkpoint:str|Path|None=None, # Folder of the loop's checkpoints
     progress:bool=True,    # Show bars
-    name:str='shared',     # Of `ROUTES`
-)->nn.Module: # Calibrated, with adapters
-    "The model of an arm."
-    model,tokenizer,data,_ = start(preset, out)
-    arm = chosen(ROUTES, name, 'arm')
+)->nn.Module: # Calibrated, with one adapter for all widths
+    "The model of the arm `shared`."
+    arm,(model,tokenizer,data,_) = ROUTES['shared'],start(preset, out)
     fit(preset, model, tokenizer, data, lambda model, _, seed: arm_policy(model, arm, preset, CycleConfig()), checkpoint=checkpoint,
         progress=progress, adapters=arm_ranks(arm, preset))
     return model

@@ -16,7 +16,7 @@ from torch import nn
 from ..core.switching import switch_of, use_profile
 from ..models.checkpoints import base_hash, load_switchable, read_switchable, save_switchable
 from ..data.encoding import Encoded, encode
-from .arms import train_arm
+from .arms import train_shared
 from .records import Preset, save_record
 from ..models.loading import load_model
 from ..data.squad_scores import em_f1
@@ -163,7 +163,7 @@ def run_allocation(
     n_confirm,preset = n_confirm or 2*n_search,replace(preset, ranges='calibrated')   # as arms have them
     work = Path(out)/'progress'/preset.name/f'allocation-{name}-s{preset.seed}'
     folder = Path(checkpoint) if checkpoint else work/'model'
-    if not folder.exists(): save_switchable(train_arm(preset, out, work/'training', progress), folder, base=preset.model)
+    if not folder.exists(): save_switchable(train_shared(preset, out, work/'training', progress), folder, base=preset.model)
     model,tokenizer = trained_model(preset, folder)
     w,a = bit_options(model)
     w,a = sorted(w if w_bits is None else w_bits),sorted(a if a_bits is None else a_bits)
