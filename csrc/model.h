@@ -476,64 +476,6 @@ static void join(const SlModel *M, const float *after, const SlLayer *next, int 
 static thread_local Arena rows_arena;
 
 // ---- tokens of several texts, each at a precision of its own ----
-struct Piece { const SlLinear *d; i64 first, count; };   // tokens that go through a weight at one precision
-
-// Few tokens of several precisions: a block of the weight is read once for all of them.
-static int few_pieces(const Piece *P, i64 n, const float *x, float *y, i64 stride) {
-    struct Place { int8_t *xs; Row *rows; float *h; int32_t *sums; };
-    const SlLinear *d0 = P->d;
-    const i64 blocks = (d0->n + 15) >> 4;
-    int threads = max_threads();
-    if (threads > blocks) threads = (int)blocks;
-    size_t room = round64(turned_room(d0->kp)), need = round64(n*sizeof(Place)) + room*threads;
-    for (i64 i = 0; i < n; i++) {
-        const i64 digits = digits_of(P[i].d), far = P[i].d->group ? (digits + 1)*groups_of(P[i].d) : 0;
-        need += round64(P[i].count*digits*d0->kp) + round64(P[i].count*sizeof(Row)) + round64(4*P[i].count*P[i].d->r)
-              + round64(4*P[i].count*far);
-    }
-    char *mem = arena.get(need + 64);
-    if (!mem) return NO_MEMORY;
-    Place *at = (Place*)mem;
-    char *turn = mem + round64(n*sizeof(Place)), *p = turn + room*threads;
-    for (i64 i = 0; i < n; i++) {
-        const i64 digits = digits_of(P[i].d), far = P[i].d->group ? (digits + 1)*groups_of(P[i].d) : 0;
-        at[i].xs = (int8_t*)p; p += round64(P[i].count*digits*d0->kp);
-        at[i].rows = (Row*)p; p += round64(P[i].count*sizeof(Row));
-        at[i].h = (float*)p; p += round64(4*P[i].count*P[i].d->r);
-        at[i].sums = (int32_t*)p; p += round64(4*P[i].count*far);
-    }
-    #pragma omp parallel num_threads(threads)
-    {
-#ifdef _OPENMP
-        const int all = omp_get_num_threads();
-#else
-        const int all = 1;
-#endif
-        const int me = thread_id();
-        for (i64 i = 0; i < n; i++) {
-            const SlLinear *d = P[i].d;
-            const i64 digits = digits_of(d), far = d->group ? (digits + 1)*groups_of(d) : 0;
-            #pragma omp for schedule(static) nowait
-            for (i64 t = 0; t < P[i].count; t++) {
-                const float *in = x + (P[i].first + t)*d->k;
-                int8_t *bytes = at[i].xs + t*digits*d->kp;
-                quantize_row(d, turned(d, in, 0, (float*)(turn + room*me)), 0, bytes, 64, d->kp, at[i].rows + t);
-                if (d->group) group_sums(d, bytes, (int)digits, at[i].sums + t*far);
-                adapter_row(d, in, 0, at[i].h + t*d->r);
-            }
-        }
-        #pragma omp barrier
-        const i64 b1 = blocks*(me + 1)/all;
-        for (i64 b = blocks*me/all; b < b1; b += SL_BLOCKS) for (i64 i = 0; i < n; i++) {
-            const SlLinear *d = P[i].d;
-            const i64 end = b + SL_BLOCKS < b1 ? b + SL_BLOCKS : b1;
-            char *to = (char*)(y + P[i].first*stride);
-            if (d->group) groups_range(d, at[i].xs, at[i].sums, at[i].rows, at[i].h, P[i].count, b, end, to, stride, 0);
-            else gemv_range(d, at[i].xs, at[i].rows, at[i].h, P[i].count, b, end, to, stride, 0);
-        }
-    }
-    return FINE;
-}
 // y = the weight times x (tokens,k), whatever the precisions; where a precision has many tokens they go by themselves.
 // `few` is room for n pieces.
 static int pieces_linear(const Piece *P, i64 n, const float *x, float *y, i64 stride, Piece *few) {
@@ -543,7 +485,7 @@ static int pieces_linear(const Piece *P, i64 n, const float *x, float *y, i64 st
         if (n > 1 && P[i].count*digits_of(d) < 2*SL_MANY) { few[some++] = P[i]; continue; }
         if (int fault = tokens_linear(d, x + P[i].first*d->k, P[i].count, y + P[i].first*stride, stride)) return fault;
     }
-    return some ? few_pieces(few, some, x, y, stride) : FINE;
+    return some ? linear_few(few, some, (const char*)x, few->d->k, 0, (char*)y, stride) : FINE;
 }
 // The same with a float weight: a block is read once for all tokens.
 static int dense_rows(const SlLinear *d, const float *x, i64 m, float *y, int threads) {

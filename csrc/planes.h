@@ -308,40 +308,67 @@ static void gemv_range(const SlLinear *d, const int8_t *xs, const Row *rows, con
 
 #include "groups.h"
 
-static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int type, char *y, i64 ystride) {
-    const int digits = digits_of(d);
-    const i64 blocks = (d->n + 15) >> 4;
-    const i64 far = d->group ? (digits + 1)*groups_of(d) : 0;   // what a token's groups add up to
+// Tokens that go through a weight at one precision, and where what is made of them lies.
+struct Piece { const SlLinear *d; i64 first, count; };
+struct Place { int8_t *xs; Row *rows; float *h; int32_t *sums; };
+static size_t place_piece(const Piece *p, char *mem, Place *at) {   // the bytes that it takes
+    const SlLinear *d = p->d;
+    const i64 digits = digits_of(d), far = d->group ? (digits + 1)*groups_of(d) : 0;   // what a token's groups add up to
+    const size_t rows_at = round64((size_t)p->count*digits*d->kp), h_at = rows_at + round64(p->count*sizeof(Row));
+    const size_t sums_at = h_at + round64((size_t)p->count*d->r*4);
+    if (at) *at = {(int8_t*)mem, (Row*)(mem + rows_at), (float*)(mem + h_at), (int32_t*)(mem + sums_at)};
+    return sums_at + round64((size_t)p->count*far*4);
+}
+// Few tokens, of n pieces: a block of the weight is read once for all of them.
+static int linear_few(const Piece *P, i64 n, const char *x, i64 xstride, int type, char *y, i64 ystride) {
+    const SlLinear *d0 = P->d;
+    const i64 blocks = (d0->n + 15) >> 4, w = (i64)width(type);
+    const size_t room = round64(turned_room(d0->kp)), lists = round64(n*sizeof(Place));
+    size_t need = lists;
+    i64 tokens = 0, work = 0;
+    for (i64 i = 0; i < n; i++) {
+        need += place_piece(P + i, nullptr, nullptr);
+        tokens += P[i].count; work += P[i].count*d0->kp*(digits_of(P[i].d) + P[i].d->r);
+    }
     int threads = max_threads();
-    if (m*blocks*d->kp < 8192) threads = 1;
+    if (tokens*blocks*d0->kp < 8192) threads = 1;
     if (threads > blocks) threads = (int)blocks;
-    const size_t rows_at = round64((size_t)m*digits*d->kp), h_at = rows_at + round64(m*sizeof(Row));
-    const size_t sums_at = h_at + round64((size_t)m*d->r*4), room_at = sums_at + round64((size_t)m*far*4);
-    const size_t room = d->order ? turned_room(d->kp) : 0;
-    char *p = arena.get(room_at + room*threads + 64);
-    if (!p) return NO_MEMORY;
-    int8_t *xs = (int8_t*)p; Row *rows = (Row*)(p + rows_at); float *h = (float*)(p + h_at);
-    int32_t *sums = (int32_t*)(p + sums_at);
-    const i64 w = (i64)width(type);
-    auto prepare = [&](i64 t, int me) {
-        const void *turn = turned(d, x + t*xstride*w, type, (float*)(p + room_at + room*me));
-        quantize_row(d, turn, type, xs + t*digits*d->kp, 64, d->kp, rows + t);
-        if (d->group) group_sums(d, xs + t*digits*d->kp, digits, sums + t*far);
-        adapter_row(d, x + t*xstride*w, type, h + t*d->r);
+    char *mem = arena.get(need + room*threads + 64);
+    if (!mem) return NO_MEMORY;
+    Place *at = (Place*)mem;
+    char *p = mem + lists;
+    for (i64 i = 0; i < n; i++) p += place_piece(P + i, p, at + i);
+    auto prepare = [&](i64 i, i64 t, int me) {
+        const SlLinear *d = P[i].d;
+        const i64 digits = digits_of(d);
+        const char *in = x + (P[i].first + t)*xstride*w;
+        int8_t *xs = at[i].xs + t*digits*d->kp;
+        quantize_row(d, turned(d, in, type, (float*)(p + room*me)), type, xs, 64, d->kp, at[i].rows + t);
+        if (d->group) group_sums(d, xs, (int)digits, at[i].sums + t*(digits + 1)*groups_of(d));
+        adapter_row(d, in, type, at[i].h + t*d->r);
     };
     auto multiply = [&](i64 b0, i64 b1) {
-        if (d->group) groups_range(d, xs, sums, rows, h, m, b0, b1, y, ystride, type);
-        else gemv_range(d, xs, rows, h, m, b0, b1, y, ystride, type);
+        const i64 step = n == 1 ? b1 - b0 : SL_BLOCKS;
+        for (i64 b = b0; b < b1; b += step) for (i64 i = 0; i < n; i++) {
+            const SlLinear *d = P[i].d;
+            const i64 end = b + step < b1 ? b + step : b1;
+            char *to = y + P[i].first*ystride*w;
+            if (d->group) groups_range(d, at[i].xs, at[i].sums, at[i].rows, at[i].h, P[i].count, b, end, to, ystride, type);
+            else gemv_range(d, at[i].xs, at[i].rows, at[i].h, P[i].count, b, end, to, ystride, type);
+        }
     };
-    const bool shared = m*d->kp*(digits + d->r) < 65536;   // few rows: one thread prepares them, else all do
-    if (shared || threads == 1) for (i64 t = 0; t < m; t++) prepare(t, 0);
-    if (threads == 1) { multiply(0, blocks); return 0; }
+    const bool shared = work < 65536;   // few rows: one thread prepares them, else all do
+    if (shared || threads == 1) for (i64 i = 0; i < n; i++) for (i64 t = 0; t < P[i].count; t++) prepare(i, t, 0);
+    if (threads == 1) { multiply(0, blocks); return FINE; }
     #pragma omp parallel num_threads(threads)
     {
         const int me = thread_id();
         if (!shared) {
-            #pragma omp for schedule(static)
-            for (i64 t = 0; t < m; t++) prepare(t, me);
+            for (i64 i = 0; i < n; i++) {
+                #pragma omp for schedule(static) nowait
+                for (i64 t = 0; t < P[i].count; t++) prepare(i, t, me);
+            }
+            #pragma omp barrier
         }
 #ifdef _OPENMP
         const int all = omp_get_num_threads();
@@ -350,7 +377,7 @@ static int linear_few(const SlLinear *d, const char *x, i64 m, i64 xstride, int 
 #endif
         multiply(blocks*me/all, blocks*(me + 1)/all);
     }
-    return 0;
+    return FINE;
 }
 
 // Blocks nb.. of tokens t0..t1, `some` at a time; `codes` holds the blocks, unpacked.
@@ -493,7 +520,9 @@ static int linear_any(const SlLinear *d, const void *x, i64 m, i64 xstride, int 
 #ifdef SL_TILES
     if (isa_level() >= AMX && !d->group && rows > 6) return linear_tiles(d, (const char*)x, m, xstride, type, (char*)y, ystride);
 #endif
-    return (SL_WHOLE_CODES && rows >= 2*SL_MANY ? linear_many : linear_few)(d, (const char*)x, m, xstride, type, (char*)y, ystride);
+    if (SL_WHOLE_CODES && rows >= 2*SL_MANY) return linear_many(d, (const char*)x, m, xstride, type, (char*)y, ystride);
+    const Piece all = {d, 0, m};
+    return linear_few(&all, 1, (const char*)x, xstride, type, (char*)y, ystride);
 }
 static int tokens_linear(const SlLinear *d, const float *x, i64 m, float *y, i64 stride) {
     return linear_any(d, x, m, d->k, 0, y, stride);
