@@ -97,7 +97,7 @@ def missing_records(
         trained = {r['name'] for r in study.of(p, 'arms')}
         for e,command in COMMAND_OF.items():
             needed = e!='calibration' or PRESETS[p].act=='per_tensor'   # ranges per token are not calibrated
-            if e in SECTIONS: there = trained & set(SECTIONS[e](PRESETS[p]))
+            if e in SECTIONS: there = trained>=set(SECTIONS[e](PRESETS[p]))   # all of its arms
             else: there = study.joint(p) if e=='joint' else study.of(p, e)
             if needed and not there: out.append(f'{command} --preset {p}')
     return out

@@ -31,6 +31,10 @@ def until(true, seconds=120):
         assert time.time()<end, 'waited too long'
         time.sleep(.05)
 
+def test_no_cluster_is_said_at_once(tmp_path):
+    with pytest.raises(ConnectionError, match='no Ray cluster answers there'):
+        spread_arms(SMALL, 'routes', tmp_path, (0,), ['float'], 2, address='127.0.0.1:9')
+
 def test_a_lost_machine_loses_no_record(cluster, tmp_path):
     nodes,second = cluster
     made,told = [],[]

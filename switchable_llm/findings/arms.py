@@ -210,7 +210,10 @@ def _note(runs):
     asked,answered = len(r['ids']),len(next(iter(r['scores'].values()))['f1'])
     n = len(set(r['articles']))
     over = f'{n} articles' if n>=FEWEST else 'questions'
-    return f'Loss over {asked:,} questions, F1 and EM over {answered:,}; 95 % intervals over {over}, and seeds where there are several.' 
+    some = {n:len(rs) for n,rs in runs.items()}
+    uneven = ' Comparisons pair the seeds that both arms have, so they differ a little from these means.'*(len(set(some.values()))>1)
+    return (f'Loss over {asked:,} questions, F1 and EM over {answered:,}; 95 % intervals over {over}, and seeds where there are '
+            f'several.{uneven}')
 
 # %% ../../nbs/findings/arms.ipynb #6a575d8c
 _ASKED = dict(   # question -> what the sentence begins with
@@ -246,7 +249,7 @@ def arm_answer(
     answered = f' (F1: {f1[0].examples})' if f1[0].examples!=nats[0].examples else ''
     return (f'**{_ASKED[question]}: {in_a_word(nats)}.** Nats per token of the answer: {_numbers(nats)}. '
             f'Points of F1: {_numbers(f1, 100)}. '
-            f'{capital(basis(nats[0].seeds, nats[0].examples, _unit(rs)))}{answered}.')
+            f'{capital(basis(min(f.seeds for f in nats), nats[0].examples, _unit(rs)))}{answered}.')
 
 def route_said(
     study:Study,  # All records

@@ -16,7 +16,7 @@ from ..search.intervals import MARGIN, Interval
 from ..study.statistics import Findings, better, decide, plural
 from .arms import in_a_word, said
 from .plots import plot_bits
-from .verdicts import Study, no_record
+from .verdicts import Study, listed, no_record
 
 # %% ../../nbs/findings/choices.ipynb #14fce8e5
 def _budget(record, of, i):   # the i-th of a kind, as a person writes it
@@ -41,7 +41,7 @@ def allocation_findings(
     records:Iterable[dict],  # Of `run_allocation`, one for each seed
     kind:str='searched',     # 'searched', 'allocated' or 'random'
     rival:str='simple',      # 'simple': the best uniform or built-in profile within the budget; or another kind
-)->Findings: # One for each budget; may be empty
+)->Findings: # One for each pair of profiles that differ; may be empty
     "Whether bits per layer beat their rival by an amount that matters, over seeds and questions."
     rows,names = {},{}
     for r in records:
@@ -59,7 +59,12 @@ def allocation_findings(
         text = f'{_budget(r, *key)} against {against}'
         d = [np.subtract(own, other) for own,other,_ in found]
         return better(text, d, less=True, sizes=n, unit='nats per token')
-    return decide([claim(k, rs) for k,rs in rows.items()]) if rows else Findings()
+    distinct,seen = {},[]
+    for k,rs in rows.items():   # what was chosen more than once is compared once, and nothing with itself
+        pair = [(own, other) for own,other,_ in rs]
+        if pair not in seen and any(own!=other for own,other in pair): distinct[k] = rs
+        seen.append(pair)
+    return decide([claim(k, rs) for k,rs in distinct.items()]) if distinct else Findings()
 
 def cheaper_part(
     records:Iterable[dict], # Of `run_allocation`, one for each seed
@@ -85,11 +90,19 @@ def _missed(records, findings):   # budgets where the search chose worse than so
     if not lost: return ''
     worst,sure = max(lost, key=lambda f: f.effect.value),sum(f.effect.low>MARGIN for f in lost)
     where,rival = worst.claim.split(' against ')
-    at = f'At {len(lost)} of {len(findings)} budgets' if len(findings)>1 else 'At the one budget'
+    at = f'In {len(lost)} of {len(findings)} comparisons' if len(findings)>1 else 'In the one comparison'
     matters = f', at {sure} by an amount that matters for certain' if len(findings)>1 else ''
     return (f"{at} the search chose bits that lose more than a simple profile within the same budget{matters} "
             f"(most {where}: {worst.effect.show()} nats per token against {rival}); "
             f"{records[0]['search_questions']} questions chose them.")
+
+def _simple_choices(records):   # budgets at which the search chose the same bits for all layers
+    picks = [_points(r)[f'searched-{of}-{i}']['profile'] for r in records for of,limits in r['config']['budgets'].items()
+             for i in range(1, len(limits)+1)]
+    same = [p['default'] for p in picks if not p.get('rules')]
+    if not same: return ''
+    which = listed([f'`{b}`' for b in dict.fromkeys(same)])
+    return f"At {len(same)} of {plural(len(picks), 'budget')} the search itself chose the same bits for all layers ({which})."
 
 def allocation_answer(
     study:Study,  # All records
@@ -103,9 +116,10 @@ def allocation_answer(
     simple,chance,program = (allocation_findings(rs, rival=x) for x in rivals)
     how = (f"How: each layer alone was lowered on {r['search_questions']} training questions; an integer program chose "
            f"bits per layer under a budget, a search of {r['config']['evaluations']} measured profiles started from it, "
-           f"and {r['score_questions']} other questions scored them ({plural(len(rs), 'seed')}).")
+           f"of its best the cheapest within a standard error was taken on {r['confirm_questions']} other questions, "
+           f"and {r['score_questions']} questions of other texts scored it ({plural(len(rs), 'seed')}).")
     lines = [f"{_brief(simple)} Loss minus that of the best simple profile within the budget, nats per token: {said(simple)}.",
-             _missed(rs, simple),
+             _simple_choices(rs), _missed(rs, simple),
              f"Against random bits: {in_a_word(chance)}. Against what the program chose without the search: {in_a_word(program)}.", how,
              f"Costliest alone, first record: {_worst_layers(r)} nats per token.",
              f"Where a byte (w) or a bit-operation (a) is saved more cheaply, at equal savings: {cheaper_part(rs)}."]
@@ -122,7 +136,7 @@ def allocation_brief(
     return f'{_brief(found)} {_missed(rs, found)}'.strip()
 
 def _brief(findings):
-    if not findings: return '**No simple profile fits any budget, so nothing was compared.**'
+    if not findings: return '**Bits chosen per layer: at no budget did the search choose others than the best simple profile.**'
     return f'**Bits chosen per layer, against the best simple profile of the same budget: {in_a_word(findings)}.**'
 
 def plot_chosen_bits(

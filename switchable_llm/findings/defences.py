@@ -162,8 +162,9 @@ def _better(text, records, other, score, a, b, fault):   # a claim; `a` and `b` 
     by_seed = lambda rs, x: lambda r: x[[q['seed'] for q in rs].index(r['seed'])]
     d,nll = paired(records, other, by_seed(records, a), by_seed(other, b)),score=='nll'
     sizes = records[0]['n_answer'] if nll else None
-    level = crossed_mean(b, sizes).value
-    return better(text, d, nll, sizes, UNITS[score], (level if nll else 1-level)>=MARGIN, fault=fault)
+    own,level = (crossed_mean(x, sizes).value for x in (a, b))
+    room = level>=MARGIN if nll else 1-level>=MARGIN and bool(fault or max(own, level)>=MARGIN)   # something can be won, and is left
+    return better(text, d, nll, sizes, UNITS[score], room, fault=fault)
 
 def defence_findings(
     records:Iterable[dict],    # Records of one preset and arm, one for each seed

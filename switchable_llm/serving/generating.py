@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from ..attention.attending import row_starts
 from .kept import Cache
 from .parts import NotLean, native_calls, parts_of
+from ..core.profiles import Profile
 from .lean import LiveStep, Step, live_of, together
 from ..system.native import native_report
 
@@ -239,7 +240,8 @@ def _rows_hindrance(cache, ids, kw):
     if cache.rows and len(cache.rows)!=b: return f"a batch of {b} on a cache of {len(cache.rows)} rows"
     if mask is not None:
         if not (torch.is_tensor(mask) and mask.shape==(b, past+n)): return 'an attention mask of another shape than the tokens'
-        if not (mask[:, -1].all() and (mask.int().diff(dim=1)>=0).all()): return 'padding that is not on the left'
+        if not (mask[:, -1].all() and (mask.int().diff(dim=1)>=0).all()):
+            return "padding that is not on the left: tokenize with tokenizer.padding_side='left'"
     starts = _starts(ids, mask)
     if cache.rows and starts!=cache.starts: return 'an attention mask that differs from that of the tokens before'
     if (at := kw.get('position_ids')) is not None:
@@ -266,14 +268,16 @@ def _by_modules(cache, kw, why, record):   # the batch goes on without native st
     kw[name] = DynamicCache()
     return kw[name]
 
-def _needs_rows(why): return f"profiles: rows at precisions of their own need native steps, and here {why}: leave profiles out"
+def _needs_rows(why): return f"profiles: rows at precisions of their own need native steps, and here: {why}"
 
 def _profiles_of_rows(model, profiles, args, kw):
     if profiles is None: return ()
     if isinstance(profiles, str): raise ValueError(f"profiles={profiles!r}: give a name for each row, as [{profiles!r}]")
     ids = args[0] if args else kw.get('input_ids', kw.get('inputs'))
     if torch.is_tensor(ids) and len(ids)!=len(profiles): raise ValueError(f"profiles has {len(profiles)} names for {len(ids)} rows")
-    for p in profiles: model.switch.find(p)   # an error lists the names
+    for p in profiles:
+        if not isinstance(p, (str, Profile)): raise ValueError(f"profiles: {p!r} is neither a name nor a Profile")
+        model.switch.find(p)   # an error lists the names
     return tuple(profiles)
 
 def _lean_forward(model, step, cache, ids):   # the step's logits, as transformers gives them

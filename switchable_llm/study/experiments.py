@@ -6,7 +6,7 @@
 __all__ = ['CALIBRATIONS', 'unseen_profiles', 'run_calibration', 'span_data', 'run_spans', 'spread_arms']
 
 # %% ../../nbs/study/experiments.ipynb #d1153082
-import copy
+import copy, socket
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -142,6 +142,14 @@ def _ray():
     except ImportError as e: raise ImportError("a cluster needs Ray: pip install 'switchable-llm[ray]'") from e
     return ray
 
+def _check_cluster(address):   # Ray itself tries for minutes
+    host,_,port = address.removeprefix('ray://').rpartition(':')
+    if not port.isdigit(): return   # 'auto' and 'local' are Ray's own words
+    try: socket.create_connection((host, int(port)), 5).close()
+    except OSError as e:
+        raise ConnectionError(f"address={address!r}: no Ray cluster answers there ({e}): start one with `ray start --head`, "
+                              "or take 'local'") from e
+
 def _files(out, *folders):   # name -> content
     return {str(f.relative_to(out)):f.read_bytes() for d in folders for f in sorted(d.rglob('*')) if f.is_file()}
 
@@ -173,6 +181,7 @@ def spread_arms(
     if section=='cycles': run_range_test(replace(preset, seed=0), out, progress=False, say=say)
     elif preset.chosen: start(preset, out)
     began = not ray.is_initialized()
+    if began: _check_cluster(address)
     if began: ray.init(address=None if address=='local' else address, log_to_driver=False)
     try:
         begun = ray.put(_files(out, *(out/'progress'/preset.name).glob('codes-*'), out/preset.name/'range_test', out/preset.name/'arms'))
