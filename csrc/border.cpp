@@ -1,5 +1,6 @@
 // What the processor can do, and what comes in: it is checked before anything is read through it.
 #include "packed.h"
+#include <algorithm>
 
 #ifdef SL_HERE
 #if defined(SL_X86)
@@ -146,30 +147,55 @@ static int check_angles(const SlModel *M, const SlCache *C) {
 }
 
 static bool is_width(i64 bits) { return !bits || bits == 2 || bits == 4 || bits == 8; }
-static int check_kept(const SlModel *M, const SlCache *C, const SlKept *S) {
-    if (S->size != (i64)sizeof *S) return STRUCT;
-    if (!is_width(S->k_bits) || !is_width(S->v_bits) || C->capacity % GROUP) return RANGE;
-    const i64 heads = M->kv_heads, hd = M->head_dim, all = times(heads, C->capacity);
-    const i64 keys = S->k_bits ? times(all/GROUP, unit_bytes(hd, S->k_bits)) : times(all, 4*hd);
-    const i64 values = times(all, S->v_bits ? row_bytes(hd, S->v_bits) : 4*hd);
-    if (!holds(S->keys, S->keys_len, keys) || !holds(S->values, S->values_len, values)) return BUFFER;
-    if (!S->k_bits) return S->recent || S->recent_len ? BUFFER : FINE;
-    return holds(S->recent, S->recent_len, heads*GROUP*hd) ? FINE : BUFFER;
+// Every block lies in a page where the model and its bits say, and so do its exact keys; pages are as long as all together.
+static int check_layout(const SlModel *M, const SlCache *C) {
+    const i64 heads = M->kv_heads, hd = M->head_dim;
+    i64 at = 0, recent = 0;
+    if (!C->kept || C->kept_len != M->n_layers) return BUFFER;
+    for (const SlKept *S = C->kept; S < C->kept + M->n_layers; S++) {
+        if (S->size != (i64)sizeof *S) return STRUCT;
+        if (!is_width(S->k_bits) || !is_width(S->v_bits)) return RANGE;
+        if (S->keys != at || S->values != (at += round64(heads*unit_bytes(hd, S->k_bits)))) return RANGE;
+        if (S->recent != (S->k_bits ? recent : 0)) return RANGE;
+        at += round64(heads*GROUP*row_bytes(hd, S->v_bits));
+        if (S->k_bits) recent += heads*GROUP*hd;
+    }
+    if (C->page_len != at || C->recent_len != recent) return BUFFER;
+    return !C->recent == !recent ? FINE : BUFFER;
+}
+static int check_pages(const SlModel *M, const SlCache *C) {
+    if (!within(C->capacity, 1, MOST) || C->capacity % GROUP) return RANGE;
+    if (!holds(C->pages, C->pages_len, C->capacity/GROUP)) return BUFFER;
+    for (i64 i = 0; i < C->pages_len; i++) if (!C->pages[i] || (uintptr_t)C->pages[i] % 64) return BUFFER;
+    if ((uintptr_t)C->recent % 4) return BUFFER;
+    if (int fault = check_layout(M, C)) return fault;
+    return check_angles(M, C);
 }
 
 // Checks a pass before it begins: tokens ids (m) at position pos.
 int check_pass(const SlModel *M, const SlCache *C, const i64 *ids, i64 m, i64 pos) {
     if (!M || !C || M->size != (i64)sizeof *M || C->size != (i64)sizeof *C) return STRUCT;
     if (M->checked != CHECKED) return UNCHECKED;
-    if (!within(C->capacity, 1, MOST)) return RANGE;
-    const i64 one = times(C->capacity, M->head_dim), need = times(times(M->n_layers, M->kv_heads), one);
-    if (C->kept_len != (C->kept ? M->n_layers : 0)) return RANGE;
-    if (C->kept && (C->keys || C->values || C->keys_len || C->values_len)) return RANGE;
-    for (i64 i = 0; i < C->kept_len; i++) if (int fault = check_kept(M, C, C->kept + i)) return fault;
-    if (!C->kept && (!holds(C->keys, C->keys_len, need) || !holds(C->values, C->values_len, need))) return BUFFER;
-    if (int fault = check_angles(M, C)) return fault;
+    if (int fault = check_pages(M, C)) return fault;
     if (m < 1 || pos < 0 || m > C->capacity - pos || m > M->context - pos) return POSITION;
     for (i64 t = 0; t < m; t++) if (ids[t] < 0 || ids[t] >= M->embedding->n) return TOKEN;
+    return FINE;
+}
+// Texts may share pages that all of them only read: what one writes is no other's, and in no other place of its own.
+static int check_apart(const SlRow *rows, i64 n) {
+    static thread_local Arena arena;
+    i64 most = 0, count = 0;
+    for (const SlRow *R = rows; R < rows + n; R++) most += (R->m - 1)/GROUP + 3;
+    uintptr_t *written = (uintptr_t*)arena.get(most*sizeof *written);
+    if (!written) return NO_MEMORY;
+    for (const SlRow *R = rows; R < rows + n; R++) {
+        for (i64 j = R->pos/GROUP; j <= (R->pos + R->m - 1)/GROUP; j++) written[count++] = (uintptr_t)R->cache->pages[j];
+        if (R->cache->recent) written[count++] = (uintptr_t)R->cache->recent;
+    }
+    std::sort(written, written + count);
+    for (i64 i = 1; i < count; i++) if (written[i] == written[i - 1]) return RANGE;
+    for (const SlRow *R = rows; R < rows + n; R++) for (i64 j = 0; j < R->pos/GROUP; j++)
+        if (std::binary_search(written, written + count, (uintptr_t)R->cache->pages[j])) return RANGE;
     return FINE;
 }
 // ---- the calls: checks first, then the kernels of the level ----
@@ -211,8 +237,8 @@ static bool same_shape(const SlModel *a, const SlModel *b) {
     }
     return true;
 }
-// Tokens of n texts at once, each at its own precision, as `sl_prompt` runs those of one. No two texts share a cache. The
-// logits (wanted,vocabulary) are those after the last tokens, of the texts that want them.
+// Tokens of n texts at once, each at its own precision, as `sl_prompt` runs those of one. No text writes what another
+// reads. The logits (wanted,vocabulary) are those after the last tokens, of the texts that want them.
 SL_API int sl_rows(const SlRow *rows, i64 n, float *logits, i64 logits_len) {
     if (!calls()) return CANNOT;
     if (!rows || !within(n, 1, 65536)) return RANGE;
@@ -223,13 +249,10 @@ SL_API int sl_rows(const SlRow *rows, i64 n, float *logits, i64 logits_len) {
         if (!R->ids) return BUFFER;
         if (int fault = check_pass(R->model, R->cache, R->ids, R->m, R->pos)) return fault;
         if (!R->model->packed || !same_shape(rows->model, R->model)) return SHAPES;
-        for (i64 q = 0; q < r; q++) {
-            const SlCache *a = rows[q].cache, *b = R->cache;
-            if (a == b || (a->keys && a->keys == b->keys) || (a->kept && a->kept == b->kept)) return RANGE;
-        }
         if ((tokens += R->m) > MOST) return RANGE;
         wanted += R->wanted != 0;
     }
+    if (int fault = check_apart(rows, n)) return fault;
     if (wanted && (!logits || logits_len != times(wanted, rows->model->head->n))) return BUFFER;
     return calls()->rows(rows, n, logits);
 }

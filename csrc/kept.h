@@ -50,8 +50,23 @@ static inline void codes32(const uint8_t *p, i64 bits, F *a, F *b) {
     }
     *a = floats(x); *b = floats(y);
 }
-// y (n) = inv sum p v over `count` rows and the last one.
-template<int B> static void mix_rows(const float *p, const uint8_t *rows, const uint8_t *last, i64 count, i64 n, float inv,
+// What a head of keys and values has in the pages of a text: where it begins in each, and the bytes of a token's values.
+struct Head {
+    uint8_t *const *pages;
+    float *recent;
+    i64 keys, values, row, k_bits, v_bits;
+    uint8_t *unit_at(i64 t) const { return pages[t/GROUP] + keys; }
+    uint8_t *values_at(i64 t) const { return pages[t/GROUP] + values + t % GROUP*row; }
+};
+static Head head_at(const SlModel *M, const SlCache *C, i64 layer, i64 g) {
+    const SlKept *S = C->kept + layer;
+    const i64 hd = M->head_dim, row = row_bytes(hd, S->v_bits);
+    float *recent = S->k_bits ? C->recent + S->recent + g*GROUP*hd : nullptr;
+    return {C->pages, recent, S->keys + g*unit_bytes(hd, S->k_bits), S->values + g*GROUP*row, row, S->k_bits, S->v_bits};
+}
+static float *key_at(const Head &h, i64 t, i64 hd) { return (float*)h.unit_at(t) + t % GROUP*hd; }   // a float key
+// y (n) = inv sum p v over rows a..b and the last one.
+template<int B> static void mix_rows(const float *p, const Head &h, i64 begin, i64 end, const uint8_t *last, i64 n, float inv,
                                      float *y) {
     constexpr int several = 8/B, loads = 4/several;
     const i64 codes = packed_bytes(n, B), row = codes + 4, span = codes;
@@ -59,14 +74,16 @@ template<int B> static void mix_rows(const float *p, const uint8_t *rows, const 
         F a[4]; Lanes m[loads];
         for (int j = 0; j < 4; j++) a[j] = zero();
         for (int l = 0; l < loads; l++) m[l] = head(span - i - 16*l);
-        for (i64 t = 0; t <= count; t++) {
-            const uint8_t *r = t < count ? rows + t*row : last;
-            const F w = each(p[t]), low = each(half_at(r + codes, 0)), step = each(half_at(r + codes, 1));
-            for (int l = 0; l < loads; l++) {
-                const I v = load_bytes(r + i + 16*l, m[l]);
-                I c[4] = {v, shift_right<B>(v), shift_right<B*2 % 32>(v), shift_right<B*3 % 32>(v)};
-                for (int j = 0; j < several; j++)
-                    a[l*several + j] = fma(w, low + step*floats(c[j] & all_ints((1 << B) - 1)), a[l*several + j]);
+        for (i64 t = begin; t <= end;) {
+            const uint8_t *r = t < end ? h.values_at(t) : last;
+            for (const i64 stop = t < end ? page_end(t, end) : t + 1; t < stop; t++, r += row) {
+                const F w = each(p[t - begin]), low = each(half_at(r + codes, 0)), step = each(half_at(r + codes, 1));
+                for (int l = 0; l < loads; l++) {
+                    const I v = load_bytes(r + i + 16*l, m[l]);
+                    I c[4] = {v, shift_right<B>(v), shift_right<B*2 % 32>(v), shift_right<B*3 % 32>(v)};
+                    for (int j = 0; j < several; j++)
+                        a[l*several + j] = fma(w, low + step*floats(c[j] & all_ints((1 << B) - 1)), a[l*several + j]);
+                }
             }
         }
         for (int l = 0; l < loads; l++) for (int j = 0; j < several; j++) {
@@ -76,28 +93,20 @@ template<int B> static void mix_rows(const float *p, const uint8_t *rows, const 
         }
     }
 }
-// What a head of keys and values has in a block.
-struct Head { uint8_t *keys, *values; float *recent; i64 unit, row; };
-static Head head_at(const SlModel *M, const SlCache *C, const SlKept *S, i64 g) {
-    const i64 hd = M->head_dim;
-    const i64 unit = S->k_bits ? unit_bytes(hd, S->k_bits) : 4*hd, row = S->v_bits ? row_bytes(hd, S->v_bits) : 4*hd;
-    const i64 units = S->k_bits ? C->capacity/GROUP : C->capacity;
-    return {S->keys + g*units*unit, S->values + g*C->capacity*row, S->recent ? S->recent + g*GROUP*hd : nullptr, unit, row};
+static void put_key(const Head &h, i64 hd, i64 pos, const float *k) {
+    float *own = h.k_bits ? h.recent + pos % GROUP*hd : key_at(h, pos, hd);
+    memcpy(own, k, (size_t)hd*4);
+    if (h.k_bits && pos % GROUP == GROUP - 1) put_unit(h.recent, hd, h.k_bits, h.unit_at(pos));
 }
-static void put_key(const SlKept *S, const Head &h, i64 hd, i64 pos, const float *k) {
-    if (!S->k_bits) { memcpy(h.keys + pos*h.unit, k, (size_t)hd*4); return; }
-    memcpy(h.recent + pos % GROUP*hd, k, (size_t)hd*4);
-    if (pos % GROUP == GROUP - 1) put_unit(h.recent, hd, S->k_bits, h.keys + pos/GROUP*h.unit);
-}
-static void put_value(const SlKept *S, const Head &h, i64 hd, i64 pos, const float *v) {
-    if (S->v_bits) put_row(v, hd, S->v_bits, h.values + pos*h.row);
-    else memcpy(h.values + pos*h.row, v, (size_t)hd*4);
+static void put_value(const Head &h, i64 hd, i64 pos, const float *v) {
+    if (h.v_bits) put_row(v, hd, h.v_bits, h.values_at(pos));
+    else memcpy(h.values_at(pos), v, (size_t)hd*4);
 }
 // Columns a..b of kt (hd,keys) from units, which begin at multiples of 32.
-static void unpack_units(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *kt, i64 keys) {
-    const i64 span = GROUP*bits/8;
+static void unpack_units(const Head &h, i64 hd, i64 a, i64 b, float *kt, i64 keys) {
+    const i64 bits = h.k_bits, span = GROUP*bits/8;
     for (i64 k = a; k < b; k += GROUP) {
-        const uint8_t *unit = h.keys + k/GROUP*h.unit, *low = unit + hd*span, *steps = low + 2*hd;
+        const uint8_t *unit = h.unit_at(k), *low = unit + hd*span, *steps = low + 2*hd;
         for (i64 j = 0; j < hd; j++) {
             F x, y;
             codes32(unit + j*span, bits, &x, &y);
@@ -107,10 +116,10 @@ static void unpack_units(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *k
         }
     }
 }
-static void unpack_rows(const Head &h, i64 hd, i64 bits, i64 a, i64 b, float *v) {
-    const i64 span = packed_bytes(hd, bits);
+static void unpack_rows(const Head &h, i64 hd, i64 a, i64 b, float *v) {
+    const i64 bits = h.v_bits, span = packed_bytes(hd, bits);
     for (i64 t = a; t < b; t++) {
-        const uint8_t *row = h.values + t*h.row;
+        const uint8_t *row = h.values_at(t);
         const float low = half_at(row + span, 0), step = half_at(row + span, 1);
         for (i64 i = 0; i < hd; i++)
             v[t*hd + i] = low + step*(float)(row[i % span] >> i/span*bits & ((1 << bits) - 1));

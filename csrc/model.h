@@ -125,10 +125,10 @@ static i64 first_seen(const SlLayer *L, i64 pos) {
 // A score adds the products of channels 0, 16, 32, ... in this order, those of 1, 17, 33, ... likewise, and then the
 // sixteen sums as `sum_of` does. Positions lie in blocks of sixteen that begin at multiples of sixteen.
 
-// p = scale q k of keys a..b, which lie in rows.
-static void score_rows(const float *q, const float *keys, i64 a, i64 b, i64 n, float scale, float *p) {
-    for (i64 t = a; t < b;) {
-        const int some = b - t < 4 ? 1 : 4;
+// p (count) = scale q k of keys in rows.
+static void score_rows(const float *q, const float *keys, i64 count, i64 n, float scale, float *p) {
+    for (i64 t = 0; t < count;) {
+        const int some = count - t < 4 ? 1 : 4;
         F s[4];
         for (int j = 0; j < 4; j++) s[j] = zero();
         for (i64 i = 0; i < n; i += 16) {
@@ -179,35 +179,34 @@ static float soften(float *p, i64 from, i64 n) {
     }
     return 1.f/sum_of(sum);
 }
-// y (n) = inv sum p v over rows 0..count, and `last` after them.
-static void mix_floats(const float *p, const float *rows, const float *last, i64 count, i64 n, float inv, float *y) {
+// Values in float: in pages, or in rows from position 0 on.
+struct Rows {
+    const Head *h; const float *flat;
+    const float *at(i64 t, i64 n) const { return flat ? flat + t*n : (const float*)h->values_at(t); }
+};
+// y (n) = inv sum p v over rows a..b in pages, and `last` after them.
+static void mix_floats(const float *p, const Head &h, i64 begin, i64 end, const float *last, i64 n, float inv, float *y) {
     for (i64 i = 0; i < n; i += 64) {
         F a[4]; Lanes m[4];
         for (int j = 0; j < 4; j++) { m[j] = head(n - i - 16*j); a[j] = zero(); }
-        for (i64 t = 0; t <= count; t++) {
-            const F w = each(p[t]);
-            const float *row = (t < count ? rows + t*n : last) + i;
-            for (int j = 0; j < 4; j++) a[j] = fma(w, load(row + 16*j, m[j]), a[j]);
+        for (i64 t = begin; t <= end;) {
+            const float *row = (t < end ? (const float*)h.values_at(t) : last) + i;
+            for (const i64 stop = t < end ? page_end(t, end) : t + 1; t < stop; t++, row += n) {
+                const F w = each(p[t - begin]);
+                for (int j = 0; j < 4; j++) a[j] = fma(w, load(row + 16*j, m[j]), a[j]);
+            }
         }
         for (int j = 0; j < 4; j++) store(y + i + 16*j, m[j], a[j]*each(inv));
     }
 }
-// One head: q (n) against the cached keys from `first` to `pos`, in rows, and the new one; y = softmax(scale q k) v.
-static void attend(const float *q, const float *keys, const float *values, const float *k, const float *v, i64 first, i64 pos,
-                   i64 n, float scale, float *p, float *y) {
-    const i64 begin = first & ~(i64)15;
-    score_rows(q, keys, first, pos, n, scale, p - begin);
-    score_rows(q, k, 0, 1, n, scale, p + pos - begin);
-    const float inv = soften(p, first - begin, pos + 1 - begin);
-    mix_floats(p + first - begin, values + first*n, v, pos - first, n, inv, y);
-}
-// The same where keys or values are in few bits: of complete groups, unpacked to `spare` (n,32); `last` is the new value's row.
-static void attend_kept(const SlKept *S, const Head &h, const float *q, const float *k, const float *v, const uint8_t *last,
-                        i64 pos, i64 first, i64 n, float scale, float *spare, float *p, float *y) {
-    const i64 own = S->k_bits ? pos/GROUP*GROUP : 0, begin = S->k_bits && first < own ? first/GROUP*GROUP : first & ~(i64)15;
+// One head: q (n) against the cached keys from `first` to `pos`, and the new one; y = softmax(scale q k) v. Keys of complete
+// groups in few bits are unpacked to `spare` (n,32); `last` is the new value's row, where rows are in few bits.
+static void attend(const Head &h, const float *q, const float *k, const float *v, const uint8_t *last, i64 first, i64 pos,
+                   i64 n, float scale, float *spare, float *p, float *y) {
+    const i64 own = h.k_bits ? pos - pos % GROUP : 0, begin = first < own ? first - first % GROUP : first & ~(i64)15;
     i64 t = begin;
     for (; t < own; t += GROUP) {
-        unpack_units(h, n, S->k_bits, t, t + GROUP, spare - t, GROUP);
+        unpack_units(h, n, t, t + GROUP, spare - t, GROUP);
         for (i64 i = 0; i < GROUP; i += 16) {
             F s[1];
             score_columns<1>(q, 0, spare + i, GROUP, n, s);
@@ -215,61 +214,41 @@ static void attend_kept(const SlKept *S, const Head &h, const float *q, const fl
         }
     }
     if (t < first) t = first;
-    if (S->k_bits) score_rows(q, h.recent - own*n, t, pos, n, scale, p - begin);
-    else score_rows(q, (const float*)h.keys, t, pos, n, scale, p - begin);
-    score_rows(q, k, 0, 1, n, scale, p + pos - begin);
+    while (t < pos) {
+        const i64 stop = page_end(t, pos);
+        score_rows(q, h.k_bits ? h.recent + (t - own)*n : key_at(h, t, n), stop - t, n, scale, p + t - begin);
+        t = stop;
+    }
+    score_rows(q, k, 1, n, scale, p + pos - begin);
     for (i64 i = begin; i < first; i++) p[i - begin] = -INFINITY;
     const i64 skip = (first - begin) & ~(i64)15;
     p += skip;
     const float inv = soften(p, first - begin - skip, pos + 1 - begin - skip);
     p += first - begin - skip;
-    const i64 count = pos - first;
-    const uint8_t *rows = h.values + first*h.row;
-    if (S->v_bits == 8) mix_rows<8>(p, rows, last, count, n, inv, y);
-    else if (S->v_bits == 4) mix_rows<4>(p, rows, last, count, n, inv, y);
-    else if (S->v_bits == 2) mix_rows<2>(p, rows, last, count, n, inv, y);
-    else mix_floats(p, (const float*)rows, v, count, n, inv, y);
+    if (h.v_bits == 8) mix_rows<8>(p, h, first, pos, last, n, inv, y);
+    else if (h.v_bits == 4) mix_rows<4>(p, h, first, pos, last, n, inv, y);
+    else if (h.v_bits == 2) mix_rows<2>(p, h, first, pos, last, n, inv, y);
+    else mix_floats(p, h, first, pos, v, n, inv, y);
 }
-static void attention_kept(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
-                           const Own *o, int me, int all) {
+static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
+                      const Own *o, int me, int all) {
     const SlLayer *L = M->layers + layer;
-    const SlKept *S = C->kept + layer;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, first = first_seen(L, pos);
     const Turn turn = turn_at(M, L, C, pos);
     const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
     uint8_t *last = (uint8_t*)(o->spare + round64(GROUP*hd));
     for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
-        const Head h = head_at(M, C, S, i/each);
+        const Head h = head_at(M, C, layer, i/each);
         if (g != i/each) {
             g = i/each;
             rotate(k_new + g*hd, turn, hd, o->k);
-            if (S->v_bits) put_row(v_new + g*hd, hd, S->v_bits, last);
+            if (h.v_bits) put_row(v_new + g*hd, hd, h.v_bits, last);
         }
         rotate(qkv + i*hd, turn, hd, o->q);
-        attend_kept(S, h, o->q, o->k, v_new + g*hd, last, pos, first, hd, (float)M->attention_scale, o->spare, o->scores,
-                    out + i*hd);
+        attend(h, o->q, o->k, v_new + g*hd, last, first, pos, hd, (float)M->attention_scale, o->spare, o->scores, out + i*hd);
         if (i % each == 0) {   // others read what is before `pos`, and of recent keys those of its group
-            put_value(S, h, hd, pos, v_new + g*hd);
-            put_key(S, h, hd, pos, o->k);
-        }
-    }
-}
-static void attention(const SlModel *M, const SlCache *C, i64 layer, i64 pos, const float *qkv, float *out,
-                      const Own *o, int me, int all) {
-    if (C->kept) { attention_kept(M, C, layer, pos, qkv, out, o, me, all); return; }
-    const SlLayer *L = M->layers + layer;
-    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, each = H/G, row = C->capacity*hd;
-    const i64 first = first_seen(L, pos);
-    const Turn turn = turn_at(M, L, C, pos);
-    const float *k_new = qkv + H*hd, *v_new = k_new + G*hd;
-    for (i64 i = H*me/all, g = -1; i < H*(me + 1)/all; i++) {
-        float *keys = C->keys + (layer*G + i/each)*row, *values = C->values + (layer*G + i/each)*row;
-        if (g != i/each) { g = i/each; rotate(k_new + g*hd, turn, hd, o->k); }
-        rotate(qkv + i*hd, turn, hd, o->q);
-        attend(o->q, keys, values, o->k, v_new + g*hd, first, pos, hd, (float)M->attention_scale, o->scores, out + i*hd);
-        if (i % each == 0) {
-            memcpy(keys + pos*hd, o->k, (size_t)hd*4);
-            memcpy(values + pos*hd, v_new + g*hd, (size_t)hd*4);
+            put_value(h, hd, pos, v_new + g*hd);
+            put_key(h, hd, pos, o->k);
         }
     }
 }
@@ -319,7 +298,7 @@ static int decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, floa
     const i64 kp = M->max_kp, r = M->max_r, wide = (M->heads + 2*M->kv_heads)*M->head_dim;
     const size_t dim = round64(M->dim), head_dim = round64(M->head_dim), hidden = round64(M->hidden);
     const size_t score = round64(pos + 17 + GROUP);
-    const size_t spare = C->kept ? round64(GROUP*M->head_dim) + head_dim + 64 : 0;   // unpacked keys, and a row of values
+    const size_t spare = round64(GROUP*M->head_dim) + head_dim + 64;   // unpacked keys, and a row of values
     const size_t own = input_bytes(kp) + 4*(round64(r) + dim + score + 2*head_dim + spare) + round64(turned_room(kp));
     const size_t common = 4*(2*dim + round64(wide) + round64(M->heads*M->head_dim) + 2*hidden);
     int threads = max_threads();
@@ -353,7 +332,7 @@ static int decode_step(const SlModel *M, const SlCache *C, i64 id, i64 pos, floa
 // ---- a prompt: all its tokens through the same kernels ----
 // Queries t..t+g-1 (g <= 8) of one head at positions pos+t..; kt holds the keys input by input, `wide` positions
 // apart. Each sees `window` keys, its own the last, or all (0).
-static void attend_some(const float *q, i64 qstride, const float *kt, const float *values, i64 pos, int g, i64 n,
+static void attend_some(const float *q, i64 qstride, const float *kt, const Rows &values, i64 pos, int g, i64 n,
                         i64 wide, i64 window, float scale, float *p, float *y, i64 ystride) {
     const i64 last = pos + g;   // keys that the last query sees
     const i64 start = window && pos >= window ? (pos + 1 - window) & ~(i64)15 : 0;   // nobody sees what is before
@@ -378,45 +357,30 @@ static void attend_some(const float *q, i64 qstride, const float *kt, const floa
             m[j] = head(n - c - 16*j);
             for (int i = 0; i < 4; i++) a[i][j] = zero();
         }
-        for (i64 k = start; k < last; k++) {
-            F v[4];
-            for (int j = 0; j < 4; j++) v[j] = load(values + k*n + c + 16*j, m[j]);
-            for (int i = 0; i < 4; i++) {
-                const F w = each(p[(i0 + i < g ? i0 + i : 0)*wide + k]);
-                for (int j = 0; j < 4; j++) a[i][j] = fma(w, v[j], a[i][j]);
+        const float *of[4];
+        for (int i = 0; i < 4; i++) of[i] = p + (i0 + i < g ? i0 + i : 0)*wide;
+        for (i64 k = start; k < last;) {
+            const float *row = values.at(k, n) + c;
+            for (const i64 stop = page_end(k, last); k < stop; k++, row += n) {
+                F v[4];
+                for (int j = 0; j < 4; j++) v[j] = load(row + 16*j, m[j]);
+                for (int i = 0; i < 4; i++) {
+                    const F w = each(of[i][k]);
+                    for (int j = 0; j < 4; j++) a[i][j] = fma(w, v[j], a[i][j]);
+                }
             }
         }
         for (int i = 0; i < 4 && i0 + i < g; i++)
             for (int j = 0; j < 4; j++) store(y + (i0 + i)*ystride + c + 16*j, m[j], a[i][j]*each(inv[i0 + i]));
     }
 }
-// Normalizes and rotates queries and keys, and puts keys and values into the cache.
-static void cache_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide,
-                         float *spare) {
+// Normalizes and rotates queries and keys where they lie, and puts keys and values into the cache. Where keys are in few
+// bits, `held` (kv_heads,32,head_dim) gets the exact ones of the group that the first token is in.
+static void cache_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide, float *spare,
+                         float *held) {
     const SlLayer *L = M->layers + layer;
-    const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, row = C->capacity*hd;
-    for (i64 t = 0; t < m; t++) {
-        const Turn turn = turn_at(M, L, C, pos + t);
-        float *q = qkv + t*wide;
-        normalize_heads(M, L, q, 0, 1);
-        if (turn.n) for (i64 i = 0; i < H; i++) {
-            memcpy(spare, q + i*hd, (size_t)hd*4);
-            rotate(spare, turn, hd, q + i*hd);
-        }
-        for (i64 g = 0; g < G; g++) {
-            rotate(q + (H + g)*hd, turn, hd, C->keys + (layer*G + g)*row + (pos + t)*hd);
-            memcpy(C->values + (layer*G + g)*row + (pos + t)*hd, q + (H + G + g)*hd, (size_t)hd*4);
-        }
-    }
-}
-// The same for blocks that are kept: rotated keys stay in `qkv` too, and `held` (kv_heads,32,head_dim) gets the exact keys
-// of the group that the first token is in.
-static void keep_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, float *qkv, i64 wide, float *spare,
-                        float *held) {
-    const SlLayer *L = M->layers + layer;
-    const SlKept *S = C->kept + layer;
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads;
-    if (S->recent) memcpy(held, S->recent, (size_t)(G*GROUP*hd)*4);
+    if (C->kept[layer].k_bits) memcpy(held, C->recent + C->kept[layer].recent, (size_t)(G*GROUP*hd)*4);
     for (i64 t = 0; t < m; t++) {
         const Turn turn = turn_at(M, L, C, pos + t);
         float *q = qkv + t*wide;
@@ -425,39 +389,23 @@ static void keep_tokens(const SlModel *M, const SlCache *C, i64 layer, i64 pos, 
             memcpy(spare, q + i*hd, (size_t)hd*4);
             rotate(spare, turn, hd, q + i*hd);
         }
-        for (i64 g = 0; g < G; g++) {
-            const Head h = head_at(M, C, S, g);
-            put_key(S, h, hd, pos + t, q + (H + g)*hd);
-            put_value(S, h, hd, pos + t, q + (H + G + g)*hd);
+    }
+    for (i64 g = 0; g < G; g++) {
+        const Head h = head_at(M, C, layer, g);
+        const float *k = qkv + (H + g)*hd;
+        for (i64 t = 0; t < m; t++, k += wide) {
+            put_key(h, hd, pos + t, k);
+            put_value(h, hd, pos + t, k + G*hd);
         }
     }
 }
-// Attention of a prompt's query heads that share the keys and values of head g; kt, p and vs are scratch.
-static void prompt_kept(const SlModel *M, const SlCache *C, i64 layer, i64 pos, i64 m, i64 g, const float *qkv, i64 wide,
-                        const float *held, i64 keys, float *kt, float *p, float *vs, float *att) {
-    const SlLayer *L = M->layers + layer;
-    const SlKept *S = C->kept + layer;
-    const Head h = head_at(M, C, S, g);
-    const i64 hd = M->head_dim, H = M->heads, each = H/M->kv_heads, own = pos/GROUP*GROUP, bits = S->k_bits;
-    const i64 begin = first_seen(L, pos)/GROUP*GROUP;
-    const float *values = (const float*)h.values;
-    if (S->v_bits) { unpack_rows(h, hd, S->v_bits, begin, pos + m, vs); values = vs; }
-    if (bits) unpack_units(h, hd, bits, begin, own, kt, keys);
-    for (i64 i = g*each; i < (g + 1)*each; i++) {
-        for (i64 k = bits ? own : begin; k < keys; k++) {   // exact, until the group is complete
-            const float *key = k >= pos ? qkv + (k - pos)*wide + (H + g)*hd : held + (g*GROUP + k - own)*hd;
-            if (!bits && k < pos) key = (const float*)(h.keys + k*h.unit);
-            for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? key[j] : 0.f;
-        }
-        for (i64 t = 0; t < m;) {
-            const i64 left = bits ? GROUP - (pos + t) % GROUP : 8;
-            i64 some = m - t < 8 ? m - t : 8;
-            if (left < some) some = left;
-            attend_some(qkv + t*wide + i*hd, wide, kt, values, pos + t, (int)some, hd, keys, L->window,
-                        (float)M->attention_scale, p, att + t*H*hd + i*hd, H*hd);
-            t += some;
-            if (bits && (pos + t) % GROUP == 0) unpack_units(h, hd, bits, pos + t - GROUP, pos + t, kt, keys);
-        }
+// Columns begin..keys of kt (hd,keys): the keys of the tokens from `pos` on are in `fresh`, those before in `held` (exact, from
+// `begin` on) or in pages; behind the last there are zeros.
+static void keys_in_columns(const Head &h, const float *held, const float *fresh, i64 wide, i64 begin, i64 pos, i64 m, i64 hd,
+                            i64 keys, float *kt) {
+    for (i64 k = begin; k < keys; k++) {
+        const float *key = k >= pos ? fresh + (k - pos)*wide : h.k_bits ? held + (k - begin)*hd : key_at(h, k, hd);
+        for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? key[j] : 0.f;
     }
 }
 // x += y, or x += norm(y) where there is such a norm; then `norm` = what the next layer reads, if that is not x.
@@ -528,31 +476,42 @@ static int finish_rows(const Pass &p, float *logits, int threads) {
     if (!n) return FINE;
     return d->dense ? dense_rows(d, p.norm, rows, logits, threads) : pieces_linear(p.pieces, n, p.norm, logits, d->n, p.few);
 }
-// Attention of the query heads that share the keys and values of head g of one text.
-static void attend_head(const SlRow *r, i64 layer, i64 g, const float *qkv, i64 wide, const float *held, i64 keys, float *kt, float *att) {
+// Attention of the query heads that share the keys and values of head g of one text; kt, p and vs are scratch.
+static void attend_head(const SlRow *r, i64 layer, i64 g, const float *qkv, i64 wide, const float *held, i64 keys, float *kt,
+                        float *p, float *vs, float *att) {
     const SlModel *M = r->model;
-    const SlCache *C = r->cache;
     const SlLayer *L = M->layers + layer;
-    const i64 hd = M->head_dim, H = M->heads, each = H/M->kv_heads, pos = r->pos, m = r->m;
-    float *p = kt + hd*keys;
-    if (C->kept) {
-        prompt_kept(M, C, layer, pos, m, g, qkv, wide, held, keys, kt, p, kt + round64(hd*keys + 8*keys + hd + 64), att);
-        return;
-    }
-    const float *K = C->keys + (layer*M->kv_heads + g)*C->capacity*hd, *V = C->values + (layer*M->kv_heads + g)*C->capacity*hd;
-    const float scale = (float)M->attention_scale;
+    const Head h = head_at(M, r->cache, layer, g);
+    const i64 hd = M->head_dim, H = M->heads, each = H/M->kv_heads, pos = r->pos, m = r->m, first = first_seen(L, pos);
+    const float *fresh = qkv + (H + g)*hd, scale = (float)M->attention_scale;
+    held += g*GROUP*hd;
     if (m == 1) {
+        Head before = h;   // the group that this token is in may be complete now
+        before.recent = (float*)held;
         for (i64 i = g*each; i < (g + 1)*each; i++)
-            attend(qkv + i*hd, K, V, K + pos*hd, V + pos*hd, first_seen(L, pos), pos, hd, scale, p, att + i*hd);
+            attend(before, qkv + i*hd, fresh, fresh + M->kv_heads*hd, h.values_at(pos), first, pos, hd, scale, kt, p, att + i*hd);
         return;
     }
-    for (i64 k = first_seen(L, pos) & ~(i64)15; k < keys; k++)
-        for (i64 j = 0; j < hd; j++) kt[j*keys + k] = k < pos + m ? K[k*hd + j] : 0.f;
-    for (i64 i = g*each; i < (g + 1)*each; i++) for (i64 t = 0; t < m; t += 8)
-        attend_some(qkv + t*wide + i*hd, wide, kt, V, pos + t, (int)(m - t < 8 ? m - t : 8), hd, keys, L->window, scale, p,
-                    att + t*H*hd + i*hd, H*hd);
+    const i64 begin = first - first % GROUP, own = h.k_bits ? pos - pos % GROUP : begin;
+    if (h.v_bits) unpack_rows(h, hd, begin, pos + m, vs);
+    if (h.k_bits) unpack_units(h, hd, begin, own, kt, keys);
+    const Rows values = {&h, h.v_bits ? vs : nullptr};
+    for (i64 i = g*each; i < (g + 1)*each; i++) {
+        if (h.k_bits || i == g*each) keys_in_columns(h, held, fresh, wide, own, pos, m, hd, keys, kt);
+        for (i64 t = 0; t < m;) {   // keys are exact until their group is complete
+            const i64 left = h.k_bits ? GROUP - (pos + t) % GROUP : 8, some = left < 8 ? left : 8;
+            const int n = (int)(m - t < some ? m - t : some);
+            attend_some(qkv + t*wide + i*hd, wide, kt, values, pos + t, n, hd, keys, L->window, scale, p, att + t*H*hd + i*hd, H*hd);
+            t += n;
+            if (h.k_bits && (pos + t) % GROUP == 0) unpack_units(h, hd, pos + t - GROUP, pos + t, kt, keys);
+        }
+    }
 }
-static i64 keys_of(const SlRow *r) { return ((r->pos + r->m + 15) & ~(i64)15) + 16 + (r->cache->kept ? GROUP : 0); }
+static i64 keys_of(const SlRow *r) { return ((r->pos + r->m + 15) & ~(i64)15) + 16; }
+static bool in_few_bits(const SlRow *r) {   // some keys or values
+    for (i64 l = 0; l < r->model->n_layers; l++) if (r->cache->kept[l].k_bits || r->cache->kept[l].v_bits) return true;
+    return false;
+}
 
 // Tokens of n texts. Models of one shape; those at one precision lie together.
 static int rows(const SlRow *R, i64 n, float *logits) {
@@ -560,13 +519,14 @@ static int rows(const SlRow *R, i64 n, float *logits) {
     const i64 hd = M->head_dim, H = M->heads, G = M->kv_heads, wide = (H + 2*G)*hd, dim = M->dim, hidden = M->hidden;
     const int threads = max_threads();
     i64 m = 0, keys = 0;
-    bool kept = false;
+    bool few = false;
     for (i64 r = 0; r < n; r++) {
-        m += R[r].m; kept = kept || R[r].cache->kept;
+        m += R[r].m; few = few || in_few_bits(R + r);
         if (keys_of(R + r) > keys) keys = keys_of(R + r);
     }
-    const size_t own = round64(hd*keys + 8*keys + hd + 64) + (kept ? round64(hd*keys) : 0);
-    const size_t held_size = kept ? round64(G*GROUP*hd) : 0, lists = round64(8*(n + 1)) + 2*round64(n*sizeof(Piece));
+    const size_t columns = round64(hd*(keys > GROUP ? keys : GROUP)), scores = round64(8*keys);
+    const size_t own = columns + scores + (few ? round64(hd*keys) : 0);
+    const size_t held_size = few ? round64(G*GROUP*hd) : 0, lists = round64(8*(n + 1)) + 2*round64(n*sizeof(Piece));
     const size_t numbers = round64(3*m*dim) + round64(m*wide) + round64(m*H*hd) + round64(2*m*hidden) + held_size*n + own*threads;
     char *mem = rows_arena.get(lists + 4*numbers + 64);
     if (!mem) return NO_MEMORY;
@@ -595,18 +555,17 @@ static int rows(const SlRow *R, i64 n, float *logits) {
             if ((fault = through(p, [&](const SlModel *of) { return of->layers[l].qkv[j]; }, in, p.qkv + at, wide))) return fault;
         #pragma omp parallel num_threads(threads)
         {
-            float *kt = scratch + own*thread_id();
+            float *kt = scratch + own*thread_id(), *scored = kt + columns, *values = scored + scores;
             #pragma omp for schedule(dynamic)
             for (i64 r = 0; r < n; r++) {
                 float *qkv = p.qkv + p.first[r]*wide;
-                if (R[r].cache->kept) keep_tokens(R[r].model, R[r].cache, l, R[r].pos, R[r].m, qkv, wide, kt, held + r*held_size);
-                else cache_tokens(R[r].model, R[r].cache, l, R[r].pos, R[r].m, qkv, wide, kt);
+                cache_tokens(R[r].model, R[r].cache, l, R[r].pos, R[r].m, qkv, wide, kt, held + r*held_size);
             }
             #pragma omp for schedule(dynamic)
             for (i64 q = 0; q < n*G; q++) {
                 const i64 r = q/G;
                 attend_head(R + r, l, q % G, p.qkv + p.first[r]*wide, wide, held + r*held_size, keys_of(R + r), kt,
-                            p.att + p.first[r]*H*hd);
+                            scored, values, p.att + p.first[r]*H*hd);
             }
         }
         if ((fault = through(p, [&](const SlModel *of) { return of->layers[l].out; }, p.att, p.y, dim))) return fault;

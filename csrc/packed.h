@@ -76,24 +76,25 @@ struct SlModel {                // mirrored by parts._Model: a model at one prof
     double eps, attention_scale, embedding_scale;
     i64 checked, packed, max_kp, max_r;   // written by sl_check_model
 };
-// Keys and values of one block, of which some are in few bits (nbs/attention/caches.ipynb has the rule,
-// nbs/serving/kept.ipynb the layout). A unit is a group of 32 tokens: for each channel its codes, then the smallest
-// numbers of all channels, then the steps. A row is a token: codes, smallest number, step. Ranges are float16.
-struct SlKept {                 // mirrored by kept._Kept
+// Keys and values of a text lie in pages of 32 tokens (nbs/serving/kept.ipynb has the layout). A page has for each block
+// the keys and then the values of those tokens: floats, or in few bits (nbs/attention/caches.ipynb has the rule). A unit is
+// the keys of 32 tokens: for each channel its codes, then the smallest numbers of all channels, then the steps. A row is
+// the values of a token: codes, smallest number, step. Ranges are float16.
+struct SlKept {                 // mirrored by kept._Kept: how a block lies in a page
     i64 size;
-    uint8_t *keys;              // (kv_heads,groups,unit), or with 0 bits floats (kv_heads,capacity,head_dim)
-    uint8_t *values;            // (kv_heads,capacity,row), or floats
-    float *recent;              // (kv_heads,32,head_dim): the group that is not complete; null with float keys
-    i64 keys_len, values_len, recent_len;   // bytes, bytes, numbers
     i64 k_bits, v_bits;         // 2, 4, 8, or 0 for float
+    i64 keys;                   // byte of a page where its keys begin: units (kv_heads), or floats (kv_heads,32,head_dim)
+    i64 values;                 // and its values: rows (kv_heads,32), or floats
+    i64 recent;                 // number of `recent` where its exact keys begin; 0 with float keys, which have none
 };
-struct SlCache {                // mirrored by parts._Cache: one sequence
+struct SlCache {                // mirrored by kept._Cache: one sequence
     i64 size;
-    float *keys, *values;       // (layers,kv_heads,capacity,head_dim); null where blocks are kept each by itself
-    const SlKept *kept;         // (layers), or null
+    uint8_t *const *pages;      // (capacity/32) of page_len bytes; what others hold too is only read
+    float *recent;              // of each block with keys in few bits (kv_heads,32,head_dim): the group that is not complete
+    const SlKept *kept;         // (layers)
     const float *cos, *sin;     // (tables,places,rotated) rotary angles, or null
-    i64 keys_len, values_len, kept_len, cos_len, sin_len;
-    i64 capacity, places;       // tokens that fit; positions in a table of angles
+    i64 pages_len, recent_len, kept_len, cos_len, sin_len;
+    i64 page_len, capacity, places;   // bytes; tokens that fit; positions in a table of angles
 };
 
 struct SlRow {                  // mirrored by parts._Row: tokens of one text at one precision
@@ -130,8 +131,12 @@ const Calls *calls();           // of `isa_level()`; null where it has none
 static inline i64 groups_of(const SlLinear *d) { return (d->k + d->group - 1)/d->group; }
 static const i64 GROUP = 32;     // tokens whose keys share ranges
 static inline i64 packed_bytes(i64 n, i64 bits) { return (n*bits + 7)/8; }
-static inline i64 unit_bytes(i64 hd, i64 bits) { return hd*(GROUP*bits/8 + 4); }
-static inline i64 row_bytes(i64 hd, i64 bits) { return packed_bytes(hd, bits) + 4; }
+static inline i64 unit_bytes(i64 hd, i64 bits) { return bits ? hd*(GROUP*bits/8 + 4) : 4*GROUP*hd; }   // keys of a page's head
+static inline i64 row_bytes(i64 hd, i64 bits) { return bits ? packed_bytes(hd, bits) + 4 : 4*hd; }
+static inline i64 page_end(i64 t, i64 end) {   // the end of the page that token t is in, or `end` before that
+    const i64 next = t - t % GROUP + GROUP;
+    return next < end ? next : end;
+}
 
 // ---- threads and memory ----
 static inline int max_threads() {

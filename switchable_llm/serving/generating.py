@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import fields
 from functools import cache, lru_cache, wraps
 from importlib import import_module
-from weakref import finalize, ref
+from weakref import ref
 from typing import NamedTuple
 from torch import nn
 from transformers import Cache as TransformersCache, DynamicCache, PreTrainedModel
@@ -35,23 +35,16 @@ class LeanLayer(DynamicLayer):
     def __init__(self,
         store:Cache, # Keys and values of all layers
         i:int,       # Which layer
-        owner=None,  # Lives as long as somebody holds the cache or one of its layers
     ):
-        self.store,self.i,self.owner,self.length = store,i,owner,0
+        self.store,self.i,self.length = store,i,0
         super().__init__()
         self.is_initialized = True
 
-    keys = property(lambda self: self._look('keys'), lambda self, v: self._refuse(v))
-    values = property(lambda self: self._look('values'), lambda self, v: self._refuse(v))
+    keys = property(lambda self: self._seen()[0], lambda self, v: self._refuse(v))   # copies
+    values = property(lambda self: self._seen()[1], lambda self, v: self._refuse(v))
 
-    def _view(self, name):
-        if self.store.kept: return self._seen(self.length)['keys values'.split().index(name)]
-        return getattr(self.store, name)[self.i, None, :, :self.length]
-    def _seen(self, n):   # by the next token
-        return tuple(t[None] for t in self.store.kept[self.i].seen(n, end=n))
-    def _look(self, name):   # for others, who may keep it: then the buffer is not used again
-        self.store.shown = True
-        return self._view(name)
+    def _seen(self):   # by the next token
+        return tuple(t[None] for t in self.store.seen(self.i, self.length, end=self.length))
     def _refuse(self, v):
         if v is not None:
             raise NotImplementedError("this cache holds one sequence in place: pass a DynamicCache() for beams "
@@ -63,18 +56,15 @@ class LeanLayer(DynamicLayer):
             raise NotImplementedError(f"a batch of {b}: this cache holds one sequence; pass a DynamicCache()")
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise NotImplementedError("no gradient goes through this cache: pass a DynamicCache()")
-        if self.i==0: self.store.length = n; self.store.check_cut()
-        self.store.reserve(n+q)
-        if self.store.kept: return self._keep(key_states, value_states)
-        self.store.keys[self.i, :, n:n+q],self.store.values[self.i, :, n:n+q] = key_states[0],value_states[0]
-        self.length += q
-        return self._view('keys').to(key_states.dtype), self._view('values').to(value_states.dtype)
+        with self.store.alone(): return self._put(n, key_states, value_states)
 
-    def _keep(self, k, v):   # what was there in few bits, what comes as it is: attention gets it in few bits by itself
-        seen,n = self._seen(self.length),self.length
-        for t in range(k.shape[2]): self.store.kept[self.i].put(n+t, k[0, :, t].float(), v[0, :, t].float())
-        self.length += k.shape[2]
-        self.store.most = self.length
+    def _put(self, n, k, v):   # attention gets what was there as it is kept, and what comes as it is
+        store = self.store
+        if self.i==0: store.length = n; store.check_cut()
+        store.reserve(n+k.shape[2])
+        seen = self._seen()
+        store.put(self.i, n, k[0], v[0])
+        self.length = store.most = n+k.shape[2]
         return tuple(torch.cat([old.to(new.dtype), new], 2) for old,new in zip(seen, (k, v)))
 
     def get_seq_length(self): return self.length
@@ -85,8 +75,6 @@ class LeanLayer(DynamicLayer):
         if tokens<0: self.length = max(0, self.length+tokens)
         elif _CROPS_TO: self.length = min(self.length, tokens)
 
-class _Owner: pass
-
 class LeanRows(TransformersCache):
     "The lean loop's caches for a batch in one `generate()`: one for each row, without the padding on its left."
     def __init__(self,
@@ -94,7 +82,6 @@ class LeanRows(TransformersCache):
     ):
         super().__init__(layers=[])
         self.model,self.rows,self.starts,self.length = ref(model),[],None,0   # `length` counts padding, as transformers does
-        finalize(self, _give_all, live_of(model), self.rows).atexit = False
 
     def begin(self,
         starts:list[int], # Columns at which the texts of the rows begin
@@ -102,7 +89,7 @@ class LeanRows(TransformersCache):
         "A cache for each row."
         live = live_of(self.model())
         self.starts = list(starts)
-        self.rows[:] = [live.take() for _ in starts]
+        self.rows = [live.cache() for _ in starts]
 
     def get_seq_length(self, *args): return self.length
     def reorder_cache(self, beam_idx): self.batch_select_indices(beam_idx)
@@ -110,39 +97,36 @@ class LeanRows(TransformersCache):
         self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
     def batch_select_indices(self, indices):
         taken,chosen = set(),indices.tolist()
-        def row(i):   # a beam that goes on twice needs a copy
+        def row(i):   # a beam that goes on twice needs a copy, which shares what is before
             if i in taken: return self.rows[i].copy()
             taken.add(i)
             return self.rows[i]
         self.starts = [self.starts[i] for i in chosen]
-        self.rows[:] = [row(i) for i in chosen]
-    def reset(self): self.rows[:],self.starts,self.length = [],None,0
+        self.rows = [row(i) for i in chosen]
+    def reset(self): self.rows,self.starts,self.length = [],None,0
     def crop(self, tokens): raise NotImplementedError("a native batch cannot be cut: pass a DynamicCache()")
 
-def _give_all(live, rows):
-    for r in rows: live.give(r)
-
 class LeanCache(TransformersCache):
-    "The lean loop's cache for one `generate()`; a buffer of the model's goes back when nobody holds it or a layer."
+    "The lean loop's cache for one `generate()`, as transformers wants it."
     def __init__(self,
         model:nn.Module,       # From `load_packed`
-        store:Cache|None=None, # The buffer; by default one that nobody uses
+        store:Cache|None=None, # The text; by default a new one
     ):
-        live,self.owner = live_of(model),_Owner()
-        self.model,self.step = ref(model),LiveStep(model, cache=live.take() if store is None else store)
+        self.model,self.step = ref(model),LiveStep(model, cache=store)
         blocks = range(len(self.step.parts.blocks))
-        super().__init__(layers=[LeanLayer(self.step.cache, i, self.owner) for i in blocks])
-        if store is None: finalize(self.owner, live.give, self.step.cache).atexit = False
+        super().__init__(layers=[LeanLayer(self.step.cache, i) for i in blocks])
 
     def begin_in(self,
         bits:tuple, # As `Live.cache`
     ):
         "Let a text that has not begun be kept in these bits."
         if self.get_seq_length(): return
-        self.step.cache.length = 0
-        self.step.cache.adopt(bits)
+        with self.step.cache.alone() as c:
+            c.length = 0
+            c.adopt(bits)
 
     def __deepcopy__(self, memo):
+        self.step.cache.length = self.get_seq_length()
         other = LeanCache(self.model(), self.step.cache.copy())
         for a,b in zip(self.layers, other.layers): b.length = a.length
         return other
@@ -363,7 +347,6 @@ def lean_class(
 
         def _apply(self, *args, **kw):   # moved: what points at the old weights is stale
             live,moved = live_of(self),super()._apply(*args, **kw)
-            live.free.clear()
             if live.made is not None: live.made.forget(parts_of(self))
             return moved
 

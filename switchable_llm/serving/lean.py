@@ -9,14 +9,14 @@ __all__ = ['Step', 'together', 'torch_step', 'Tables', 'Live', 'live_of', 'LiveS
 import ctypes, threading, torch
 from contextlib import ExitStack
 import torch.nn.functional as F
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from weakref import WeakKeyDictionary, ref
 from typing import Iterable, Iterator
 from torch import nn, Tensor
 from .kernels import LinearPlan, check_fault, plane_linear, plane_rows
 from ..core.layers import Setting
 from ..core.switching import switch_of
-from .kept import Cache
+from .kept import Cache, NoPages, Pages
 from .parts import NotLean, Parts, Row, Table, native_calls, parts_of
 
 # %% ../../nbs/serving/lean.ipynb #b2c0a008
@@ -46,15 +46,12 @@ class Step:
         "Run many tokens."
         c = self.cache
         self._check(ids)
-        if not c.lock.acquire(blocking=False):
-            raise RuntimeError("another thread is at work on this cache: give each its own")
-        try:
+        with c.alone():
             c.adopt(self.bits)
             c.check_cut()
             c.reserve(c.length+len(ids))
             self._run(ids, c.logits_of(self.table.outputs))
             c.length = c.most = c.length+len(ids)
-        finally: c.lock.release()
         return c.logits
 
     def _run(self, ids, logits):
@@ -92,11 +89,13 @@ def together(
     if len({id(s.cache) for s,_ in rows})<len(rows): raise ValueError("two rows have one cache: give each its own")
     for s,ids in rows: s._check(ids)
     with ExitStack() as held:
-        for s,ids in rows:
-            if not s.cache.lock.acquire(blocking=False):
-                raise RuntimeError("another thread is at work on this cache: give each its own")
-            held.callback(s.cache.lock.release)
-            s.cache.adopt(s.bits); s.cache.check_cut(); s.cache.reserve(s.cache.length+len(ids))
+        for s,_ in rows: held.enter_context(s.cache.alone())
+        for s,_ in rows: s.cache.adopt(s.bits); s.cache.check_cut()
+        try:
+            for s,ids in rows: s.cache.reserve(s.cache.length+len(ids))
+        except NoPages:   # room for all, or for none
+            for s,_ in rows: s.cache.trim()
+            raise
         return _run_together(rows, wanted)
 
 def _run_together(rows, wanted):   # so many tokens at a time that memory stays small
@@ -163,7 +162,8 @@ def _attention(table, c, i, t, h):   # of one token in block i
     if b.angles:
         cos,sin = c.cos[b.angles-1,t],c.sin[b.angles-1,t]
         q,k = _rotate(q, cos, sin),_rotate(k, cos, sin)
-    keys,values = (a[None] for a in c.put(i, t, k, v, max(0, t+1-b.window) if b.window else 0))
+    c.put(i, t, k[:, None], v[:, None])
+    keys,values = (a[None] for a in c.seen(i, t, max(0, t+1-b.window) if b.window else 0))
     return F.scaled_dot_product_attention(q[None,:,None], keys, values, scale=p.scale, enable_gqa=True).flatten()
 
 def _head_norm(table, m, x):   # of each head, or of all together: as many numbers as the weight has
@@ -233,34 +233,27 @@ class Tables:
 
 class Live:
     "What a model's callers share."
-    MOST,LARGEST = 8,2**25   # free caches that are kept, and their bytes together
     def __init__(self,
         model:nn.Module, # From `load_packed`
     ):
-        self.model,self.free,self.made = ref(model),deque(maxlen=self.MOST),None
+        self.model,self.made,self.pool,self.lock = ref(model),None,None,threading.RLock()
         self.told = set()        # reasons for modules that were told
         self.last = 0,0,()       # of the last generate(): tokens by native steps, tokens by modules, why
 
     @property
     def tables(self)->Tables:
         "Its tables, made at the first call."
-        if self.made is None: self.made = Tables(parts_of(self.model()))
-        return self.made
+        with self.lock:
+            if self.made is None: self.made = Tables(parts_of(self.model()))
+            return self.made
 
-    def take(self)->Cache: # Forgotten by whoever had it
-        "A cache that nobody has."
-        try: return self.free.pop()
-        except IndexError: return Cache(self.tables.parts)
-
-    def give(self,
-        cache:Cache, # Of this model
-    ):
-        "A cache back, for the next one; not if somebody may still look at it."
-        held = sum(c.nbytes for c in (*self.free, cache))
-        if cache.shown or held>self.LARGEST or cache.context!=cache.parts.context: return
-        if self.made is None or cache.parts is not self.made.parts: return   # the model has moved since
-        cache.begin()
-        self.free.append(cache)
+    def cache(self,
+        context:int|None=None, # Most tokens it holds; by default all that the model can
+    )->Cache: # In pages of the model's pool
+        "Room for a new text."
+        with self.lock:
+            if self.pool is None: self.pool = Pages(self.tables.parts)
+            return Cache(self.tables.parts, context, self.pool)
 
 _lives,_LIVES = WeakKeyDictionary(),threading.RLock()
 
@@ -281,7 +274,7 @@ class LiveStep:
     ):
         live = live_of(model)
         self.switch,self.tables,self.parts = switch_of(model),live.tables,live.tables.parts
-        self.cache = Cache(self.parts, context) if cache is None else cache
+        self.cache = live.cache(context) if cache is None else cache
         self.step = self.at = None
 
     def now(self)->Step:
