@@ -6,7 +6,8 @@
 __all__ = ['COMMANDS', 'prompt_ids', 'generation']
 
 # %% ../../nbs/apps/asking.ipynb #af23290e
-import sys, time, torch
+import os, sys, time, torch
+from importlib import import_module
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 from ..data.encoding import start_ids
@@ -131,5 +132,42 @@ def _answer(args):
         if not wants_json(args): print(f'{p.name}: {answers[p.name]}', flush=True)
     if wants_json(args): show(args, dict(question=args.question, context=context, answers=answers), None)
 
+# %% ../../nbs/apps/asking.ipynb #486ac8ef
+_ABOVE = Number(0, 1e6, whole=False, above=True)
+
+def _serve_options(parser):
+    parser.add_argument('file', help='a file that `freeze` wrote')
+    add_profiles(parser, 'all of the file')
+    where,work,limits = parser.group('where it listens'),parser.group('what it does under load'),parser.group('limits')
+    where.add_argument('--host', default='127.0.0.1', help='address; away from this machine a key is needed (default: 127.0.0.1)')
+    where.add_argument('--port', type=option_type(Number(0, 65535)), default=8000, metavar='N', help='0 takes a free one (default: 8000)')
+    where.add_argument('--name', help="of the model, for callers (default: the file's)")
+    where.add_argument('--api-key', default=os.environ.get('SWITCHABLE_LLM_API_KEY'), metavar='KEY',
+                       help='that callers must send; better in the environment, as SWITCHABLE_LLM_API_KEY')
+    where.add_argument('--log', choices=('text','json','none'), default='text', help='a line for each request, on stderr (default: text)')
+    def seconds(group, name, default, help):
+        group.add_argument(name, type=option_type(_ABOVE), metavar='SECONDS', default=default, help=f'{help} (default: {default:g})')
+    seconds(work, '--first-token', 1., 'target of `auto`: how long a first token may take')
+    seconds(work, '--per-token', .2, 'the same for each token after it')
+    seconds(work, '--hold', 5., 'of quiet before `auto` is finer again')
+    limits.add_argument('--memory', type=option_type(_ABOVE), metavar='MB', help='for keys and values (default: a quarter of what is free)')
+    limits.add_argument('--texts', type=option_type(COUNT), metavar='N', default=32, help='written at once (default: 32)')
+    limits.add_argument('--waiting', type=option_type(COUNT), metavar='N', default=256,
+                        help='requests in the queue; the next one is told to come again (default: 256)')
+    limits.add_argument('--new-tokens', type=option_type(COUNT), metavar='N', default=256, help='of a request that names no number (default: 256)')
+    limits.add_argument('--max-body', type=option_type(COUNT), metavar='BYTES', default=1_000_000, help='of a request (default: 1000000)')
+    seconds(limits, '--seconds', 120., 'most for a request')
+
+def _serve(args):
+    hosting,say = import_module('switchable_llm.server.hosting'),teller(args)
+    hosting.listen(args.host, args.port, args.api_key).close()   # before the model is loaded
+    hosting.start_log('none' if args.quiet else args.log)
+    with hosting.open_service(args.file, args.name, profiles=args.profiles, first_token=args.first_token, per_token=args.per_token, hold=args.hold,
+                              new_tokens=args.new_tokens, memory=args.memory and int(args.memory*2**20), most=args.texts, waiting=args.waiting) as service:
+        asked = f"{service.name}:auto, or {', '.join(f'{service.name}:{p}' for p in service.profiles)}"
+        hosting.serve(service, args.host, args.port, args.api_key, lambda at: say(f"listening at {at}  models: {asked}"),
+                      most_body=args.max_body, seconds=args.seconds)
+    say('stopped')
+
 # %% ../../nbs/apps/asking.ipynb #7ae68e25
-COMMANDS = dict(generate=(_generate_options, _generate), answer=(_answer_options, _answer))   # as in `apps.commands`
+COMMANDS = dict(generate=(_generate_options, _generate), answer=(_answer_options, _answer), serve=(_serve_options, _serve))   # as in `apps.commands`

@@ -100,7 +100,8 @@ def together(
 
 def _run_together(rows, wanted):   # so many tokens at a time that memory stays small
     if not rows: return torch.empty(0, 0)
-    some,done,out = max(1, Step.AT_ONCE//len(rows)),0,{}
+    fits = sum(len(ids) for _,ids in rows)<=Step.AT_ONCE
+    some,done,out = max(len(ids) for _,ids in rows) if fits else max(1, Step.AT_ONCE//len(rows)),0,{}
     while left := [i for i,(_,ids) in enumerate(rows) if len(ids)>done]:
         now = [(rows[i][0], rows[i][1][done:done+some]) for i in left]
         asked = [wanted[i] and len(rows[i][1])<=done+some for i in left]

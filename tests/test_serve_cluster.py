@@ -1,0 +1,52 @@
+"The server over a local Ray cluster of two machines, one of which dies under load."
+import os, random, signal, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import pytest, torch
+import test_lean_families as families
+from test_server import PROFILES, file, offline
+
+ray = pytest.importorskip('ray')
+openai = pytest.importorskip('openai')
+serve = pytest.importorskip('ray.serve')
+from ray.cluster_utils import Cluster
+from switchable_llm.server.cluster import ClusterArgs, build
+
+pytestmark = families.native
+
+@pytest.fixture(scope='module')
+def cluster(child_env):
+    with pytest.MonkeyPatch.context() as m:   # what the machines inherit
+        for k,v in (child_env | dict(RAY_SERVE_PROXY_USE_GRPC='0')).items(): m.setenv(k, v)
+        c = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+        second = c.add_node(num_cpus=1)
+        c.wait_for_nodes(); ray.init(address=c.address, log_to_driver=False)
+        yield c, second
+        serve.shutdown(); ray.shutdown(); c.shutdown()
+
+@pytest.fixture(scope='module')
+def at(cluster, file):
+    serve.start(http_options=dict(host='127.0.0.1', port=8123))
+    serve.run(build(ClusterArgs(file=str(file), profiles=list(PROFILES), replicas=2, cpus=1)), name='tiny', route_prefix='/')
+    return 'http://127.0.0.1:8123/v1'
+
+def test_a_machine_dies_under_load(cluster, at, file):
+    nodes,second = cluster
+    client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=120)
+    assert [m.id for m in client.models.list()][2:]==[f'tiny:{p}' for p in PROFILES]
+    rng,prompts = random.Random(0),['question: When', 'context: The home of Bemola is', 'question: Who was born in 1834?\ncontext:']
+    jobs = [(rng.choice(prompts), rng.choice(PROFILES), rng.randint(20, 60), rng.choice([0., 1.]), i) for i in range(120)]
+    done = []
+    def ask(j):
+        prompt,profile,n,t,seed = j
+        kw = dict(model=f'tiny:{profile}', prompt=prompt, max_tokens=n, temperature=t, seed=seed)
+        if seed%2: text = client.completions.create(**kw).choices[0].text
+        else: text = ''.join(c.text for p in client.completions.create(**kw, stream=True) for c in p.choices)
+        done.append(j)
+        return text
+    with ThreadPoolExecutor(8) as pool:
+        work = [pool.submit(ask, j) for j in jobs]
+        while len(done)<20: time.sleep(.01)
+        nodes.remove_node(second, allow_graceful=False)
+        got = [w.result(180) for w in work]
+    assert sum(n['Alive'] for n in ray.nodes())==1
+    assert got==[offline(file, *j) for j in jobs]
