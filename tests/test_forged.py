@@ -6,6 +6,7 @@ from fuzz_packed import joined, make_healthy, parts
 from switchable_llm.apps.cli import main
 from switchable_llm.serving.parts import native_calls
 from switchable_llm.serving.generating import LeanCache
+from switchable_llm.serving.kept import Cache
 from switchable_llm.serving.lean import live_of
 from switchable_llm.serving.packed import load_packed, load_packed_tokenizer
 
@@ -86,26 +87,32 @@ def model(healthy, tmp_path):
 def test_a_layer_that_is_held_keeps_its_buffer(model):
     out = model.generate(ids(), return_dict_in_generate=True, **G)
     layer = next(getattr(out, n) for n in ('cache','past_key_values') if getattr(out, n, None) is not None).layers[0]
-    before = layer._view('keys').clone()   # `keys` would mark the buffer as one that somebody looks at
+    before = layer.keys
     del out
     model.generate(ids(9)+3, **G)
-    assert torch.equal(layer._view('keys'), before)
+    assert torch.equal(layer.keys, before)
 
-def test_a_buffer_of_the_callers_own_stays_his(model):
+def test_a_text_of_the_callers_own_stays_his(model):
     model.generate(ids(), **G)
-    mine = live_of(model).take()
-    mine.shown = False
+    mine = live_of(model).cache()
+    mine.reserve(5); pages = list(mine.pages)
     cache = LeanCache(model, store=mine)
     del cache
-    assert all(c is not mine for c in live_of(model).free)
+    assert mine.pages==pages and mine.pool.nbytes==mine.nbytes
 
-def test_idle_caches_take_little(model):
+def test_idle_pages_take_little(model):
     live = live_of(model)
-    caches = [live.take() for _ in range(6)]
+    caches = [live.cache() for _ in range(6)]
     for c in caches: c.reserve(60)
-    live.LARGEST = 3*(caches[0].keys.nbytes+caches[0].values.nbytes)
-    for c in caches: live.give(c)
-    assert len(live.free)==3
+    live.pool.SPARE = 3*live.pool.page_bytes()
+    for c in caches: c.begin()
+    assert live.pool.nbytes==0 and live.pool.free==3*live.pool.page_bytes()
+
+def test_pages_of_another_model_are_refused(model, healthy, tmp_path):
+    (tmp_path/'other.safetensors').write_bytes(healthy['gpt2'])
+    other = load_packed(tmp_path/'other.safetensors')
+    with pytest.raises(ValueError, match=r'pages for \(blocks, heads, channels\)'):
+        Cache(live_of(other).tables.parts, pages=live_of(model).cache().pool)
 
 def test_a_model_that_moves_computes_its_angles_anew(healthy, tmp_path):
     (tmp_path/'m.safetensors').write_bytes(healthy['llama'])

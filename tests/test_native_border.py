@@ -2,8 +2,9 @@
 import ctypes, os, random
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from switchable_llm.quantizers import Bits
 from switchable_llm.serving.kernels import ActQuant, FAULTS, LinearPlan, _Linear, _native, pack_planes
-from switchable_llm.serving.kept import Cache, _Cache
+from switchable_llm.serving.kept import Cache, _Cache, _Kept
 from switchable_llm.serving.parts import Dense, Table, _Layer, _Model, native_calls, parts_of
 from switchable_llm.serving.lean import Step, torch_step
 from switchable_llm.system.native import native_features
@@ -147,6 +148,34 @@ def test_a_cache_that_lies(kind):
         unused = kind=='gpt2' and name in ('cos','sin','cos_len','sin_len','places')
         assert bool(code)!=(same or unused), (name, code)
 
+@pytest.mark.parametrize('bits', [(), (Bits(k=8, v=4), None), (None, Bits(k=2))], ids=str)
+def test_pages_that_lie(bits):
+    "A page that is gone, at an odd address, too short, or in another layout; more or fewer than there is room for."
+    calls,model = native_calls(),packed(small('llama').eval(), 8, None)
+    parts = parts_of(model)
+    table,cache,logits = Table(parts, plan_of),Cache(parts),torch.empty(61)
+    cache.adopt(bits); cache.reserve(20)
+    addresses = cache.native.held[0]
+    def token(): return calls.token(table.ref, cache.ref, 3, 2, logits.data_ptr())
+    assert token()==0
+    for bad in (None, addresses[0]+1, addresses[0]+4, addresses[0]+32):
+        good,addresses[0] = addresses[0],bad
+        assert token()==7
+        addresses[0] = good
+    for other in ((), (Bits(k=8, v=4), None), (None, Bits(k=2)), (Bits(k=8, v=4), Bits(k=8, v=4))):
+        if other==bits: continue
+        layout = cache.pool.layout(other)
+        for name,value in (('kept', ctypes.addressof(layout.native)), ('page_len', layout.page)):
+            good = getattr(cache.native, name)
+            setattr(cache.native, name, value)
+            assert token(), (name, other)
+            setattr(cache.native, name, good)
+    assert token()==0
+    cache.begin()
+    assert cache.ref is None and token()                        # the pages went back
+    cache.copy()
+    assert calls.token(table.ref, cache.copy().ref, 3, 0, logits.data_ptr())   # no page yet
+
 def test_places_and_tokens():
     calls,model = native_calls(),packed(small('llama').eval(), 8, None)
     parts = parts_of(model)
@@ -173,7 +202,7 @@ def test_places_and_tokens():
 
 def test_the_layouts_of_both_sides():
     "Each struct begins with its size; a field that one side lacks changes it."
-    for kind in (_Linear, _Layer, _Model, _Cache):
+    for kind in (_Linear, _Layer, _Model, _Cache, _Kept):
         assert kind._fields_[0][0]=='size'
     p = plan(20, 30, 8)
     p.linear.size += 8

@@ -120,6 +120,60 @@ def test_the_border_refuses_what_does_not_fit(tmp_path):
         assert call()==0
         assert call(n=0) and call(n=70_000) and call(size=8) and call(m=0) and call(pos=-1) and call(pos=10**6)
         assert call(length=5) and call(length=0) and call(cache=ctypes.addressof(steps[0].cache.native))   # two texts on one
+        addresses = steps[1].cache.native.held[0]                                 # and on one page
+        mine,addresses[0] = addresses[0],steps[0].cache.native.held[0][0]
+        assert call(); addresses[0] = mine
+        assert call()==0
         steps[1].table.model.checked,before = 0,steps[1].table.model.checked
         assert call(); steps[1].table.model.checked = before
         assert call()==0
+
+@pytest.mark.parametrize('name', ['w8a8','w4a8_k8v4','w8a8_k4v2'])
+def test_what_texts_share_does_not_matter(name, tmp_path, threads):
+    "Copies, shared beginnings and texts that were cut go on together, and each is the text that has its tokens alone."
+    model,rng = packed(bits.toy('llama'), tmp_path/'m.safetensors', QuantConfig(act='per_token')),random.Random(5)
+    few = '_k' in name
+    def tokens(n): return [rng.randrange(3, 97) for _ in range(n)]
+    with torch.no_grad(), use_profile(model, name):
+        first = LiveStep(model).now()
+        live = [(first, tokens(70))]
+        first.prompt(live[0][1])
+        for _ in range(60):
+            s,ids = rng.choice(live)
+            if rng.random()<.5: n,c = len(ids),s.cache.copy()
+            else:
+                n = len(ids)//32*32 if few else rng.randrange(len(ids)+1)
+                c = s.cache.share(n)
+            live = rng.sample(live, min(len(live), 3))+[(LiveStep(model, cache=c).now(), ids[:n])]
+            s,ids = rng.choice(live)
+            if rng.random()<.4 and len(ids)>64:                          # cut, maybe inside what others hold
+                n = rng.randrange(1, 3)*32
+                s.cache.length = n; del ids[n:]
+            parts = [tokens(rng.choice((1, 1, 3, 20))) for _ in live]
+            threads(rng.choice((1, 2, 3)))
+            got = together([(s, p) for (s,_),p in zip(live, parts)])
+            for (s,ids),p,x in zip(live, parts, got):
+                ids += p
+                assert s.cache.length==len(ids) and torch.equal(LiveStep(model).prompt(ids), x)
+            live = [(s, ids) for s,ids in live if len(ids)<105] or live[:1]
+            if len(live[0][1])>=105: live[0][0].cache.length = 64; del live[0][1][64:]
+
+def test_pages_that_one_writes_are_no_others(tmp_path):
+    model,calls = packed(bits.toy('gpt2'), tmp_path/'m.safetensors', QuantConfig(act='per_token')),native_calls()
+    for name in ('w8a8','w8a8_k4v2'):
+        with torch.no_grad(), use_profile(model, name):
+            a = LiveStep(model).now(); a.prompt(list(range(3, 73)))
+            b = LiveStep(model, cache=a.cache.share(64)).now()
+            for s in (a, b): s.cache.reserve(72)
+            ids,logits = (ctypes.c_int64*2)(3, 4),torch.empty(2, a.table.outputs)
+            def call(*at):
+                rows = (Row*2)(*(lean._row(s, [3, 4], ids, True) for s in (a, b)))
+                for r,pos in zip(rows, at): r.pos = pos
+                return calls.rows(rows, 2, logits.data_ptr(), logits.numel())
+            assert call(70, 64)==0                                       # each writes in a page of its own
+            assert call(70, 40)==call(40, 64)==call(0, 0)==call(63, 64)==6   # into one that the other reads or writes
+            if a.cache.recent:
+                good,b.cache.native.recent = b.cache.native.recent,a.cache.native.recent
+                assert call(70, 64)==6
+                b.cache.native.recent = good
+            assert call(70, 64)==0
