@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'prompt_ids', 'generation']
 # %% ../../nbs/apps/asking.ipynb #af23290e
 import os, sys, time, torch
 from importlib import import_module
+from pathlib import Path
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 from ..data.encoding import start_ids
@@ -157,8 +158,15 @@ def _serve_options(parser):
     limits.add_argument('--new-tokens', type=option_type(COUNT), metavar='N', default=256, help='of a request that names no number (default: 256)')
     limits.add_argument('--max-body', type=option_type(COUNT), metavar='BYTES', default=1_000_000, help='of a request (default: 1000000)')
     seconds(limits, '--seconds', 120., 'most for a request')
+    more = parser.group('more than one machine')
+    more.add_argument('--ray', nargs='?', const='local', metavar='ADDRESS',
+                      help='serve over the Ray cluster at HOST:PORT; `auto` finds one that runs on this machine, `local` (the default) starts one')
+    more.add_argument('--replicas', type=option_type(COUNT), default=2, metavar='N', help='copies of the model (default: 2)')
+    more.add_argument('--most-replicas', type=option_type(COUNT), metavar='N', help='under load (default: no more than --replicas)')
+    more.add_argument('--cpus', type=option_type(_ABOVE), default=1., metavar='N', help='of a replica (default: 1)')
 
 def _serve(args):
+    if args.ray is not None: return _serve_on_cluster(args)
     hosting,say = import_module('switchable_llm.server.hosting'),teller(args)
     hosting.listen(args.host, args.port, args.api_key).close()   # before the model is loaded
     hosting.start_log('none' if args.quiet else args.log)
@@ -167,6 +175,13 @@ def _serve(args):
         asked = f"{service.name}:auto, or {', '.join(f'{service.name}:{p}' for p in service.profiles)}"
         hosting.serve(service, args.host, args.port, args.api_key, lambda at: say(f"listening at {at}  models: {asked}"),
                       most_body=args.max_body, seconds=args.seconds)
+    say('stopped')
+
+def _serve_on_cluster(args):
+    cluster,say = import_module('switchable_llm.server.cluster'),teller(args)
+    kw = {k:getattr(args, k) for k in 'name profiles replicas most_replicas cpus seconds waiting new_tokens first_token per_token hold'.split()}
+    asked = cluster.ClusterArgs(file=str(Path(args.file).resolve()), key=args.api_key, memory=args.memory and int(args.memory*2**20), **kw)
+    cluster.serve_on_cluster(asked, args.ray, args.host, args.port, lambda at: say(f"listening at {at}"))
     say('stopped')
 
 # %% ../../nbs/apps/asking.ipynb #7ae68e25

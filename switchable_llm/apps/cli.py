@@ -104,7 +104,8 @@ COMMANDS = dict(
         'lm-eval my-model.safetensors --tasks my_task --include-path tasks --batch-size 8 --out scores.json'])},
     serve=Command('asking', "serve a packed file to many callers through OpenAI's API, each at the precision that it names", [
         'serve my-model.safetensors',
-        'serve my-model.safetensors --profiles bw8 bw6 w4a8 --first-token 0.5 --port 9000']),
+        'serve my-model.safetensors --profiles bw8 bw6 w4a8 --first-token 0.5 --port 9000',
+        'serve my-model.safetensors --ray --replicas 4 --cpus 2']),
     explore=Command('commands', 'a page in the browser: switch profiles and set bits by hand, and see what changes', [
         'explore',
         'explore my-model my-model.safetensors',
@@ -223,7 +224,7 @@ def complain(
 EXTRAS = dict(   # package -> the extra of this one that brings it
     matplotlib='study', datasets='study', torchmetrics='study', scipy='study',
     ipywidgets='explore', voila='explore', ipykernel='explore', jupyter_server='explore', tornado='explore',
-    traitlets='explore', lm_eval='lm-eval', fastapi='serve', uvicorn='serve', prometheus_client='serve')
+    traitlets='explore', lm_eval='lm-eval', fastapi='serve', uvicorn='serve', prometheus_client='serve', ray='ray')
 
 def missing_package(
     e:BaseException, # What went wrong

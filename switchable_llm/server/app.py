@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Metrics', 'name_of_profile', 'Service', 'Following', 'text_logprobs', 'chat_logprobs', 'BodyLimit', 'make_app']
 
-# %% ../../nbs/server/app.ipynb #81f23373
+# %% ../../nbs/server/app.ipynb #6af14f0d
 import asyncio, json, logging, secrets, time, uuid
 from typing import Iterable
 from fastapi import Depends, FastAPI, Request as HttpRequest, Response
@@ -25,7 +25,7 @@ from .requests import Answer, Refused, Request
 from .words import Stream, Words, ends_of
 from ..system.native import native_level
 
-# %% ../../nbs/server/app.ipynb #7cb6ab2c
+# %% ../../nbs/server/app.ipynb #38ea4684
 _TIMES = .005,.01,.025,.05,.1,.25,.5,1,2.5,5,10,30,60,120
 
 class Metrics:
@@ -33,7 +33,7 @@ class Metrics:
     def __init__(self,
         engine:Engine, # That serves
     ):
-        self.registry = CollectorRegistry()
+        self.registry,there = CollectorRegistry(),engine.stats()
         def made(kind, name, what, labels=(), **kw): return kind('switchable_llm_'+name, what, labels, registry=self.registry, **kw)
         self.requests = made(Counter, 'requests', 'Requests by endpoint, profile and HTTP status', ('endpoint','profile','status'))
         self.tokens = made(Counter, 'tokens', 'Tokens by profile: of prompts, of those what earlier texts had computed, and new ones', ('profile','kind'))
@@ -42,8 +42,9 @@ class Metrics:
         self.whole = made(Histogram, 'text_seconds', 'From the request to its last token', ('profile',), buckets=_TIMES)
         for k,what in dict(waiting='Requests in the queue', running='Texts that are being written', memory='Bytes of keys and values',
                            memory_bound='Bytes that they may take', longest_step='Seconds of the longest step', switches='Changes of profile from one text to the next',
-                           steps='Passes through the model', prefixes='Beginnings of texts that are kept').items():
-            made(Gauge, k, what).set_function(lambda k=k: engine.stats()[k])
+                           steps='Passes through the model', prefixes='Beginnings of texts that are kept',
+                           retried='Times that a text went to another replica').items():
+            if k in there: made(Gauge, k, what).set_function(lambda k=k: engine.stats()[k])
 
     def note(self,
         answer:Answer, # That has ended
@@ -63,7 +64,7 @@ def name_of_profile(
     return p if isinstance(p, str) else 'auto' if p is None else 'own'
 
 
-# %% ../../nbs/server/app.ipynb #cb60f1f9
+# %% ../../nbs/server/app.ipynb #aec2ad7c
 class Service:
     "A packed model with its engine, its words and its metrics."
     def __init__(self,
@@ -132,7 +133,7 @@ class Service:
         except ValueError as e: raise ApiError(400, str(e), 'messages' if isinstance(asked, ChatAsked) else 'prompt', 'context_length_exceeded' if 'room' in str(e) else None) from e
         return made
 
-# %% ../../nbs/server/app.ipynb #c77b7162
+# %% ../../nbs/server/app.ipynb #b2e051be
 class Following:
     "The texts of one HTTP request while they are written."
     def __init__(self,
@@ -209,7 +210,7 @@ def chat_logprobs(
         return cls(token=s, logprob=p, bytes=None if '\ufffd' in s else list(s.encode()), **kw)
     return ChatLogprobs(content=[one(TokenLogprob, t.id, t.logprob, top_logprobs=[one(TopLogprob, i, p) for i,p in t.top]) for t in tokens])
 
-# %% ../../nbs/server/app.ipynb #55566dfe
+# %% ../../nbs/server/app.ipynb #d5d96fbe
 class _Shape:   # how texts, or messages, are told
     def __init__(self, service, asked):
         self.service,self.asked,self.chat = service,asked,isinstance(asked, ChatAsked)
@@ -281,7 +282,7 @@ async def _unless_gone(http, work):   # the result, or an error when the caller 
     finally:
         for t in tasks: t.cancel()
 
-# %% ../../nbs/server/app.ipynb #c821318f
+# %% ../../nbs/server/app.ipynb #94ae7301
 log = logging.getLogger('switchable_llm.server')
 
 class BodyLimit:
