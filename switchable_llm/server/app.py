@@ -128,7 +128,7 @@ class Service:
             logprobs = (asked.top_logprobs or 0) if logprobs else None
         t = 1. if asked.temperature is None else asked.temperature
         made = [Request(list(ids), most, self.profile_of(asked), asked.min_profile, asked.max_profile, t, asked.top_k, asked.top_p,
-                        None if asked.seed is None else (asked.seed+i)%2**63, self.words.ends, logprobs, caller) for i in range(asked.n)]
+                        None if asked.seed is None else (asked.seed+i)%2**63, frozenset() if asked.ignore_eos else self.words.ends, logprobs, caller) for i in range(asked.n)]
         try: self.engine.check(made[0])
         except ValueError as e: raise ApiError(400, str(e), 'messages' if isinstance(asked, ChatAsked) else 'prompt', 'context_length_exceeded' if 'room' in str(e) else None) from e
         return made

@@ -34,6 +34,7 @@ class Asked(BaseModel):
     stream:bool = False
     stream_options:'StreamOptions|None' = None
     user:str|None = Field(None, max_length=300)
+    ignore_eos:bool = Field(False, description='Write on where the model would end')
     profile:str|dict[str, Any]|None = Field(None, description='Bits for this request: such as w6a8, or a profile with rules')
     min_profile:str|None = Field(None, max_length=100, description='With auto: the coarsest that will do')
     max_profile:str|None = Field(None, max_length=100, description='With auto: the finest that will do')
