@@ -28,7 +28,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('training', 'Training', 'settings, resuming, objectives, other loops', 'settings resuming objectives callback'),
     ('search', 'Search', 'which bits, for which cost', 'intervals costs groups sensitivity allocation strategies gptq extraction'),
     ('serving', 'Serving', 'kernels, one file', 'kernels kept parts lean generating packed_file packed hub exports'),
-    ('server', 'Server', 'many callers, each at its own precision', 'requests engine elastic words protocol app hosting cluster'),
+    ('server', 'Server', 'many callers, each at its own precision', 'many requests engine elastic words protocol app hosting cluster'),
     ('formats', 'Formats', 'files for other programs', 'torchao gguf_blocks gguf_words gguf_file'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs methods experiments arms robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
