@@ -1,5 +1,5 @@
 "The pool of pages: bounds, sharing, threads, and memory that comes back."
-import gc, random, resource, sys, threading
+import gc, random, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 import test_cache_bits as bits
@@ -8,7 +8,7 @@ from switchable_llm.quantizers import Bits, QuantConfig
 from switchable_llm.serving import kept
 from switchable_llm.serving.kept import Cache, NoPages, Page, Pages
 from switchable_llm.serving.lean import LiveStep, lean_tokens, together
-from switchable_llm.serving.parts import native_calls, parts_of
+from switchable_llm.serving.parts import parts_of
 from test_rows import packed
 
 FEW = (Bits(k=8, v=4), None)
@@ -31,7 +31,7 @@ def test_a_bound_in_the_middle_of_a_batch_changes_nothing(model):
             steps = [step_on(model, pool).now() for _ in range(3)]
             for s in steps[:2]: s.prompt(list(range(3, 34)))             # a page each
             steps[2].prompt(list(range(3, 40)))                          # two
-            used,answers = pool.nbytes,[s.cache.logits.clone() for s in steps]
+            used = pool.nbytes
             with pytest.raises(NoPages, match='let a text end'): together([(s, [7]*30) for s in steps])
             with pytest.raises(NoPages): steps[0].prompt([7]*70)
             with pytest.raises(NoPages): [steps[0].cache.copy() for _ in range(2)]

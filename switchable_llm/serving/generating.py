@@ -51,7 +51,7 @@ class LeanLayer(DynamicLayer):
                                       "and batches")
 
     def update(self, key_states, value_states, *args, **kwargs):
-        n,(b,_,q,_) = self.length,key_states.shape
+        n,b = self.length,len(key_states)
         if b!=1:
             raise NotImplementedError(f"a batch of {b}: this cache holds one sequence; pass a DynamicCache()")
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
