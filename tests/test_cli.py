@@ -102,7 +102,7 @@ COMMANDS = dict(commands(make_parser()))
 
 def test_the_commands(cli):
     verbs = ('run train experiment evaluate answer generate lm-eval profiles presets quantize freeze export check kernels '
-             'explore').split()
+             'serve explore').split()
     assert set(ALL)==set(verbs) and set(COMMANDS)=={*verbs, *(f'profiles {c}' for c in ('list','show','check'))}
     status,out,err = cli('--help')
     assert (status, err)==(0, '') and all(c in out for c in COMMANDS if ' ' not in c)

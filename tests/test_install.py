@@ -48,6 +48,7 @@ def test_every_import_is_a_dependency():
     "Of the library's modules, by the distributions that hold what they import."
     def names_of(*extras): return {canonicalize_name(Requirement(r).name) for r in lock.requirements(*extras)}
     holders,base,study,page = metadata.packages_distributions(),names_of(),names_of('study', 'ray'),names_of('study', 'explore')
+    server,cluster = names_of('serve'),names_of('serve', 'ray')
     serves = 'core','serving','training','quantizers.py','lora_routing.py','joint_training.py','__init__.py'
     for path in (ROOT/'switchable_llm').rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
@@ -57,6 +58,7 @@ def test_every_import_is_a_dependency():
             for top in {n.partition('.')[0] for n in names}-{'switchable_llm'}-set(sys.stdlib_module_names):
                 at = path.relative_to(ROOT/'switchable_llm').parts[0]
                 have = page if path.name in ('page.py','explorer.py') else base if at in serves else study
+                if at=='server': have = cluster if path.name=='cluster.py' else server
                 assert {canonicalize_name(h) for h in holders[top]}&have, f'{path.name} imports {top}'
 
 # --- PyTorch --------------------------------------------------------------------------------------------------------

@@ -188,3 +188,19 @@ def test_bad_starts_say_so(file, tmp_path, capsys):
                        ((file, '--memory', '0'), '--memory'), ((tmp_path,), 'freeze')):
         assert main(['serve', *map(str, args), '--port', '0']), args
         assert named in capsys.readouterr().err
+
+def test_bits_give_way_under_load_and_come_back(file):
+    from concurrent.futures import ThreadPoolExecutor
+    with serving(file, '--texts', '8', '--first-token', '.2', '--hold', '.5') as (at, p, said):
+        client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=100)
+        def ask(n, **more):
+            got = client.completions.create(model='tiny:auto', prompt='question:', max_tokens=n, temperature=1, extra_body=dict(ignore_eos=True, **more))
+            return got.model.partition(':')[2]
+        assert ask(2)=='bw8'
+        with ThreadPoolExecutor(64) as pool:
+            bounds = [{}, dict(min_profile='bw6'), dict(max_profile='bw6'), dict(min_profile='bw8')]
+            spoke = list(pool.map(lambda i: (i%4, ask(150, **bounds[i%4])), range(96)))
+        assert {p for i,p in spoke if i==0}=={*PROFILES} and all(p!='w4a8' for i,p in spoke if i==1)
+        assert all(p!='bw8' for i,p in spoke if i==2) and all(p=='bw8' for i,p in spoke if i==3)
+        end = time.time()+30
+        while ask(2)!='bw8': assert time.time()<end; time.sleep(.1)

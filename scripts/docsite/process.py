@@ -66,7 +66,7 @@ def map_of_chapters():
             for p in (NBS/f'{r}.ipynb' for r in book.rooms)]
     links = ', '.join(f'[{p.folder}]({p.folder}/{p.rooms[0]}.ipynb)' for p in parts)
     table = '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows])
-    return f'{table}\n\nThey stand on parts, folders of short notebooks: {links}.'
+    return f'{table}\n\nParts: {links}.'
 
 def finish():
     """What nbdev leaves to do: the map of the chapters, exported values that are no function or class, and names that it
