@@ -175,7 +175,8 @@ def test_back_pressure_and_an_orderly_end(file):
         client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=60)
         first = client.completions.create(model='tiny:bw8', prompt='question:', max_tokens=200, temperature=0, stream=True)
         next(iter(first))
-        with pytest.raises(openai.RateLimitError) as told: client.completions.create(model='tiny:bw8', prompt='question:', max_tokens=200, n=4)
+        with pytest.raises(openai.RateLimitError) as told: client.completions.create(model='tiny:bw8', prompt='question:', max_tokens=200, n=3)
+        with pytest.raises(openai.BadRequestError, match='room for 3'): client.completions.create(model='tiny:bw8', prompt='question:', n=4)
         assert told.value.response.headers['retry-after']=='1' and told.value.code=='queue_full'
         p.send_signal(signal.SIGTERM)
         rest = list(first)

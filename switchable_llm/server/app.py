@@ -11,6 +11,7 @@ from typing import Iterable
 from fastapi import Depends, FastAPI, Request as HttpRequest, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from torch import nn
@@ -106,7 +107,10 @@ class Service:
         if asked.profile is not None:
             for k in ('model' if named else None, *bounds):
                 if k: raise ApiError(400, f"{k}: the request brings a profile along, so leave the other out", k)
-            return asked_profile(asked.profile)
+            if asked.profile in self.profiles: return asked.profile
+            p = asked_profile(asked.profile)
+            if p.name not in (*self.profiles, 'auto'): return p
+            raise ApiError(400, f"profile: {p.name} is one of the server's: give yours another name", 'profile')
         if named in ('', 'auto'):
             try: self.elastic.within(asked.min_profile, asked.max_profile)
             except ValueError as e: raise ApiError(400, str(e), bounds[0]) from e
@@ -116,18 +120,25 @@ class Service:
 
     def requests(self,
         asked:Asked,     # A request
-        ids:list[int],   # Its prompt
+        prompts:list[list[int]], # Its prompts
         caller:str,      # Who asks
-    )->list[Request]: # `n` of them
+    )->list[Request]: # `n` of each
         "What the engine is asked."
+        if (texts := len(prompts)*asked.n)>self.engine.room:
+            raise ApiError(400, f"{texts} texts in one request, and there is room for {self.engine.room}: ask for fewer", 'n')
+        profile = self.profile_of(asked)
+        return [r for ids in prompts for r in self._each(asked, ids, profile, caller)]
+
+    def _each(self, asked, ids, profile, caller):   # `n` requests for a prompt
         room = self.engine.context-len(ids)
         most = getattr(asked, 'max_completion_tokens', None) or asked.max_tokens or max(1, min(self.new_tokens, room))
         logprobs = asked.logprobs
         if isinstance(asked, ChatAsked):
             if asked.top_logprobs and not logprobs: raise ApiError(400, "top_logprobs: set logprobs to true as well", 'top_logprobs')
             logprobs = (asked.top_logprobs or 0) if logprobs else None
-        t = 1. if asked.temperature is None else asked.temperature
-        made = [Request(list(ids), most, self.profile_of(asked), asked.min_profile, asked.max_profile, t, asked.top_k, asked.top_p,
+        t,top_p = 1. if asked.temperature is None else asked.temperature,asked.top_p if asked.top_p is None else max(asked.top_p, 1e-6)
+        if t<1e-6: t = 0.   # what float32 cannot divide by
+        made = [Request(list(ids), most, profile, asked.min_profile, asked.max_profile, t, asked.top_k, top_p,
                         None if asked.seed is None else (asked.seed+i)%2**63, frozenset() if asked.ignore_eos else self.words.ends, logprobs, caller) for i in range(asked.n)]
         try: self.engine.check(made[0])
         except ValueError as e: raise ApiError(400, str(e), 'messages' if isinstance(asked, ChatAsked) else 'prompt', 'context_length_exceeded' if 'room' in str(e) else None) from e
@@ -149,7 +160,8 @@ class Following:
             for i,r in enumerate(requests): self.answers.append(service.engine.submit(r, tell(i)))
         except Refused as e:
             self.cancel()
-            raise ApiError(429 if 'wait' in str(e) else 503, str(e), code='queue_full' if 'wait' in str(e) else 'stopping', retry=1 if e.retry else None) from e
+            status,code = (429, 'queue_full') if e.full else (503, 'stopping')
+            raise ApiError(status, str(e), code=code, retry=1 if e.retry else None) from e
         self.streams = [Stream(service.words, stops) for _ in requests]
 
     def cancel(self):
@@ -268,8 +280,10 @@ class _Streamed(StreamingResponse):   # however it ends, nobody writes on
         super().__init__(_events(f, shape), media_type='text/event-stream', headers={'Cache-Control':'no-cache', 'X-Accel-Buffering':'no'})
         self.f,self.done = f,done
     async def __call__(self, scope, receive, send):
-        try: await super().__call__(scope, receive, send)
-        finally: self.f.cancel(); self.done(200)
+        error,left = None,max(0, self.f.deadline-time.monotonic())+5   # a little more, to tell of the limit
+        try: await asyncio.wait_for(super().__call__(scope, receive, send), left)
+        except TimeoutError: error = 'the caller did not read'
+        finally: self.f.cancel(); self.done(200, error)
 
 async def _unless_gone(http, work):   # the result, or an error when the caller has gone
     async def gone():
@@ -286,19 +300,22 @@ async def _unless_gone(http, work):   # the result, or an error when the caller 
 log = logging.getLogger('switchable_llm.server')
 
 class BodyLimit:
-    "Refuses bodies that are too long, whatever their header says."
+    "Refuses bodies that are too long, whatever their header says, and those that do not come to an end."
     def __init__(self,
         app,      # What is asked if the body is short enough
         most:int, # Bytes
-    ): self.app,self.most = app,most
+        seconds:float=30., # In which it is to be here
+    ): self.app,self.most,self.seconds = app,most,seconds
 
     async def __call__(self, scope, receive, send):
         if scope['type']!='http': return await self.app(scope, receive, send)
-        said,read = dict(scope['headers']).get(b'content-length', b'0'),0
+        said,read,until = dict(scope['headers']).get(b'content-length', b'0'),0,time.monotonic()+self.seconds
         if said.isdigit() and int(said)>self.most: return await _json(self.error())(scope, receive, send)
         async def counted():
-            nonlocal read
-            message = await receive()
+            nonlocal read,until
+            try: message = await asyncio.wait_for(receive(), until and max(0, until-time.monotonic()))
+            except TimeoutError: raise HTTPException(408, f"the body was not here after {self.seconds:g} seconds") from None
+            if not message.get('more_body'): until = None   # it is here
             read += len(message.get('body', b''))
             if read>self.most: raise HTTPException(413, str(self.error()))
             return message
@@ -308,12 +325,15 @@ class BodyLimit:
 
 def _json(e):
     headers = {'Retry-After':str(e.retry)} if e.retry is not None else {}
+    if e.status in (408, 413): headers['Connection'] = 'close'   # nobody reads the rest
     if e.status==401: headers['WWW-Authenticate'] = 'Bearer'
     return JSONResponse(e.body.model_dump(), e.status, headers=headers)
 
 _MAY_FAIL = {s:dict(model=ErrorAnswer, description=what) for s,what in {
-    400:'What is wrong with the request', 401:'No valid key', 404:'No such model', 405:'No such method', 413:'The body is too long', 429:'The queue is full',
-    500:'The server failed', 503:'The server stops', 504:'The time limit'}.items()}
+    400:'What is wrong with the request', 401:'No valid key', 404:'No such model', 405:'No such method', 408:'The body did not come',
+    413:'The body is too long', 429:'The queue is full', 500:'The server failed', 503:'The server stops', 504:'The time limit'}.items()}
+
+_MAY_STREAM = {200:dict(content={'text/event-stream':{}}, description='The answer; with `stream`, pieces of it')}
 
 def make_app(
     service:Service,       # What is served
@@ -331,10 +351,13 @@ def make_app(
         if key is None or secrets.compare_digest(given.encode(), f'Bearer {key}'.encode()): return
         raise ApiError(401, 'a key is needed: send it as "Authorization: Bearer KEY"' if not given else 'this key is not the right one', code='invalid_api_key')
 
+    # for who reads the schema; `allowed` decides
+    guard = [Depends(allowed)]+[Depends(HTTPBearer(auto_error=False))]*(key is not None)
+
     def start(http, asked, prompts):
         host = http.client.host if http.client else ''
         caller = f"{host}/{asked.user or ''}"
-        return Following(service, [r for ids in prompts for r in service.requests(asked, ids, caller)], asked.stops, seconds)
+        return Following(service, service.requests(asked, prompts, caller), asked.stops, seconds)
 
     async def reply(http, asked, read):
         began,f = time.monotonic(),None
@@ -354,20 +377,21 @@ def make_app(
             answer = shape.whole(f, *await _unless_gone(http, _collect(f)))
             done(200)
             return JSONResponse(answer.model_dump(exclude_none=True))
-        except ApiError as e:
+        except BaseException as e:   # also when the server ends
             if f: f.cancel()
-            done(e.status, str(e))
+            done(getattr(e, 'status', 500), str(e) or type(e).__name__)
             raise
 
-    @app.post('/v1/completions', response_model=Completion, dependencies=[Depends(allowed)])
+    @app.post('/v1/completions', response_model=Completion, dependencies=guard, responses=_MAY_STREAM)
     async def completions(asked:CompletionAsked, http:HttpRequest):
         "Write a prompt on."
         def read():
             if not asked.prompts: raise ApiError(400, 'prompt: give at least one', 'prompt')
-            return [service.words.of_text(p) if isinstance(p, str) else p for p in asked.prompts]
+            try: return [service.words.of_text(p) if isinstance(p, str) else p for p in asked.prompts]
+            except ValueError as e: raise ApiError(400, str(e), 'prompt') from e
         return await reply(http, asked, read)
 
-    @app.post('/v1/chat/completions', response_model=ChatCompletion, dependencies=[Depends(allowed)])
+    @app.post('/v1/chat/completions', response_model=ChatCompletion, dependencies=guard, responses=_MAY_STREAM)
     async def chat(asked:ChatAsked, http:HttpRequest):
         "Answer a conversation."
         def read():
@@ -375,12 +399,12 @@ def make_app(
             except ValueError as e: raise ApiError(400, str(e), 'messages') from e
         return await reply(http, asked, read)
 
-    @app.get('/v1/models', response_model=ModelList, dependencies=[Depends(allowed)])
+    @app.get('/v1/models', response_model=ModelList, dependencies=guard)
     async def models():
         "The model at each profile."
         return ModelList(data=[ModelCard(id=i) for i in service.ids])
 
-    @app.get('/v1/models/{model}', response_model=ModelCard, dependencies=[Depends(allowed)])
+    @app.get('/v1/models/{model}', response_model=ModelCard, dependencies=guard)
     async def model_(model:str):
         "One of them."
         if model not in service.ids: raise ApiError(404, f"model {model!r}: this server has {', '.join(service.ids)}", 'model', 'model_not_found')
@@ -394,7 +418,7 @@ def make_app(
         if status!='ok': response.status_code = 503
         return Health(status=status, waiting=stats['waiting'], running=stats['running'], profile=service.elastic.names[service.elastic.level])
 
-    @app.get('/metrics', dependencies=[Depends(allowed)], response_class=Response, responses={200:dict(content={'text/plain':{}})})
+    @app.get('/metrics', dependencies=guard, response_class=Response, responses={200:dict(content={'text/plain':{}})})
     async def metrics():
         "For Prometheus."
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -406,7 +430,9 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def refused(http, e):
         said = {404:f"{http.url.path}: no such page", 405:f"{http.method}: not a method of {http.url.path}"}.get(e.status_code, str(e.detail))
-        return JSONResponse(ApiError(e.status_code, said).body.model_dump(), e.status_code, headers=e.headers)
+        answer = _json(ApiError(e.status_code, said, code={408:'body_too_slow', 413:'body_too_long'}.get(e.status_code)))
+        answer.headers.update(e.headers or {})
+        return answer
     @app.exception_handler(Exception)
     async def failed(http, e):
         log.error('failed', exc_info=e)

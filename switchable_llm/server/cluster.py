@@ -77,7 +77,7 @@ class RemoteEngine:
         facts:dict, # As a replica tells them
         waiting:int, # Requests that may be under way
     ):
-        self.handle,self.waiting = handle,waiting
+        self.handle,self.waiting,self.room = handle,waiting,waiting
         self.context,self.vocabulary = facts['context'],facts['vocabulary']
         self.open,self.lock,self.chance = set(),threading.Lock(),random.SystemRandom()
         self.closing,self.broken,self.retried = False,None,0
@@ -94,7 +94,7 @@ class RemoteEngine:
     )->Answer: # Comes token by token
         "Send a text to a replica."
         self.check(request)
-        if len(self.open)>=self.waiting: raise Refused(f"{len(self.open)} requests wait already: try again later", retry=True)
+        if len(self.open)>=self.waiting: raise Refused(f"{len(self.open)} requests wait already: try again later", retry=True, full=True)
         if request.temperature and request.seed is None: request = replace(request, seed=self.chance.getrandbits(62))
         answer = Answer(request, told)
         task = asyncio.get_running_loop().create_task(self._follow(answer))

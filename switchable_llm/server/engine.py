@@ -89,6 +89,7 @@ class Engine:
     "Writes many texts at once on one packed model."
     ALONE = 4       # where nobody writes, a step may take so many pauses
     LEAST = 16      # tokens of a prompt that go into a step however slow the machine
+    TIMED = 64      # profiles whose speed is known
     FILLING = 4     # texts whose prompts go in at once; the others wait in the queue, where callers take turns
     def __init__(self,
         model:nn.Module,        # From `load_packed`
@@ -100,9 +101,11 @@ class Engine:
         elastic=None,           # Chooses where a request names no profile: an `Elastic`
     ):
         if most<1: raise ValueError(f"most={most}: at least one text is written at a time")
+        if memory is not None and memory<1: raise ValueError(f"memory={memory}: give the bytes that keys and values may have")
         if not pause>0: raise ValueError(f"pause={pause}: give seconds above 0")
         self.model,self.live,self.switch,self.most,self.pause,self.elastic = model,live_of(model),switch_of(model),most,pause,elastic
         self.parts = self.live.tables.parts
+        self.room = waiting+most   # requests that can be there at once
         self.context,self.vocabulary = self.parts.context,model.get_input_embeddings().weight.shape[0]
         self.memory = memory_for_texts() if memory is None else memory
         self.pages,self.prefixes = Pages(self.parts, self.memory),Prefixes(prefixes)
@@ -199,11 +202,11 @@ class Engine:
         with self.changed:
             self.closing = True   # also where the loop broke
             why = ('error', f"the engine has stopped: {self.broken}") if self.broken else ('cancelled',)
-            rest = [*self.rows, *self.queue]
+            rows,waiting = list(self.rows),list(self.queue)
+            self.rows.clear()
             while len(self.queue): self.queue.pop()
-        for r in rest:
-            if isinstance(r, _Row): self._end(r, *why)
-            else: r.end(*why)
+        for a in (*(r.answer for r in rows), *waiting): a.end(*why)   # first of all, they are told
+        for r in rows: r.step.cache.begin()
         while self.prefixes.drop(): pass
 
     def _leave(self):   # whoever does not want any more
@@ -216,15 +219,15 @@ class Engine:
             with self.changed: answer = self.queue.peek()
             if answer is None: return
             r = answer.request
-            profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
             try:
+                profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
                 found = self.switch.find(profile)
                 worst = self._worst(len(r.ids)+r.max_new_tokens, found['cache'])
                 if self.rows and sum(x.worst for x in self.rows)+worst>self.memory: return   # it is the next one, when there is room
                 row = self._begin(answer, found, worst)
-            except (ValueError, NotLean) as e: row = e
+            except Exception as e: row = e
             with self.changed: self.queue.pop()
-            if isinstance(row, Exception): answer.end('error', str(row)); continue
+            if isinstance(row, Exception): answer.end('error', _why(row)); continue
             answer.profile,answer.began = profile,time.monotonic()
             self.counts['switches'] += profile!=self._last
             self._last = profile
@@ -248,19 +251,29 @@ class Engine:
         return _Row(answer, Step(table, cache, found['cache']), list(r.ids[cache.length:]), list(r.ids), worst, chance)
 
     def _step(self):
-        pieces = self._pieces()
-        for r,ids in pieces: self._make_room(r, len(ids))
-        writes = [len(ids)==len(r.left) for r,ids in pieces]
-        start = time.perf_counter()
-        try: logits = together([(r.step, ids) for r,ids in pieces], writes)
-        except Exception as e:   # nobody waits for ever for what went wrong
-            for r,_ in pieces: self._end(r, 'error', f"{type(e).__name__}: {e}")
-            return
+        pieces = [(r, ids) for r,ids in self._pieces() if self._make_room(r, len(ids))]
+        start,at = time.perf_counter(),[r.step.cache.length for r,_ in pieces]
+        try: logits = self._run_step(pieces)
+        except Exception: return self._one_by_one(pieces, at)
         self._note_time(pieces, time.perf_counter()-start)
-        written = iter(logits)
-        for (r,ids),w in zip(pieces, writes):
-            r.left = r.left[len(ids):]
-            if w: self._write(r, next(written))
+        for (r,ids),l in zip(pieces, logits): self._take(r, ids, l)
+
+    def _run_step(self, pieces):   # logits of each, `None` for those whose prompt goes on
+        writes = [len(ids)==len(r.left) for r,ids in pieces]
+        found = iter(together([(r.step, ids) for r,ids in pieces], writes))
+        return [next(found) if w else None for w in writes]
+
+    def _one_by_one(self, pieces, at):   # a step has failed: each goes on alone, and who is at fault ends
+        for (r,ids),n in zip(pieces, at):
+            try:
+                if r.step.cache.length!=n: raise RuntimeError('a step failed half way')
+                logits, = self._run_step([(r, ids)])
+            except Exception as e: self._end(r, 'error', _why(e))
+            else: self._take(r, ids, logits)
+
+    def _take(self, r, ids, logits):
+        r.left = r.left[len(ids):]
+        if logits is not None: self._write(r, logits)
 
     def _pieces(self):   # rows and their next tokens
         writing,filling = [r for r in self.rows if not r.prompt],[r for r in self.rows if r.prompt]
@@ -287,14 +300,19 @@ class Engine:
         self.counts['prompt_tokens'] += sum(len(ids) for r,ids in pieces if r.prompt)
         if n<self.LEAST: return
         for p in {r.answer.profile for r,_ in pieces if r.prompt}:
-            old = self.per_token.get(p, seconds/n)
+            old = self.per_token.pop(p, seconds/n)
             self.per_token[p] = .7*old + .3*seconds/n
+        while len(self.per_token)>self.TIMED: del self.per_token[next(iter(self.per_token))]   # requests may bring any number along
 
-    def _make_room(self, r, n):   # pages for the next tokens; beginnings give way
+    def _make_room(self, r, n):   # pages for the next tokens; beginnings give way. False where the text had to end
         while True:
-            try: return r.step.cache.reserve(r.step.cache.length+n)
-            except NoPages:
-                if not self.prefixes.drop(): raise
+            try:
+                r.step.cache.reserve(r.step.cache.length+n)
+                return True
+            except NoPages as e:   # the bound leaves room for all: it is the system that has none
+                if self.prefixes.drop(): continue
+                self._end(r, 'error', _why(e))
+                return False
 
     def _write(self, r, logits):
         request,answer = r.answer.request,r.answer
@@ -305,7 +323,7 @@ class Engine:
             if not torch.isfinite(logits).all(): raise ValueError(f"the model gives no numbers at {answer.profile}: its weights or ranges are broken")
             token = pick_token(logits, request.temperature, request.top_k, request.top_p, r.chance)
             answer.put(Token(token, *_told(logits, token, request.logprobs)))
-        except Exception as e: return self._end(r, 'error', f"{type(e).__name__}: {e}")
+        except Exception as e: return self._end(r, 'error', _why(e))
         self.counts['new_tokens'] += 1
         r.said.append(token); r.left = [token]
         if token in request.stop: self._end(r, 'stop')
@@ -317,6 +335,8 @@ class Engine:
         r.step.cache.begin()   # its pages go back
         r.answer.end(reason, error)
         if self.elastic is not None: self.elastic.note(r.answer)
+
+def _why(e): return str(e) if isinstance(e, (ValueError, NotLean)) else f"{type(e).__name__}: {e}"
 
 def _told(logits, token, n):   # log-probabilities, as they are asked for
     if n is None: return ()

@@ -7,9 +7,11 @@ __all__ = ['JsonLines', 'TextLines', 'start_log', 'open_service', 'listen', 'ser
 
 # %% ../../nbs/server/hosting.ipynb #32ce84ef
 import ipaddress, json, logging, math, signal, socket, sys, threading, time
+from functools import partial
 from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from .app import Service, make_app
 from ..core.profiles import read_profiles
 from ..core.switching import switch_of
@@ -34,7 +36,7 @@ class TextLines(logging.Formatter):
     )->str: # Text
         "One event."
         f = getattr(record, 'fields', {})
-        told = '  '.join(f'{k}={v}' for k,v in f.items() if v not in (None, [], ''))
+        told = '  '.join(f'{k}={v if str(v).isprintable() else repr(v)}' for k,v in f.items() if v not in (None, [], ''))   # on one line
         said = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()}  {told}".rstrip()
         return said+('\n'+self.formatException(record.exc_info) if record.exc_info else '')
 
@@ -43,12 +45,13 @@ def start_log(
     stream=None,    # Where to; by default stderr
 ):
     "Let the server tell of each request."
-    of = logging.getLogger('switchable_llm.server')
-    for h in list(of.handlers): of.removeHandler(h)
-    of.propagate,of.disabled = False,how=='none'
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(dict(json=JsonLines, text=TextLines, none=TextLines)[how]())
-    of.addHandler(handler); of.setLevel(logging.INFO)
+    for name,level in (('switchable_llm.server', logging.INFO), ('uvicorn.error', logging.WARNING)):
+        of = logging.getLogger(name)
+        for h in list(of.handlers): of.removeHandler(h)
+        of.propagate,of.disabled = False,how=='none'
+        of.addHandler(handler); of.setLevel(level)
 
 # %% ../../nbs/server/hosting.ipynb #763f5385
 def open_service(
@@ -87,6 +90,28 @@ def _is_here(host):
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host=='localhost'
 
+class _Connection(H11Protocol):   # one request of it takes so long at most, and the rest of a header too
+    def __init__(self, most, *args, **kw): super().__init__(*args, **kw); self.most,self.seen,self.watch = most,None,None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        self._look()
+
+    def _look(self):
+        if self.cycle is not self.seen: self.seen,self.since = self.cycle,self.loop.time()
+        if self.loop.time()-self.since>self.most: return self.transport.abort()   # also where it was closed, and the caller reads nothing
+        self.watch = self.loop.call_later(self.most/4, self._look)
+
+    def connection_lost(self, exc):
+        self.watch.cancel()
+        super().connection_lost(exc)
+
+    def shutdown(self):   # who has not yet sent a whole request is not waited for
+        c = self.cycle
+        if c and c.more_body and not c.response_started: self.transport.close()
+        else: super().shutdown()
+
 class _Server(uvicorn.Server):
     def __init__(self, config, told): super().__init__(config); self.told = told
     async def startup(self, sockets=None):
@@ -100,12 +125,15 @@ def serve(
     key:str|None=None,   # That callers must show as a bearer token
     told=None,           # Called with the address once it listens
     patience:float=30,   # Seconds for what is being written when it is to stop
+    seconds:float=120,   # Most for a request
     **kw,                # Of `make_app`
 ):
     "Serve until SIGTERM or Ctrl-C."
     sock = listen(host, port, key)
     at = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1"
-    config = uvicorn.Config(make_app(service, key, **kw), log_config=None, access_log=False, lifespan='off', timeout_graceful_shutdown=math.ceil(patience))
+    app = make_app(service, key, seconds=seconds, **kw)
+    config = uvicorn.Config(app, http=partial(_Connection, seconds+60), ws='none', log_config=None, access_log=False, lifespan='off',
+                            timeout_keep_alive=65, timeout_graceful_shutdown=math.ceil(patience))
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _interrupt)
     try: _Server(config, lambda: told and told(at)).run(sockets=[sock])
     except KeyboardInterrupt: pass   # uvicorn finishes what it has, then raises the signal again

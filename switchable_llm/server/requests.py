@@ -47,8 +47,8 @@ class Token(NamedTuple):
     top:tuple=()         # The likeliest: pairs of number and log-probability
 
 class Refused(Exception):
-    "A request that is not taken; `retry` tells whether it may be later."
-    def __init__(self, why, retry=False): super().__init__(why); self.retry = retry
+    "A request that is not taken; `retry` tells whether it may be later, `full` that too many wait."
+    def __init__(self, why, retry=False, full=False): super().__init__(why); self.retry,self.full = retry,full
 
 class Failed(RuntimeError):
     "An answer that could not be finished."
@@ -95,7 +95,7 @@ class Answer:
         self._queue.put(_END if token is None else token)
         if self.told is None: return
         try: self.told(token)
-        except Exception: self.told,self.cancelled = None,True   # nobody is there any more
+        except BaseException: self.told,self.cancelled = None,True   # nobody is there any more
 
     def __iter__(self)->Iterator[Token]:
         while (t := self._queue.get()) is not _END: yield t
@@ -125,7 +125,7 @@ class FairQueue:
         answer:Answer, # That has not begun
     ):
         "Behind those of the same caller; a `Refused` if the queue is full."
-        if self.n>=self.most: raise Refused(f"{self.n} requests wait already: try again later", retry=True)
+        if self.n>=self.most: raise Refused(f"{self.n} requests wait already: try again later", retry=True, full=True)
         self.callers.setdefault(answer.request.caller, deque()).append(answer)
         self.n += 1
 

@@ -33,6 +33,8 @@ class Words:
         text:str, # A prompt
     )->list[int]: # Its tokens, with what the tokenizer puts first
         "Tokens of a text."
+        try: text.encode()
+        except UnicodeEncodeError as e: raise ValueError(f"the text has half a character, {text[e.start]!r}, at place {e.start}") from e
         return start_ids(self.tokenizer)+self.tokenizer(text, add_special_tokens=False).input_ids
 
     def of_chat(self,
