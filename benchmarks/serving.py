@@ -32,8 +32,9 @@ def texts(data, tokenizer, n):
 def ours(file, threads, *options):
     "A port."
     run = [sys.executable, '-c', 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))']
-    p = subprocess.Popen([*run, 'serve', str(file), '--name', 'm', '--port', '0', '--log', 'none', *options], stderr=subprocess.PIPE, text=True,
-                         env=os.environ|dict(OMP_NUM_THREADS=str(threads)))
+    run += ['serve', str(file), '--name', 'm', '--port', '0', '--log', 'none', *options]
+    env = os.environ|dict(OMP_NUM_THREADS=str(threads))
+    p = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=env)
     try:
         for line in p.stderr:
             if 'listening at' in line: break
@@ -54,7 +55,8 @@ time.sleep(3600)
 @contextmanager
 def theirs(gguf, threads):
     "A port."
-    p = subprocess.Popen([sys.executable, '-c', THEIRS, gguf, str(threads)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = [sys.executable, '-c', THEIRS, gguf, str(threads)]
+    p = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         line = next((l for l in p.stdout if 'listening at' in l), None)
         if line is None: raise SystemExit(f'{gguf}: llama.cpp did not start')
@@ -113,9 +115,11 @@ def peers(args):
                     if odd := [d for d in done if d['status']!=200]: raise SystemExit(f'{name}: {odd[0]}')
                     seen.setdefault(name, {}).setdefault(n, []).append(dict(
                         tokens_per_second=len(done)*args.new/took, first_p50=statistics.median(d['first'] for d in done),
-                        first_p95=share([d['first'] for d in done], .95), whole_p95=share([d['whole'] for d in done], .95), requests=len(done)))
-    rows = [[name, n, *(f'{statistics.median(r[k] for r in rs)*f:.0f}' for k,f in (('tokens_per_second',1),('first_p50',1e3),('first_p95',1e3),('whole_p95',1e3)))]
-            for name,of in seen.items() for n,rs in of.items()]
+                        first_p95=share([d['first'] for d in done], .95), whole_p95=share([d['whole'] for d in done], .95),
+                        requests=len(done)))
+    columns = dict(tokens_per_second=1, first_p50=1e3, first_p95=1e3, whole_p95=1e3)   # seconds are shown in ms
+    def shown(rs): return [f'{statistics.median(r[k] for r in rs)*f:.0f}' for k,f in columns.items()]
+    rows = [[name, n, *shown(rs)] for name,of in seen.items() for n,rs in of.items()]
     table(['','callers','tokens/s','first token, ms (median)','(95 %)','last token, ms (95 %)'], rows)
     args.file,args.gguf,args.data,args.run = Path(args.file).name,[Path(g).name for g in args.gguf],Path(args.data).name,None
     write(args.out, 'serving_peers', args, seen)
@@ -125,9 +129,11 @@ def peers(args):
 def surprise(file, work, profiles):
     "profile -> mean negative log-likelihood of how each text goes on, nats per token."
     model,out = load_packed(file),{}
+    def loss(a, b):
+        logits = model(torch.tensor([a+b])).logits[0, len(a)-1:-1]
+        return float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(b)))
     for p in profiles:
-        with use_profile(model, p):
-            out[p] = [float(torch.nn.functional.cross_entropy(model(torch.tensor([a+b])).logits[0, len(a)-1:-1].float(), torch.tensor(b))) for a,b in work]
+        with use_profile(model, p): out[p] = [loss(a, b) for a,b in work]
     return out
 
 def open_loop(port, moments, work, new, model, seconds):
@@ -181,8 +187,9 @@ def burst(args):
         spoke = [d['spoke'].partition(':')[2] for d in good]
         r['nll'] = statistics.fmean(loss[p][of[d['text']]] for d,p in zip(good, spoke))
         r['nll_fixed'] = statistics.fmean(loss[fixed][of[d['text']]] for d in good)
-        rows.append([name, len(r['requests']), len(r['requests'])-len(good), f'{statistics.median(firsts):.2f}', f'{share(firsts, .95):.2f}',
-                     f"{r['nll']-r['nll_fixed']:+.4f}", ', '.join(f'{p} {spoke.count(p)/len(spoke):.0%}' for p in args.profiles)])
+        served = ', '.join(f'{p} {spoke.count(p)/len(spoke):.0%}' for p in args.profiles)
+        rows.append([name, len(r['requests']), len(r['requests'])-len(good), f'{statistics.median(firsts):.2f}',
+                     f'{share(firsts, .95):.2f}', f"{r['nll']-r['nll_fixed']:+.4f}", served])
     table(['','requests','failed','first token in the burst, s (median)','(95 %)','nats lost','served by'], rows)
     args.file,args.data,args.run = Path(args.file).name,Path(args.data).name,None
     write(args.out, 'serving_burst', args, results)

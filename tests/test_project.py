@@ -121,7 +121,7 @@ def undocumented(name, f):
 
 def own_methods(cls):
     "Public methods that a class adds; an override is documented by what it overrides."
-    for name,f in vars(cls).items():
+    for name,f in list(vars(cls).items()):   # a copy: pydantic's models keep notes there while they are looked at
         f = getattr(f, '__func__', f)
         overrides = any(hasattr(b, name) for b in cls.__mro__[1:])
         if inspect.isfunction(f) and not name.startswith('_') and not overrides: yield name,f

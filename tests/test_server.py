@@ -30,7 +30,8 @@ def serving(file, *options, key=None, **env):
     "A server in a process of its own; its address, the process, and what it has said."
     env = os.environ | dict(OMP_NUM_THREADS='1') | ({'SWITCHABLE_LLM_API_KEY':key} if key else {}) | env
     command = [sys.executable, '-c', 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))']
-    p = subprocess.Popen([*command, 'serve', str(file), '--port', '0', '--log', 'json', *options], env=env, stderr=subprocess.PIPE, text=True)
+    command += ['serve', str(file), '--port', '0', '--log', 'json', *options]
+    p = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     said,ready = [],threading.Event()
     def read():
         for line in p.stderr:
@@ -59,7 +60,8 @@ def offline(file, prompt, profile, n, temperature=0., seed=0):
     offline.tokenizer = tokenizer
     ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
     with torch.no_grad(), use_profile(model, profile):
-        tokens = list(lean_tokens(LiveStep(model), ids, n, {tokenizer.eos_token_id}, temperature, generator=torch.Generator().manual_seed(seed)))
+        chance = torch.Generator().manual_seed(seed)
+        tokens = list(lean_tokens(LiveStep(model), ids, n, {tokenizer.eos_token_id}, temperature, generator=chance))
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 def test_models_are_the_profiles(client):
@@ -74,7 +76,8 @@ def test_each_request_at_its_own_profile(client, file):
         got = client.completions.create(model=f'tiny:{p}', prompt=prompt, max_tokens=8, temperature=0)
         assert got.choices[0].text==offline(file, prompt, p, 8) and got.model==f'tiny:{p}'
         assert got.usage.completion_tokens<=8 and got.usage.prompt_tokens>8 and got.choices[0].finish_reason in ('stop','length')
-    drawn = [client.completions.create(model='tiny:bw8', prompt=prompt, max_tokens=8, temperature=1, seed=5).choices[0].text for _ in range(2)]
+    kw = dict(model='tiny:bw8', prompt=prompt, max_tokens=8, temperature=1, seed=5)
+    drawn = [client.completions.create(**kw).choices[0].text for _ in range(2)]
     assert drawn==[offline(file, prompt, 'bw8', 8, 1., 5)]*2
     own = client.completions.create(model='tiny', prompt=prompt, max_tokens=8, temperature=0, extra_body=dict(profile='w6a8'))
     assert own.model=='tiny:w6a8'
@@ -110,9 +113,11 @@ def test_stop_n_and_logprobs(client, file):
     for t in chat.choices[0].logprobs.content: assert t.top_logprobs[0].token==t.token and t.logprob==t.top_logprobs[0].logprob
 
 @pytest.mark.parametrize('wrong,named', [
-    (dict(temperature=3), 'temperature'), (dict(prompt=''), 'prompt is empty'), (dict(max_tokens=9999), 'room for 256'), (dict(prompt=[9999]), '9999'),
-    (dict(presence_penalty=1), 'presence_penalty'), (dict(extra_body=dict(colour='red')), 'colour'), (dict(model='tiny', extra_body=dict(profile='wide')), 'wide'),
-    (dict(model='tiny', extra_body=dict(min_profile='bw8', max_profile='w4a8')), 'nothing is left'), (dict(extra_body=dict(min_profile='bw6')), 'auto')])
+    (dict(temperature=3), 'temperature'), (dict(prompt=''), 'prompt is empty'), (dict(max_tokens=9999), 'room for 256'),
+    (dict(prompt=[9999]), '9999'), (dict(presence_penalty=1), 'presence_penalty'),
+    (dict(extra_body=dict(colour='red')), 'colour'), (dict(model='tiny', extra_body=dict(profile='wide')), 'wide'),
+    (dict(model='tiny', extra_body=dict(min_profile='bw8', max_profile='w4a8')), 'nothing is left'),
+    (dict(extra_body=dict(min_profile='bw6')), 'auto')])
 def test_what_is_wrong_is_named(client, wrong, named):
     with pytest.raises(openai.BadRequestError, match=named): client.completions.create(**dict(model='tiny:bw8', prompt='a') | wrong)
 
@@ -130,7 +135,8 @@ def test_curl_key_bodies_and_pages(server):
         assert status==401 and 'www-authenticate: Bearer' in head and json.loads(body)['error']['code']=='invalid_api_key'
     assert curl(*key, f'{at}/nothing')[0]==404 and curl(*key, f'{at}/completions')[0]==405
     def post(body): return curl(*key, '-H','Content-Type: application/json', '--data-binary', '@-', f'{at}/completions', body=body)
-    for body in ('{', '[1]', '{"model":3}', '\0', '{"model":"tiny:bw8","prompt":"a","max_tokens":true}', json.dumps(dict(model='tiny', prompt='a', n=10**30))):
+    for body in ('{', '[1]', '{"model":3}', '\0', '{"model":"tiny:bw8","prompt":"a","max_tokens":true}',
+                 json.dumps(dict(model='tiny', prompt='a', n=10**30))):
         status,_,said = post(body)
         assert status==400 and json.loads(said)['error']['type']=='invalid_request_error', (body, status, said)
     assert post(json.dumps(dict(model='tiny:bw8', prompt='x'*1_100_000)))[0]==413
@@ -142,7 +148,8 @@ def test_metrics_and_log(server, client):
     client.completions.create(model='tiny:w4a8', prompt='question:', max_tokens=3, temperature=0)
     body = curl('-H', 'Authorization: Bearer secret', at.removesuffix('/v1')+'/metrics')[2]
     from prometheus_client.parser import text_string_to_metric_families
-    found = {(s.name, s.labels.get('profile'), s.labels.get('kind')):s.value for f in text_string_to_metric_families(body) for s in f.samples}
+    samples = [s for f in text_string_to_metric_families(body) for s in f.samples]
+    found = {(s.name, s.labels.get('profile'), s.labels.get('kind')):s.value for s in samples}
     assert found['switchable_llm_tokens_total','w4a8','new']>=3 and found['switchable_llm_first_token_seconds_count','w4a8',None]>=1
     assert found['switchable_llm_waiting',None,None]==0
     time.sleep(.2)
@@ -175,8 +182,9 @@ def test_back_pressure_and_an_orderly_end(file):
         client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=60)
         first = client.completions.create(model='tiny:bw8', prompt='question:', max_tokens=200, temperature=0, stream=True)
         next(iter(first))
-        with pytest.raises(openai.RateLimitError) as told: client.completions.create(model='tiny:bw8', prompt='question:', max_tokens=200, n=3)
-        with pytest.raises(openai.BadRequestError, match='room for 3'): client.completions.create(model='tiny:bw8', prompt='question:', n=4)
+        ask = dict(model='tiny:bw8', prompt='question:')
+        with pytest.raises(openai.RateLimitError) as told: client.completions.create(**ask, max_tokens=200, n=3)
+        with pytest.raises(openai.BadRequestError, match='room for 3'): client.completions.create(**ask, n=4)
         assert told.value.response.headers['retry-after']=='1' and told.value.code=='queue_full'
         p.send_signal(signal.SIGTERM)
         rest = list(first)
@@ -185,8 +193,8 @@ def test_back_pressure_and_an_orderly_end(file):
 
 def test_bad_starts_say_so(file, tmp_path, capsys):
     from switchable_llm.apps.cli import main
-    for args,named in ((('absent.safetensors',), 'no such file'), ((file, '--host', '0.0.0.0'), '--api-key'), ((file, '--profiles', 'bw9'), 'bw9'),
-                       ((file, '--memory', '0'), '--memory'), ((tmp_path,), 'freeze')):
+    for args,named in ((('absent.safetensors',), 'no such file'), ((file, '--host', '0.0.0.0'), '--api-key'),
+                       ((file, '--profiles', 'bw9'), 'bw9'), ((file, '--memory', '0'), '--memory'), ((tmp_path,), 'freeze')):
         assert main(['serve', *map(str, args), '--port', '0']), args
         assert named in capsys.readouterr().err
 
@@ -195,7 +203,8 @@ def test_bits_give_way_under_load_and_come_back(file):
     with serving(file, '--texts', '8', '--first-token', '.2', '--hold', '.5') as (at, p, said):
         client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=100)
         def ask(n, **more):
-            got = client.completions.create(model='tiny:auto', prompt='question:', max_tokens=n, temperature=1, extra_body=dict(ignore_eos=True, **more))
+            got = client.completions.create(model='tiny:auto', prompt='question:', max_tokens=n, temperature=1,
+                                            extra_body=dict(ignore_eos=True, **more))
             return got.model.partition(':')[2]
         assert ask(2)=='bw8'
         with ThreadPoolExecutor(64) as pool:

@@ -84,14 +84,16 @@ def _write(model, tokenizer, ids, config, stream):   # new tokens, seconds
     ids = torch.tensor([ids], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, **_PLAIN) if stream else None
     start = time.perf_counter()
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
+                         streamer=streamer)
     return out[0, ids.shape[1]:].tolist(), time.perf_counter()-start
 
 _PLAIN = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)   # how tokens become text
 
 def _generate(args):
     say,json = teller(args),wants_json(args)
-    if args.stream and json: raise ValueError("--stream prints text as it comes, --json one value at the end: choose one")
+    if args.stream and json:
+        raise ValueError("--stream prints text as it comes, --json one value at the end: choose one")
     device,prompt = chosen_device(args.device),_read(args.prompt)
     model,tokenizer,profiles = open_model(args.checkpoint, args.model, args.profiles, device)
     if not args.profiles: profiles = [p for p in profiles if not hasattr(model, 'switch') or p==model.switch.profile]
@@ -140,29 +142,38 @@ def _serve_options(parser):
     parser.add_argument('file', help='a file that `freeze` wrote')
     add_profiles(parser, 'all of the file')
     where,work,limits = parser.group('where it listens'),parser.group('what it does under load'),parser.group('limits')
-    where.add_argument('--host', default='127.0.0.1', help='address; away from this machine a key is needed (default: 127.0.0.1)')
-    where.add_argument('--port', type=option_type(Number(0, 65535)), default=8000, metavar='N', help='0 takes a free one (default: 8000)')
+    where.add_argument('--host', default='127.0.0.1',
+                       help='address; away from this machine a key is needed (default: 127.0.0.1)')
+    where.add_argument('--port', type=option_type(Number(0, 65535)), default=8000, metavar='N',
+                       help='0 takes a free one (default: 8000)')
     where.add_argument('--name', help="of the model, for callers (default: the file's)")
     where.add_argument('--api-key', default=os.environ.get('SWITCHABLE_LLM_API_KEY'), metavar='KEY',
                        help='that callers must send; better in the environment, as SWITCHABLE_LLM_API_KEY')
-    where.add_argument('--log', choices=('text','json','none'), default='text', help='a line for each request, on stderr (default: text)')
+    where.add_argument('--log', choices=('text','json','none'), default='text',
+                       help='a line for each request, on stderr (default: text)')
     def seconds(group, name, default, help):
-        group.add_argument(name, type=option_type(_ABOVE), metavar='SECONDS', default=default, help=f'{help} (default: {default:g})')
+        group.add_argument(name, type=option_type(_ABOVE), metavar='SECONDS', default=default,
+                           help=f'{help} (default: {default:g})')
+    def count(group, name, metavar, default, help):
+        group.add_argument(name, type=option_type(COUNT), metavar=metavar, default=default,
+                           help=f'{help} (default: {default})')
     seconds(work, '--first-token', 1., 'target of `auto`: how long a first token may take')
     seconds(work, '--per-token', .2, 'the same for each token after it')
     seconds(work, '--hold', 5., 'of quiet before `auto` is finer again')
-    limits.add_argument('--memory', type=option_type(_ABOVE), metavar='MB', help='for keys and values (default: a quarter of what is free)')
-    limits.add_argument('--texts', type=option_type(COUNT), metavar='N', default=32, help='written at once (default: 32)')
-    limits.add_argument('--waiting', type=option_type(COUNT), metavar='N', default=256,
-                        help='requests in the queue; the next one is told to come again (default: 256)')
-    limits.add_argument('--new-tokens', type=option_type(COUNT), metavar='N', default=256, help='of a request that names no number (default: 256)')
-    limits.add_argument('--max-body', type=option_type(COUNT), metavar='BYTES', default=1_000_000, help='of a request (default: 1000000)')
+    limits.add_argument('--memory', type=option_type(_ABOVE), metavar='MB',
+                        help='for keys and values (default: a quarter of what is free)')
+    count(limits, '--texts', 'N', 32, 'written at once')
+    count(limits, '--waiting', 'N', 256, 'requests in the queue; the next one is told to come again')
+    count(limits, '--new-tokens', 'N', 256, 'of a request that names no number')
+    count(limits, '--max-body', 'BYTES', 1_000_000, 'of a request')
     seconds(limits, '--seconds', 120., 'most for a request')
     more = parser.group('more than one machine')
     more.add_argument('--ray', nargs='?', const='local', metavar='ADDRESS',
-                      help='serve over the Ray cluster at HOST:PORT; `auto` finds one that runs on this machine, `local` (the default) starts one')
-    more.add_argument('--replicas', type=option_type(COUNT), default=2, metavar='N', help='copies of the model (default: 2)')
-    more.add_argument('--most-replicas', type=option_type(COUNT), metavar='N', help='under load (default: no more than --replicas)')
+                      help='serve over the Ray cluster at HOST:PORT; `auto` finds one that runs on this machine, '
+                           '`local` (the default) starts one')
+    count(more, '--replicas', 'N', 2, 'copies of the model')
+    more.add_argument('--most-replicas', type=option_type(COUNT), metavar='N',
+                      help='under load (default: no more than --replicas)')
     more.add_argument('--cpus', type=option_type(_ABOVE), default=1., metavar='N', help='of a replica (default: 1)')
 
 def _serve(args):
@@ -170,19 +181,24 @@ def _serve(args):
     hosting,say = import_module('switchable_llm.server.hosting'),teller(args)
     hosting.listen(args.host, args.port, args.api_key).close()   # before the model is loaded
     hosting.start_log('none' if args.quiet else args.log)
-    with hosting.open_service(args.file, args.name, profiles=args.profiles, first_token=args.first_token, per_token=args.per_token, hold=args.hold,
-                              new_tokens=args.new_tokens, memory=args.memory and int(args.memory*2**20), most=args.texts, waiting=args.waiting) as service:
+    kw = _given(args, 'profiles first_token per_token hold new_tokens waiting')
+    with hosting.open_service(args.file, args.name, memory=_memory(args), most=args.texts, **kw) as service:
         asked = f"{service.name}:auto, or {', '.join(f'{service.name}:{p}' for p in service.profiles)}"
-        hosting.serve(service, args.host, args.port, args.api_key, lambda at: say(f"listening at {at}  models: {asked}"),
-                      most_body=args.max_body, seconds=args.seconds)
+        def told(at): say(f"listening at {at}  models: {asked}")
+        hosting.serve(service, args.host, args.port, args.api_key, told, most_body=args.max_body, seconds=args.seconds)
     say('stopped')
+
+def _given(args, names): return {k:getattr(args, k) for k in names.split()}
+
+def _memory(args): return args.memory and int(args.memory*2**20)   # bytes
 
 def _serve_on_cluster(args):
     cluster,say = import_module('switchable_llm.server.cluster'),teller(args)
-    kw = {k:getattr(args, k) for k in 'name profiles replicas most_replicas cpus seconds waiting new_tokens first_token per_token hold'.split()}
-    asked = cluster.ClusterArgs(file=str(Path(args.file).resolve()), key=args.api_key, memory=args.memory and int(args.memory*2**20), **kw)
+    kw = _given(args, 'name profiles replicas most_replicas cpus seconds waiting new_tokens first_token per_token hold')
+    asked = cluster.ClusterArgs(file=str(Path(args.file).resolve()), key=args.api_key, memory=_memory(args), **kw)
     cluster.serve_on_cluster(asked, args.ray, args.host, args.port, lambda at: say(f"listening at {at}"))
     say('stopped')
 
 # %% ../../nbs/apps/asking.ipynb #7ae68e25
-COMMANDS = dict(generate=(_generate_options, _generate), answer=(_answer_options, _answer), serve=(_serve_options, _serve))   # as in `apps.commands`
+COMMANDS = dict(   # as in `apps.commands`
+    generate=(_generate_options, _generate), answer=(_answer_options, _answer), serve=(_serve_options, _serve))

@@ -31,7 +31,8 @@ class Replica:
     def facts(self)->dict: # What the front has to know
         "What is served."
         s = self.service
-        return dict(name=s.name, profiles=s.profiles, context=s.engine.context, vocabulary=s.engine.vocabulary, ends=list(s.words.ends), mark=s.mark)
+        return dict(name=s.name, profiles=s.profiles, context=s.engine.context, vocabulary=s.engine.vocabulary,
+                    ends=list(s.words.ends), mark=s.mark)
 
     def stats(self)->dict: # As the engine counts
         "What it does now."
@@ -94,7 +95,8 @@ class RemoteEngine:
     )->Answer: # Comes token by token
         "Send a text to a replica."
         self.check(request)
-        if len(self.open)>=self.waiting: raise Refused(f"{len(self.open)} requests wait already: try again later", retry=True, full=True)
+        if len(self.open)>=self.waiting:
+            raise Refused(f"{len(self.open)} requests wait already: try again later", retry=True, full=True)
         if request.temperature and request.seed is None: request = replace(request, seed=self.chance.getrandbits(62))
         answer = Answer(request, told)
         task = asyncio.get_running_loop().create_task(self._follow(answer))
@@ -167,7 +169,8 @@ class ClusterArgs(BaseModel):
     per_token:float = .2      # The same for each token after it
     hold:float = 5.           # Seconds of quiet before `auto` is finer again
 
-_HEAD = {'node:__internal_head__':.001}   # where Ray's HTTP proxy and its table of actors are: the front lives and dies with them
+# Where Ray's HTTP proxy and its table of actors are: the front lives and dies with them.
+_HEAD = {'node:__internal_head__':.001}
 
 def build(
     args:ClusterArgs, # What a configuration says
@@ -176,17 +179,23 @@ def build(
     if args.replicas<1: raise ValueError(f"replicas={args.replicas}: at least one")
     most = args.most_replicas or args.replicas
     if most<args.replicas: raise ValueError(f"most_replicas={most}: fewer than replicas={args.replicas}")
-    scaling = dict(min_replicas=args.replicas, initial_replicas=args.replicas, max_replicas=most, target_ongoing_requests=args.texts_each)
-    replica = serve.deployment(Replica, name='Replica', ray_actor_options=dict(num_cpus=args.cpus), autoscaling_config=scaling, health_check_period_s=2,
-                               health_check_timeout_s=10, max_ongoing_requests=max(64, 4*args.texts_each), graceful_shutdown_timeout_s=30)
-    kw = dict(name=args.name or Path(args.file).stem.replace(':', '-'), profiles=args.profiles, memory=args.memory, first_token=args.first_token,
+    scaling = dict(min_replicas=args.replicas, initial_replicas=args.replicas, max_replicas=most,
+                   target_ongoing_requests=args.texts_each)
+    replica = serve.deployment(
+        Replica, name='Replica', ray_actor_options=dict(num_cpus=args.cpus), autoscaling_config=scaling,
+        health_check_period_s=2, health_check_timeout_s=10, max_ongoing_requests=max(64, 4*args.texts_each),
+        graceful_shutdown_timeout_s=30)
+    front = serve.deployment(
+        serve.ingress(_Door())(_Front), name='Front', ray_actor_options=dict(num_cpus=0, resources=_HEAD),
+        max_ongoing_requests=args.waiting+16)
+    name = args.name or Path(args.file).stem.replace(':', '-')
+    kw = dict(name=name, profiles=args.profiles, memory=args.memory, first_token=args.first_token,
               per_token=args.per_token, hold=args.hold)
-    return serve.deployment(serve.ingress(_Door())(_Front), name='Front', ray_actor_options=dict(num_cpus=0, resources=_HEAD),
-                            max_ongoing_requests=args.waiting+16).bind(replica.bind(args.file, **kw), args)
+    return front.bind(replica.bind(args.file, **kw), args)
 
 def serve_on_cluster(
     args:ClusterArgs, # What is served
-    address:str='local', # HOST:PORT of a Ray cluster; 'auto' finds one that runs here, 'local' starts one on this machine
+    address:str='local', # HOST:PORT of a Ray cluster; 'auto' finds one that runs here, 'local' starts one
     host:str='127.0.0.1', # Where its head listens
     port:int=8000,    # Not 0: Ray takes no free one
     told=None,        # Called with the address once it listens
@@ -194,7 +203,8 @@ def serve_on_cluster(
     "Serve over a cluster until SIGTERM or Ctrl-C."
     listen(host, port, args.key).close()
     try: ray.init(address=address, log_to_driver=False)
-    except ConnectionError as e: raise ConnectionError(f"--ray {address}: no Ray cluster answers there: `ray start --head` begins one") from e
+    except ConnectionError as e:
+        raise ConnectionError(f"--ray {address}: no Ray cluster answers there: `ray start --head` begins one") from e
     stopped = threading.Event()
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *_: stopped.set())
     try:

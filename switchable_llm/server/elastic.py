@@ -19,8 +19,11 @@ def ladder(
     "Profiles by their bits: those of the weights, on average over all weights, then those of the activations."
     switch = switch_of(model)
     sizes = [m.in_features*m.out_features for m in switch.layers]
+    def width(bits, which):   # 32 where nothing is rounded
+        own = None if bits is None else getattr(bits, which)
+        return 32 if own is None else own
     def bits(name, which):
-        of = [32 if s.bits is None or getattr(s.bits, which) is None else getattr(s.bits, which) for s in switch.find(name)['settings']]
+        of = [width(s.bits, which) for s in switch.find(name)['settings']]
         return sum(b*n for b,n in zip(of, sizes))
     return sorted(names, key=lambda name: (-bits(name, 'w'), -bits(name, 'a')))
 
@@ -39,7 +42,8 @@ class Elastic:
         for name,v in dict(first_token=first_token, per_token=per_token, hold=hold).items():
             if not v>0: raise ValueError(f"{name}={v}: give seconds above 0")
         self.names,self.first_token,self.per_token,self.hold = list(names),first_token,per_token,hold
-        self.level,self.moved,self.loud = 0,0.,0.   # rung, 0 the finest; when it was changed; when the pressure was last high
+        self.level = 0                 # rung, 0 the finest
+        self.moved,self.loud = 0.,0.   # when it was changed; when the pressure was last high
         self.firsts,self.lock = deque(maxlen=256),threading.Lock()   # (when, seconds) of first tokens
 
     def within(self,
@@ -48,10 +52,12 @@ class Elastic:
     )->list[str]: # From the finest to the coarsest
         "The rungs that a request allows."
         for what,name in (('min_profile', floor), ('max_profile', ceiling)):
-            if name is not None and name not in self.names: raise ValueError(f"{what} {name!r}: the load chooses among {', '.join(self.names)}")
+            if name is not None and name not in self.names:
+                raise ValueError(f"{what} {name!r}: the load chooses among {', '.join(self.names)}")
         a = self.names.index(ceiling) if ceiling else 0
         b = self.names.index(floor) if floor else len(self.names)-1
-        if a>b: raise ValueError(f"min_profile {floor!r} is finer than max_profile {ceiling!r}: nothing is left to choose")
+        if a>b:
+            raise ValueError(f"min_profile {floor!r} is finer than max_profile {ceiling!r}: nothing is left to choose")
         return self.names[a:b+1]
 
     def note(self,
@@ -72,8 +78,8 @@ class Elastic:
 
     def choose(self,
         engine,     # That serves
-        floor:str|None=None,   # As `within` takes them
-        ceiling:str|None=None,
+        floor:str|None=None,   # The coarsest that is allowed
+        ceiling:str|None=None, # The finest
     )->str: # A profile
         "The profile of the request that begins now."
         now,p = time.monotonic(),self.pressure(engine)

@@ -101,9 +101,11 @@ class Engine:
         elastic=None,           # Chooses where a request names no profile: an `Elastic`
     ):
         if most<1: raise ValueError(f"most={most}: at least one text is written at a time")
-        if memory is not None and memory<1: raise ValueError(f"memory={memory}: give the bytes that keys and values may have")
+        if memory is not None and memory<1:
+            raise ValueError(f"memory={memory}: give the bytes that keys and values may have")
         if not pause>0: raise ValueError(f"pause={pause}: give seconds above 0")
-        self.model,self.live,self.switch,self.most,self.pause,self.elastic = model,live_of(model),switch_of(model),most,pause,elastic
+        self.model,self.live,self.switch = model,live_of(model),switch_of(model)
+        self.most,self.pause,self.elastic = most,pause,elastic
         self.parts = self.live.tables.parts
         self.room = waiting+most   # requests that can be there at once
         self.context,self.vocabulary = self.parts.context,model.get_input_embeddings().weight.shape[0]
@@ -112,7 +114,8 @@ class Engine:
         self.queue,self.rows,self.changed = FairQueue(waiting),[],threading.Condition()
         self.closing,self.closed,self.broken = False,False,None   # `broken`: why the loop ended that should not
         self.counts = dict(steps=0, prompt_tokens=0, reused_tokens=0, new_tokens=0, switches=0)
-        self.per_token,self.per_step = {},0.   # seconds of a token of a prompt, by profile; of a step in which texts are written
+        self.per_token = {}    # profile -> seconds of a token of a prompt
+        self.per_step = 0.     # seconds of a step in which texts are written
         self.worst_step,self._last = 0.,None   # seconds of the longest step; the profile that came before
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self._run, name='switchable-llm engine', daemon=True)
@@ -138,23 +141,24 @@ class Engine:
     ):
         "A `ValueError` that says why a request can never be done."
         check_request(request, self.context, self.vocabulary)
-        if request.profile is None and self.elastic is None: raise ValueError("no profile is named, and none chooses by the load")
+        if request.profile is None and self.elastic is None:
+            raise ValueError("no profile is named, and none chooses by the load")
         for p in ([request.profile] if request.profile else self.elastic.within(request.floor, request.ceiling)):
             worst = self._worst(len(request.ids)+request.max_new_tokens, self.switch.find(p)['cache'])
             if worst>self.memory:
-                raise ValueError(f"{len(request.ids)} tokens and {request.max_new_tokens} new ones need {worst>>10} KiB of memory at {p}, "
-                                 f"and the server has {self.memory>>10} KiB for all texts: ask for less")
+                raise ValueError(f"{len(request.ids)} tokens and {request.max_new_tokens} new ones need {worst>>10} KiB "
+                                 f"of memory at {p}, and the server has {self.memory>>10} KiB for all texts: ask for less")
 
     def stats(self)->dict: # Numbers by name
         "What it does now, and what it did since it began."
         with self.changed:
-            return dict(self.counts, waiting=len(self.queue), running=len(self.rows), memory=self.pages.nbytes, memory_bound=self.memory,
-                        prefixes=len(self.prefixes.kept), longest_step=self.worst_step)
+            return dict(self.counts, waiting=len(self.queue), running=len(self.rows), memory=self.pages.nbytes,
+                        memory_bound=self.memory, prefixes=len(self.prefixes.kept), longest_step=self.worst_step)
 
     def wait_now(self,
         profile:str, # Of which prompts would be computed
     )->float: # Seconds
-        "How long a first token takes at present: what one has waited already, or what is to be done before the last in the queue."
+        "How long a first token takes now: what one has waited already, or what is to be done before the last one."
         with self.changed:
             arrived = [a.arrived for a in (*self.queue, *(r.answer for r in self.rows)) if a.first is None]
             ahead = sum(len(a.request.ids) for a in self.queue)+sum(len(r.left) for r in self.rows if r.prompt)
@@ -223,7 +227,8 @@ class Engine:
                 profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
                 found = self.switch.find(profile)
                 worst = self._worst(len(r.ids)+r.max_new_tokens, found['cache'])
-                if self.rows and sum(x.worst for x in self.rows)+worst>self.memory: return   # it is the next one, when there is room
+                taken = sum(x.worst for x in self.rows)
+                if self.rows and taken+worst>self.memory: return   # it is the next one, when there is room
                 row = self._begin(answer, found, worst)
             except Exception as e: row = e
             with self.changed: self.queue.pop()
@@ -302,7 +307,8 @@ class Engine:
         for p in {r.answer.profile for r,_ in pieces if r.prompt}:
             old = self.per_token.pop(p, seconds/n)
             self.per_token[p] = .7*old + .3*seconds/n
-        while len(self.per_token)>self.TIMED: del self.per_token[next(iter(self.per_token))]   # requests may bring any number along
+        while len(self.per_token)>self.TIMED:   # requests may bring any number along
+            del self.per_token[next(iter(self.per_token))]
 
     def _make_room(self, r, n):   # pages for the next tokens; beginnings give way. False where the text had to end
         while True:
@@ -320,7 +326,8 @@ class Engine:
             r.prompt = False
             self.prefixes.put(r.step.table, r.said, r.step.cache)
         try:
-            if not torch.isfinite(logits).all(): raise ValueError(f"the model gives no numbers at {answer.profile}: its weights or ranges are broken")
+            if not torch.isfinite(logits).all():
+                raise ValueError(f"the model gives no numbers at {answer.profile}: its weights or ranges are broken")
             token = pick_token(logits, request.temperature, request.top_k, request.top_p, r.chance)
             answer.put(Token(token, *_told(logits, token, request.logprobs)))
         except Exception as e: return self._end(r, 'error', _why(e))

@@ -24,8 +24,8 @@ class JsonLines(logging.Formatter):
         record, # Of `logging`; `fields` is a dict of what it tells
     )->str: # JSON
         "One event."
-        d = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))+f'.{int(record.msecs):03d}Z', level=record.levelname.lower(),
-                 event=record.getMessage(), **getattr(record, 'fields', {}))
+        at = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))+f'.{int(record.msecs):03d}Z'
+        d = dict(time=at, level=record.levelname.lower(), event=record.getMessage(), **getattr(record, 'fields', {}))
         if record.exc_info: d['trace'] = self.formatException(record.exc_info)
         return json.dumps(d, default=str)
 
@@ -36,7 +36,8 @@ class TextLines(logging.Formatter):
     )->str: # Text
         "One event."
         f = getattr(record, 'fields', {})
-        told = '  '.join(f'{k}={v if str(v).isprintable() else repr(v)}' for k,v in f.items() if v not in (None, [], ''))   # on one line
+        def shown(v): return str(v) if str(v).isprintable() else repr(v)   # on one line
+        told = '  '.join(f'{k}={shown(v)}' for k,v in f.items() if v not in (None, [], ''))
         said = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()}  {told}".rstrip()
         return said+('\n'+self.formatException(record.exc_info) if record.exc_info else '')
 
@@ -57,14 +58,16 @@ def start_log(
 def open_service(
     path:'str|Path', # A packed file
     name:str|None=None, # By which callers ask for it; by default the file's
-    profiles:list[str]|None=None, # Names of those that are served, bits such as w6a8, or files of profiles; by default all of the file
+    profiles:list[str]|None=None, # Names, bits such as w6a8, or files of profiles; by default all of the file
     **kw,            # Of `Service`
 )->Service: # Its engine runs
     "Load a packed file to serve it."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file; `switchable-llm freeze MODEL --out {path}` writes one")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; `switchable-llm freeze MODEL --out {path}` writes one")
     if not is_packed(path):
-        raise ValueError(f"{path}: a server takes a packed file: make one with `switchable-llm freeze {path} --out my-model.safetensors`")
+        raise ValueError(f"{path}: a server takes a packed file: make one with "
+                         f"`switchable-llm freeze {path} --out my-model.safetensors`")
     model = load_packed(path)
     switch = switch_of(model)
     if profiles is not None:
@@ -81,17 +84,20 @@ def listen(
 )->socket.socket: # Bound
     "A socket; away from this machine only with a key."
     if not key and not _is_here(host):
-        raise ValueError(f"host {host!r}: whoever reaches this machine could ask: set a key with --api-key or SWITCHABLE_LLM_API_KEY, "
-                         "or listen on 127.0.0.1")
+        raise ValueError(f"host {host!r}: whoever reaches this machine could ask: set a key with --api-key or "
+                         "SWITCHABLE_LLM_API_KEY, or listen on 127.0.0.1")
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
-    except OSError as e: raise OSError(f"{host}:{port}: {e.strerror or e}: another port may be free, and --port 0 takes one") from e
+    except OSError as e:
+        raise OSError(f"{host}:{port}: {e.strerror or e}: another port may be free, and --port 0 takes one") from e
 
 def _is_here(host):
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host=='localhost'
 
 class _Connection(H11Protocol):   # one request of it takes so long at most, and the rest of a header too
-    def __init__(self, most, *args, **kw): super().__init__(*args, **kw); self.most,self.seen,self.watch = most,None,None
+    def __init__(self, most, *args, **kw):
+        super().__init__(*args, **kw)
+        self.most,self.seen,self.watch = most,None,None
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -100,7 +106,8 @@ class _Connection(H11Protocol):   # one request of it takes so long at most, and
 
     def _look(self):
         if self.cycle is not self.seen: self.seen,self.since = self.cycle,self.loop.time()
-        if self.loop.time()-self.since>self.most: return self.transport.abort()   # also where it was closed, and the caller reads nothing
+        if self.loop.time()-self.since>self.most:
+            return self.transport.abort()   # also where it was closed, and the caller reads nothing
         self.watch = self.loop.call_later(self.most/4, self._look)
 
     def connection_lost(self, exc):
@@ -132,8 +139,8 @@ def serve(
     sock = listen(host, port, key)
     at = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1"
     app = make_app(service, key, seconds=seconds, **kw)
-    config = uvicorn.Config(app, http=partial(_Connection, seconds+60), ws='none', log_config=None, access_log=False, lifespan='off',
-                            timeout_keep_alive=65, timeout_graceful_shutdown=math.ceil(patience))
+    config = uvicorn.Config(app, http=partial(_Connection, seconds+60), ws='none', log_config=None, access_log=False,
+                            lifespan='off', timeout_keep_alive=65, timeout_graceful_shutdown=math.ceil(patience))
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _interrupt)
     try: _Server(config, lambda: told and told(at)).run(sockets=[sock])
     except KeyboardInterrupt: pass   # uvicorn finishes what it has, then raises the signal again

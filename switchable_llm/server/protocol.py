@@ -6,12 +6,15 @@
 __all__ = ['Stop', 'Stops', 'Count', 'Token', 'Nothing', 'Asked', 'StreamOptions', 'CompletionAsked', 'Part', 'Message',
            'TextFormat', 'ChatAsked', 'Usage', 'CompletionLogprobs', 'CompletionChoice', 'Completion', 'TopLogprob',
            'TokenLogprob', 'ChatLogprobs', 'Said', 'ChatChoice', 'ChatCompletion', 'ChatPieceChoice', 'ChatPiece',
-           'ModelCard', 'ModelList', 'Health', 'ErrorBody', 'ErrorAnswer', 'ApiError', 'wrong_fields', 'asked_profile']
+           'ModelCard', 'ModelList', 'Health', 'ErrorBody', 'ErrorAnswer', 'ApiError', 'wrong_fields', 'asked_profile',
+           'BodyLimit']
 
 # %% ../../nbs/server/protocol.ipynb #a8e1471b
-import time
+import asyncio, time
 from typing import Annotated, Any, Literal
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from ..core.profiles import Profile, as_profile
 
 # %% ../../nbs/server/protocol.ipynb #cb40ccae
@@ -26,7 +29,8 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True)
     model:str = Field(max_length=300, description='Name of the model, and after a colon the profile')
     max_tokens:Count|None = None
-    temperature:float|None = Field(None, ge=0, le=2, description='0 takes the likeliest token, and so does less than a millionth')
+    temperature:float|None = Field(None, ge=0, le=2,
+        description='0 takes the likeliest token, and so does less than a millionth')
     top_p:float|None = Field(None, ge=0, le=1)
     top_k:Count|None = Field(None, description='Draw among so many tokens')
     n:int = Field(1, ge=1, le=16)
@@ -36,7 +40,8 @@ class Asked(BaseModel):
     stream_options:'StreamOptions|None' = None
     user:str|None = Field(None, max_length=300)
     ignore_eos:bool = Field(False, description='Write on where the model would end')
-    profile:str|dict[str, Any]|None = Field(None, description='Bits for this request: such as w6a8, or a profile with rules')
+    profile:str|dict[str, Any]|None = Field(None,
+        description='Bits for this request: such as w6a8, or a profile with rules')
     min_profile:str|None = Field(None, max_length=100, description='With auto: the coarsest that will do')
     max_profile:str|None = Field(None, max_length=100, description='With auto: the finest that will do')
     frequency_penalty:Nothing|None = None
@@ -44,7 +49,9 @@ class Asked(BaseModel):
     logit_bias:Annotated[dict[str, float], Field(max_length=0)]|None = None
 
     @property
-    def stops(self)->tuple: return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def stops(self)->tuple:
+        if self.stop is None: return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 class StreamOptions(BaseModel):
     "What comes with a stream."
@@ -213,6 +220,9 @@ class ErrorAnswer(BaseModel):
     "An error as it is sent."
     error:ErrorBody
 
+_KINDS = {401:'authentication_error', 408:'timeout_error', 429:'rate_limit_error', 503:'overloaded_error',
+          504:'timeout_error'}
+
 class ApiError(Exception):
     "An error with its HTTP status."
     def __init__(self,
@@ -223,23 +233,34 @@ class ApiError(Exception):
         retry:int|None=None, # Seconds after which to try again
     ):
         super().__init__(message)
-        kind = {401:'authentication_error', 408:'timeout_error', 429:'rate_limit_error', 503:'overloaded_error', 504:'timeout_error'}.get(
-            status, 'invalid_request_error' if status<500 else 'server_error')
+        kind = _KINDS.get(status, 'invalid_request_error' if status<500 else 'server_error')
         self.status,self.retry = status,retry
         self.body = ErrorAnswer(error=ErrorBody(message=message, type=kind, param=param, code=code))
+
+    def response(self)->JSONResponse: # With the headers that belong to its status
+        "The error as an answer."
+        headers = {'Retry-After':str(self.retry)} if self.retry is not None else {}
+        if self.status in (408, 413): headers['Connection'] = 'close'   # nobody reads the rest
+        if self.status==401: headers['WWW-Authenticate'] = 'Bearer'
+        return JSONResponse(self.body.model_dump(), self.status, headers=headers)
 
 def wrong_fields(
     faults:list[dict], # As pydantic's `errors()` gives them
 )->ApiError: # 400
     "The first field at fault, in a sentence."
-    def at(f): return '.'.join(str(p) for p in f['loc'] if p!='body' and not (isinstance(p, str) and not p.isidentifier()))
+    def at(f):
+        names = [p for p in f['loc'] if p!='body' and (not isinstance(p, str) or p.isidentifier())]
+        return '.'.join(map(str, names))
     first = faults[0]
     where = at(first) or (f"{first['loc'][-1]!r:.80}" if first['type']=='extra_forbidden' else None)
-    if first['type']=='json_invalid': return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}", code='invalid_json')
+    if first['type']=='json_invalid':
+        why = first.get('ctx', {}).get('error', first['msg'])
+        return ApiError(400, f"the body is no JSON: {why}", code='invalid_json')
     if first['type']=='extra_forbidden': said = f"{where}: this server does not know this field"
     else: said = f"{where or 'the body'}: {first['msg'][:1].lower()+first['msg'][1:]}"
     given = first.get('input')
-    if first['type'] not in ('extra_forbidden','missing') and isinstance(given, (str, int, float, bool, type(None))): said += f", not {given!r:.80}"
+    short = isinstance(given, (str, int, float, bool, type(None)))
+    if short and first['type'] not in ('extra_forbidden','missing'): said += f", not {given!r:.80}"
     return ApiError(400, said, where, 'unknown_parameter' if first['type']=='extra_forbidden' else None)
 
 def asked_profile(
@@ -251,3 +272,31 @@ def asked_profile(
     for what,n,most in (('characters in its name', len(p.name), 100), ('rules', len(p.rules), 1000)):
         if n>most: raise ApiError(400, f"profile: {n} {what}: at most {most}", 'profile')
     return p
+
+# %% ../../nbs/server/protocol.ipynb #fcc4dc1c
+class BodyLimit:
+    "Refuses bodies that are too long, whatever their header says, and those that do not come to an end."
+    def __init__(self,
+        app,      # What is asked if the body is short enough
+        most:int, # Bytes
+        seconds:float=30., # In which it is to be here
+    ): self.app,self.most,self.seconds = app,most,seconds
+
+    async def __call__(self, scope, receive, send):
+        if scope['type']!='http': return await self.app(scope, receive, send)
+        said,read,until = dict(scope['headers']).get(b'content-length', b'0'),0,time.monotonic()+self.seconds
+        if said.isdigit() and int(said)>self.most: return await self.error().response()(scope, receive, send)
+        async def counted():
+            nonlocal read,until
+            try: message = await asyncio.wait_for(receive(), until and max(0, until-time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"the body was not here after {self.seconds:g} seconds") from None
+            if not message.get('more_body'): until = None   # it is here
+            read += len(message.get('body', b''))
+            if read>self.most: raise HTTPException(413, str(self.error()))
+            return message
+        await self.app(scope, counted, send)
+
+    def error(self)->ApiError: # 413
+        "What who sends too much is told."
+        return ApiError(413, f"the body is longer than {self.most} bytes", code='body_too_long')

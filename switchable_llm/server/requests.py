@@ -37,8 +37,11 @@ def check_request(
     ids,n = request.ids,request.max_new_tokens
     if not ids: raise ValueError('the prompt is empty: give at least one token')
     if n<1: raise ValueError(f"max_new_tokens={n}: give at least 1")
-    if len(ids)+n>context: raise ValueError(f"the prompt has {len(ids)} tokens and {n} more are asked for: the model has room for {context}")
-    if bad := [t for t in ids if not 0<=t<vocabulary]: raise ValueError(f"token {bad[0]}: the vocabulary has {vocabulary}")
+    if len(ids)+n>context:
+        raise ValueError(f"the prompt has {len(ids)} tokens and {n} more are asked for: "
+                         f"the model has room for {context}")
+    for t in ids:
+        if not 0<=t<vocabulary: raise ValueError(f"token {t}: the vocabulary has {vocabulary}")
 
 class Token(NamedTuple):
     "A token of an answer."
@@ -47,8 +50,14 @@ class Token(NamedTuple):
     top:tuple=()         # The likeliest: pairs of number and log-probability
 
 class Refused(Exception):
-    "A request that is not taken; `retry` tells whether it may be later, `full` that too many wait."
-    def __init__(self, why, retry=False, full=False): super().__init__(why); self.retry,self.full = retry,full
+    "A request that is not taken."
+    def __init__(self,
+        why:str,          # In words
+        retry:bool=False, # Whether it may be taken later
+        full:bool=False,  # Whether it is because too many wait
+    ):
+        super().__init__(why)
+        self.retry,self.full = retry,full
 
 class Failed(RuntimeError):
     "An answer that could not be finished."
