@@ -2985,6 +2985,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                               'switchable_llm/server/engine.py'),
                                               'switchable_llm.server.engine.Prefixes.find': ( 'server/engine.html#prefixes.find',
                                                                                               'switchable_llm/server/engine.py'),
+                                              'switchable_llm.server.engine.Prefixes.nbytes': ( 'server/engine.html#prefixes.nbytes',
+                                                                                                'switchable_llm/server/engine.py'),
                                               'switchable_llm.server.engine.Prefixes.put': ( 'server/engine.html#prefixes.put',
                                                                                              'switchable_llm/server/engine.py'),
                                               'switchable_llm.server.engine._Row': ( 'server/engine.html#_row',

@@ -33,7 +33,8 @@ _NOW = dict(   # what `Engine.stats` counts
     waiting='Requests in the queue', running='Texts that are being written', memory='Bytes of keys and values',
     memory_bound='Bytes that they may take', longest_step='Seconds of the longest step',
     switches='Changes of profile from one text to the next', steps='Passes through the model',
-    prefixes='Beginnings of texts that are kept', retried='Times that a text went to another replica')
+    prefixes='Beginnings of texts that are kept', memory_prefixes='Bytes of their keys and values',
+    retried='Times that a text went to another replica')
 
 class Metrics:
     "What Prometheus reads."
@@ -311,7 +312,9 @@ async def _unless_gone(http, work):   # the result, or an error when the caller 
         if tasks[0].done(): return tasks[0].result()
         raise ApiError(499, 'the caller has gone', code='gone')
     finally:
-        for t in tasks: t.cancel()
+        for t in tasks:
+            t.cancel()
+            t.add_done_callback(lambda t: t.cancelled() or t.exception())   # nobody else asks how it ended
 
 # %% ../../nbs/server/app.ipynb #94ae7301
 log = logging.getLogger('switchable_llm.server')

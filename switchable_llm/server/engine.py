@@ -24,6 +24,11 @@ class Prefixes:
     ):
         self.most,self.kept = most,[]   # (table, ids, cache)
 
+    @property
+    def nbytes(self)->int:
+        "Bytes of the pages that are kept."
+        return sum({id(p):p.size for *_,c in list(self.kept) for p in list(c.pages)}.values())
+
     def put(self,
         table:Table, # The model at the profile that computed them
         ids:list[int], # Tokens
@@ -153,7 +158,8 @@ class Engine:
         "What it does now, and what it did since it began."
         with self.changed:
             return dict(self.counts, waiting=len(self.queue), running=len(self.rows), memory=self.pages.nbytes,
-                        memory_bound=self.memory, prefixes=len(self.prefixes.kept), longest_step=self.worst_step)
+                        memory_bound=self.memory, prefixes=len(self.prefixes.kept), memory_prefixes=self.prefixes.nbytes,
+                        longest_step=self.worst_step)
 
     def wait_now(self,
         profile:str, # Of which prompts would be computed
