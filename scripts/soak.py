@@ -22,7 +22,8 @@ SECONDS = 60   # the server's limit for a request
 GROWTH = 20    # MB an hour that count as flat, beside what the fit cannot tell from nothing
 OWN = [dict(name='first', default='w8a8', rules=[dict(bits='w4a8', layers='0-1')]), dict(name='last', default='w6a8'), 'w6a8', 'w8a8k8v4']
 WORDS = 'question: When was the home of Bemola founded? context: Kafi was born in 1834. answer: Tara Pumu Deko Ridi'.split()
-BAD = b'{', b'[1]', b'\0', b'{"model":3}', b'{"prompt":"a"}', b'\xff{}', b'['*5000, b'{"model":"%s","prompt":"a","n":99}', b'{"model":"%s","prompt":""}'
+BAD = (b'{', b'[1]', b'\0', b'{"model":3}', b'{"prompt":"a"}',
+       b'\xff{}', b'['*5000, b'{"model":"%s","prompt":"a","n":99}', b'{"model":"%s","prompt":""}')
 
 def packed_tiny(folder):
     "The embedded model at three profiles, in one file."
@@ -37,7 +38,8 @@ def serving(file, *options):
     "`switchable-llm serve` in a process of its own: its address and the process."
     command = [sys.executable, '-c', 'import sys; from switchable_llm.apps.cli import main; sys.exit(main(sys.argv[1:]))']
     env = os.environ | dict(OMP_NUM_THREADS='1', SWITCHABLE_LLM_API_KEY='soak')
-    p = subprocess.Popen([*command, 'serve', str(file), '--port', '0', '--seconds', str(SECONDS), *options], env=env, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([*command, 'serve', str(file), '--port', '0', '--seconds', str(SECONDS), *options],
+                         env=env, stderr=subprocess.PIPE, text=True)
     for line in p.stderr:
         if found := re.search(r'listening at (\S+)/v1', line): break
     else: raise SystemExit('the server did not start')
@@ -105,7 +107,8 @@ class Client(threading.Thread):
     def asked(self, n=None):
         r = self.rng
         words,begun = r.choices(WORDS, k=r.choice((2, 8, 20, 60))),' '.join(WORDS*8)[:r.choice((0, 0, 300))]   # as others begin too
-        a = dict(model=r.choice(self.models), prompt=f"{begun}{' '.join(words)}", max_tokens=n or r.choice((1, 5, 20, 60)), temperature=0, n=1)
+        a = dict(model=r.choice(self.models), prompt=f"{begun}{' '.join(words)}", max_tokens=n or r.choice((1, 5, 20, 60)),
+                 temperature=0, n=1)
         a['prompt'] = self.offline.cut(a['prompt'], a['max_tokens'])
         if r.random()<.4: a.update(temperature=r.choice((.5, 1., 2.)), seed=r.randrange(8), n=r.choice((1, 1, 3)))
         if r.random()<.3: a['stop'] = r.sample([' in ', 'born', '?', '\n', 'ed ', 'zzz'], 2)
@@ -240,20 +243,25 @@ def report(args, found, end, p):
     slope,error = growth(found.memory) if len(found.memory)>8 else (0., 0.)
     left = end.get('memory', -1)-end.get('memory_prefixes', 0)
     faults = dict(wrong_answers=len(found.wrong), stuck=found.stuck, unexpected=len(found.odd), grows=slope-error>GROWTH,
-                  pages_left=left!=0, still_at_work=end.get('waiting', 1)+end.get('running', 1)>0, exit_status=p.returncode, log=len(p.faults))
+                  pages_left=left!=0, still_at_work=end.get('waiting', 1)+end.get('running', 1)>0, exit_status=p.returncode,
+                  log=len(p.faults))
     by = {f'{kind} {status}':n for (kind,status),n in sorted(found.statuses.items(), key=str)}
     mb = [b/1e6 for _,b in found.memory] or [0.]
     print(f"{args.minutes:g} minutes, {args.clients} clients: {sum(found.statuses.values())} requests, {found.checked} texts checked, "
           f"{len(found.wrong)} wrong, {found.stuck} stuck, {len(found.odd)} answered otherwise than they should")
     print('by kind and status: ' + ', '.join(f'{k}: {n}' for k,n in by.items()))
-    print(f"longest request {found.longest:.1f} s; longest step {1000*end.get('longest_step', 0):.0f} ms; {end.get('switches', 0):.0f} changes of profile")
+    print(f"longest request {found.longest:.1f} s; longest step {1000*end.get('longest_step', 0):.0f} ms; "
+          f"{end.get('switches', 0):.0f} changes of profile")
     print(f"memory {mb[0]:.0f} MB at first, {mb[len(mb)//2]:.0f} half way, {mb[-1]:.0f} at the end; second half: {slope:+.1f} MB an hour "
           f"(± {error:.1f}): {'grows' if faults['grows'] else 'flat'}")
-    print(f"pages after the end: {end.get('memory', -1)/1e6:.2f} MB, of {end.get('prefixes', 0):.0f} beginnings {end.get('memory_prefixes', 0)/1e6:.2f} MB")
+    print(f"pages after the end: {end.get('memory', -1)/1e6:.2f} MB, "
+          f"of {end.get('prefixes', 0):.0f} beginnings {end.get('memory_prefixes', 0)/1e6:.2f} MB")
     for what in (*found.wrong[:5], *found.odd[:10], *p.faults[:5]): print('  ', str(what)[:300])
     print('all well' if not any(faults.values()) else 'NOT WELL: '+', '.join(k for k,v in faults.items() if v))
-    if args.out: Path(args.out).write_text(json.dumps(dict(minutes=args.minutes, clients=args.clients, faults=faults, statuses=by, checked=found.checked,
-                                                           longest=found.longest, memory=found.memory, growth=[slope, error], end=end), indent=1))
+    if args.out:
+        record = dict(minutes=args.minutes, clients=args.clients, faults=faults, statuses=by, checked=found.checked,
+                      longest=found.longest, memory=found.memory, growth=[slope, error], end=end)
+        Path(args.out).write_text(json.dumps(record, indent=1))
     return int(any(faults.values()))
 
 if __name__=='__main__': sys.exit(main())

@@ -1,5 +1,5 @@
 "The server over a local Ray cluster of two machines, one of which dies under load."
-import random, re, time
+import random, re, socket, time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 import pytest
@@ -26,9 +26,10 @@ def cluster(child_env):
 
 @pytest.fixture(scope='module')
 def at(cluster, file):
-    serve.start(proxy_location='HeadOnly', http_options=dict(host='127.0.0.1', port=8123))   # two machines here share their ports
+    with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+    serve.start(proxy_location='HeadOnly', http_options=dict(host='127.0.0.1', port=port))   # two machines here share their ports
     serve.run(build(ClusterArgs(file=str(file), profiles=list(PROFILES), replicas=2, cpus=1)), name='tiny', route_prefix='/')
-    return 'http://127.0.0.1:8123/v1'
+    return f'http://127.0.0.1:{port}/v1'
 
 def test_a_machine_dies_under_load(cluster, at, file):
     nodes,second = cluster
