@@ -106,7 +106,7 @@ static void groups_put(const SlLinear *d, i64 nb, const float *s, const Row *row
     for (i64 j = 0; j < d->r; j++) v = fma(each(h[j]), load(d->lora_bt + j*d->n + nb*16, m), v);
     store16(y, type, nb*16, m, v);
 }
-// As `gemv_range`.
+// Blocks b0..b1 of all tokens; rows of bytes lie kp apart, the digits of a token together.
 static void groups_range(const SlLinear *d, const int8_t *xs, const int32_t *sums, const Row *rows, const float *h,
                          i64 m, i64 b0, i64 b1, char *y, i64 stride, int type) {
     const int digits = digits_of(d), some = digits == 3 ? SL_BLOCKS : 4;

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <cmath>
+#include <utility>
 #ifdef _OPENMP
 #include <omp.h>
 #endif

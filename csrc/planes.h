@@ -3,7 +3,7 @@
 // A block is 16 output channels, a unit 16 inputs. Codes of a unit are vectors of 64 bytes, 16 channels by 4 inputs: four
 // of whole codes, or where the processor multiplies no whole codes, four of their upper halves and four of their lower.
 static thread_local Arena arena;
-struct Row { double sx, zx, sum; };   // activation = sx*(code - zx); sum of its codes
+struct Row { double sx, zx, flat; };  // activation = sx*(code - zx); what the weight's zero point adds to every channel
 struct Own {                    // scratch of one thread
     int8_t *bytes; float *h, *norm, *scores, *q, *k, *spare, *turned;
     mutable const float *of;    // the input that `turned` is made of; null when its numbers have changed
@@ -81,7 +81,8 @@ static void quantize_row(const SlLinear *d, const void *x, int type, int8_t *out
         store_bytes(o + 2*digit, shift_right<16>(t));
         sum = sum + (q & all_ints(4095)); upper = upper + shift_down<12>(q);
     }
-    row->sum = (double)sum_of(sum) + 4096.*(double)sum_of(upper);
+    const double all = (double)sum_of(sum) + 4096.*(double)sum_of(upper);
+    row->flat = d->zero*(double)(1 << (8 - d->bits))*(d->k*row->zx - all);
 }
 
 // The input in the basis of the codes: x, or a turned copy of its type in `room`.
@@ -166,6 +167,33 @@ template<int P> struct Packed {
     INL_MEMBER void get(i64 u, Bytes *w) const { for (int p = 0; p < vectors<P>()/4; p++) part(p, u, w + 4*p); }
 #endif
 };
+// The same at four bits, then widened in place to six and to eight, for rows of several precisions. Where a processor
+// takes halves of codes, `four` gives the upper ones, and the others the lower ones of a code that begins as zeros.
+struct Nested {
+    const uint8_t *h, *m, *l;
+    INL_MEMBER Nested(const SlLinear *d, i64 nb) {
+        const i64 units = d->kp >> 4;
+        h = d->high + nb*units*128; m = d->middle + nb*units*64; l = d->bits > 6 ? d->low + nb*units*64 : m;
+    }
+    INL_MEMBER void four(i64 u, Bytes *w) const {
+        const Bytes h0 = load_64(h + u*128), h1 = load_64(h + u*128 + 64), live = all_bytes(SL_WHOLE_CODES ? 0xf0 : 15);
+#if SL_WHOLE_CODES
+        w[0] = up<4>(h0) & live; w[1] = h0 & live; w[2] = up<4>(h1) & live; w[3] = h1 & live;
+#else
+        w[0] = h0 & live; w[1] = down<4>(h0) & live; w[2] = h1 & live; w[3] = down<4>(h1) & live;
+#endif
+    }
+    INL_MEMBER void six(i64 u, Bytes *w) const {
+        const Bytes v = load_64(m + u*64), live = all_bytes(12);
+        w[0] = pick(live, up<2>(v), w[0]); w[1] = pick(live, v, w[1]);
+        w[2] = pick(live, down<2>(v), w[2]); w[3] = pick(live, down<4>(v), w[3]);
+    }
+    INL_MEMBER void eight(i64 u, Bytes *w) const {
+        const Bytes v = load_64(l + u*64), live = all_bytes(3);
+        w[0] = pick(live, v, w[0]); w[1] = pick(live, down<2>(v), w[1]);
+        w[2] = pick(live, down<4>(v), w[2]); w[3] = pick(live, down<6>(v), w[3]);
+    }
+};
 // The same unpacked: what many tokens share is unpacked once.
 template<int N> struct Unpacked {
     const uint8_t *codes;
@@ -228,6 +256,52 @@ typedef void (*gemv_fn)(const SlLinear*, i64, const int8_t*, int32_t*);
 static const gemv_fn gemv_table[4][SL_ROWS] = {SL_ROW(1), SL_ROW(2), SL_ROW(3), SL_ROW(4)};
 #undef SL_ROW
 
+// One block times A rows at four bits, B at six and C at eight: what is read and unpacked for one serves the next. A code
+// of more bits is one of fewer with bits below, so all are made on the way to eight.
+template<int P, int R> using SumsOf = Sums<P,(R ? R : 1),SL_ASIDE/2,1>;
+template<class S> INL void add_four(S &sums, int first, const Bytes *w, const int8_t *x, i64 far) {
+    for (int j = 0; j < 4; j += S::TAKES) {
+        Bytes some[1][S::TAKES];
+        for (int i = 0; i < S::TAKES; i++) some[0][i] = w[j + i];
+        sums.add(first + j, some, x, far);
+    }
+}
+template<int A, int B, int C> static void nested_block(const SlLinear *d, i64 nb, const int8_t *xs, int32_t *s) {
+    const Nested from(d, nb);
+    const i64 kp = d->kp;
+    const int second = SL_WHOLE_CODES ? 0 : 4;   // where the lower halves of codes go
+    SumsOf<1,A> a; SumsOf<2,B> b; SumsOf<3,C> c;
+    a.clear(); b.clear(); c.clear();
+    for (i64 u = 0; u < kp >> 4; u++, xs += 16) {
+        Bytes w[4];
+        from.four(u, w);
+        if (A) add_four(a, 0, w, xs, kp);
+        if (second) {
+            if (B) add_four(b, 0, w, xs + A*kp, kp);
+            if (C) add_four(c, 0, w, xs + (A + B)*kp, kp);
+            for (int j = 0; j < 4; j++) w[j] = all_bytes(0);
+        }
+        from.six(u, w);
+        if (B) add_four(b, second, w, xs + A*kp, kp);
+        if (!C) continue;
+        from.eight(u, w);
+        add_four(c, second, w, xs + (A + B)*kp, kp);
+    }
+    for (int r = 0; r < A; r++) store(s + r*16, a.total(0, r));
+    for (int r = 0; r < B; r++) store(s + (A + r)*16, b.total(0, r));
+    for (int r = 0; r < C; r++) store(s + (A + B + r)*16, c.total(0, r));
+}
+template<int A, int B, int C> constexpr gemv_fn nested_fn() {   // of at least two precisions
+    if constexpr (A + B + C > SL_ROWS || !A + !B + !C > 1) return nullptr;
+    else return nested_block<A,B,C>;
+}
+enum { SL_COUNTS = SL_ROWS + 1 };
+struct NestedTable { gemv_fn of[SL_COUNTS*SL_COUNTS*SL_COUNTS]; };
+template<size_t... I> static constexpr NestedTable nested_fns(std::index_sequence<I...>) {
+    return {{nested_fn<I/(SL_COUNTS*SL_COUNTS), I/SL_COUNTS % SL_COUNTS, I % SL_COUNTS>()...}};
+}
+static const NestedTable nested_table = nested_fns(std::make_index_sequence<SL_COUNTS*SL_COUNTS*SL_COUNTS>());
+
 // ---- many tokens: SL_MANY rows of bytes times SL_BLOCKS blocks of unpacked codes, `apart` bytes apart ----
 template<int N, int R, int B> static void gemm_block(const uint8_t *codes, i64 apart, i64 kp, const int8_t *xs, int32_t *s) {
     typedef Sums<(N == 4 ? 1 : 2),R,1,B> S;
@@ -249,146 +323,201 @@ static inline Channels channels(const SlLinear *d, i64 nb) {
     return {doubles(load((const float*)d->scale + n0, m))*each(1./(1 << shift)),   // codes have their top bit at bit 7
             doubles(shift_left(sums, shift)), doubles(d->bias ? load(d->bias + n0, m) : zero()), m};
 }
-static inline double flat_of(const SlLinear *d, const Row *row) {
-    return d->zero*(double)(1 << (8 - d->bits))*(d->k*row->zx - row->sum);
-}
 // 16 channels of one token; digit g of the sums stands at s + g*step.
-template<int G> INL F finish16(const Channels *c, const int32_t *s, i64 step, const Row *row, double flat) {
+template<int G> INL F finish16(const Channels &c, const int32_t *s, i64 step, const Row *row) {
     D t = doubles(load(s));
     if (G == 3) {
         t = fma(doubles(load(s + step)), each(256.), t);
         t = fma(doubles(load(s + 2*step)), each(65536.), t);
     }
-    t = fnma(each(row->zx), c->sums, t) + each(flat);
-    return floats(fma(c->scale*each(row->sx), t, c->bias));
+    t = fnma(each(row->zx), c.sums, t) + each(row->flat);
+    return floats(fma(c.scale*each(row->sx), t, c.bias));
 }
-// The same for T tokens (sums `far` apart, results `stride` bytes apart) with their adapters: y = ... + B h.
-template<int G, int T> INL void finish(const SlLinear *d, const Channels *c, const int32_t *s, i64 far, i64 step, const Row *row,
-            const float *h, i64 nb, char *y, i64 stride, int type) {
+struct Done {                   // tokens whose sums become numbers
+    const SlLinear *d; Row *rows;
+    float *h;                   // (tokens,r) A x of their adapters
+    char *y; i64 stride; int type;   // where the numbers go, tokens `stride` bytes apart
+};
+// Tokens t..t+T-1, their sums `far` apart, with their adapters: y = ... + B h.
+template<int G, int T> INL void finish(const Done &f, const Channels &c, i64 nb, const int32_t *s, i64 far, i64 step, i64 t) {
     F v[T];
-    for (int t = 0; t < T; t++) v[t] = finish16<G>(c, s + t*far, step, row + t, flat_of(d, row + t));
-    for (i64 j = 0; j < d->r; j++) {
-        const F b = load(d->lora_bt + j*d->n + nb*16, c->m);
-        for (int t = 0; t < T; t++) v[t] = fma(each(h[t*d->r + j]), b, v[t]);
+    for (int i = 0; i < T; i++) v[i] = finish16<G>(c, s + i*far, step, f.rows + t + i);
+    const i64 n = f.d->n, r = f.d->r;
+    const float *bt = f.d->lora_bt + nb*16, *h = f.h + t*r;
+    for (i64 j = 0; j < r; j++, bt += n) {
+        const F b = load(bt, c.m);
+        for (int i = 0; i < T; i++) v[i] = fma(each(h[i*r + j]), b, v[i]);
     }
-    for (int t = 0; t < T; t++) store16(y + t*stride, type, nb*16, c->m, v[t]);
+    for (int i = 0; i < T; i++) store16(f.y + (t + i)*f.stride, f.type, nb*16, c.m, v[i]);
 }
-template<int G> static
-void finish_some(const SlLinear *d, const Channels *c, const int32_t *s, i64 far, i64 step, const Row *row,
-                 const float *h, i64 nb, char *y, i64 stride, int type, i64 tokens) {
-    i64 t = 0;
-    for (; t + SL_FINISH <= tokens; t += SL_FINISH)
-        finish<G,SL_FINISH>(d, c, s + t*far, far, step, row + t, h + t*d->r, nb, y + t*stride, stride, type);
-    for (; t < tokens; t++)
-        finish<G,1>(d, c, s + t*far, far, step, row + t, h + t*d->r, nb, y + t*stride, stride, type);
+template<int G, int T> INL void finish_by(const Done &f, const Channels &c, i64 nb, const int32_t *s, i64 far, i64 step, i64 t, i64 end) {
+    for (; t + T <= end; t += T, s += T*far) finish<G,T>(f, c, nb, s, far, step, t);
+    if constexpr (T > 1) finish_by<G,T/2>(f, c, nb, s, far, step, t, end);
 }
-typedef void (*finish_fn)(const SlLinear*, const Channels*, const int32_t*, i64, i64, const Row*,
-                          const float*, i64, char*, i64, int, i64);
+// Block nb of tokens t..end; the sums of token t stand at s.
+template<int G> static void finish_some(const Done &f, i64 nb, const int32_t *s, i64 far, i64 step, i64 t, i64 end) {
+    finish_by<G,SL_FINISH>(f, channels(f.d, nb), nb, s, far, step, t, end);
+}
+typedef void (*finish_fn)(const Done&, i64, const int32_t*, i64, i64, i64, i64);
 static inline finish_fn finish_of(int digits) { return digits == 3 ? finish_some<3> : finish_some<1>; }
-
-
-// Blocks b0..b1 of all tokens through the vector kernels; rows of bytes lie kp apart, the digits of a token
-// together.
-static void gemv_range(const SlLinear *d, const int8_t *xs, const Row *rows, const float *h, i64 m, i64 b0, i64 b1,
-                       char *y, i64 stride, int type) {
-    const int digits = digits_of(d), group = SL_ROWS/digits;
-    const gemv_fn *table = gemv_table[variant(d->bits) - 1];
-    alignas(64) int32_t s[SL_ROWS*16];
-    const i64 w = (i64)width(type);
-    for (i64 nb = b0; nb < b1; nb++) {
-        const Channels c = channels(d, nb);
-        for (i64 t0 = 0; t0 < m; t0 += group) {
-            const i64 g = m - t0 < group ? m - t0 : group;
-            table[g*digits - 1](d, nb, xs + t0*digits*d->kp, s);
-            char *to = y + t0*stride*w;
-            finish_of(digits)(d, &c, s, digits*16, 16, rows + t0, h + t0*d->r, nb, to, stride*w, type, g);
-        }
-    }
-}
 
 #include "groups.h"
 
-// Tokens that go through a weight at one precision, and where what is made of them lies.
-struct Piece { const SlLinear *d; i64 first, count; };
-struct Place { int8_t *xs; Row *rows; float *h; int32_t *sums; };
-static size_t place_piece(const Piece *p, char *mem, Place *at) {   // the bytes that it takes
+// ---- few tokens, of one precision or several ----
+struct Piece { const SlLinear *d; i64 first, count; };   // tokens that go through a weight at one precision
+struct Place { i64 row; int32_t *sums; Done done; };   // its first row of bytes, what its groups add up to, and the rest
+struct Call { const SlLinear *d; gemv_fn f; i64 row, end; };   // a kernel and the rows of bytes that it takes
+static i64 rows_of(const Piece *p) { return p->count*digits_of(p->d); }
+static size_t place_piece(const Piece *p, i64 row, char *mem, Place *at) {   // the bytes that it takes
     const SlLinear *d = p->d;
-    const i64 digits = digits_of(d), far = d->group ? (digits + 1)*groups_of(d) : 0;   // what a token's groups add up to
-    const size_t rows_at = round64((size_t)p->count*digits*d->kp), h_at = rows_at + round64(p->count*sizeof(Row));
-    const size_t sums_at = h_at + round64((size_t)p->count*d->r*4);
-    if (at) *at = {(int8_t*)mem, (Row*)(mem + rows_at), (float*)(mem + h_at), (int32_t*)(mem + sums_at)};
+    const i64 far = d->group ? (digits_of(d) + 1)*groups_of(d) : 0;   // what a token's groups add up to
+    const size_t h_at = round64(p->count*sizeof(Row)), sums_at = h_at + round64((size_t)p->count*d->r*4);
+    if (at) *at = {row, (int32_t*)(mem + sums_at), {d, (Row*)mem, (float*)(mem + h_at)}};
     return sums_at + round64((size_t)p->count*far*4);
 }
-// Few tokens, of n pieces: a block of the weight is read once for all of them.
-static int linear_few(const Piece *P, i64 n, const char *x, i64 xstride, int type, char *y, i64 ystride) {
-    const SlLinear *d0 = P->d;
-    const i64 blocks = (d0->n + 15) >> 4, w = (i64)width(type);
-    const size_t room = round64(turned_room(d0->kp)), lists = round64(n*sizeof(Place));
-    size_t need = lists;
-    i64 tokens = 0, work = 0;
+// Few bits first, and last the pieces with groups, which have kernels of their own.
+static void sort_pieces(const Piece *P, i64 n, Piece *to) {
+    auto key = [](const Piece &p) { return p.d->group ? 9 : p.d->bits; };
     for (i64 i = 0; i < n; i++) {
-        need += place_piece(P + i, nullptr, nullptr);
-        tokens += P[i].count; work += P[i].count*d0->kp*(digits_of(P[i].d) + P[i].d->r);
+        i64 j = i;
+        for (; j && key(to[j - 1]) > key(P[i]); j--) to[j] = to[j - 1];
+        to[j] = P[i];
+    }
+}
+// Whether one kernel takes rows of both: of one precision, or of two of 4, 6 and 8 bits, of one weight.
+static bool together(const SlLinear *d, const SlLinear *wider) {
+    const i64 all = (i64)1 << 4 | 1 << 6 | 1 << 8;
+    if (d->bits != wider->bits && !(all >> d->bits & all >> wider->bits & 1)) return false;
+    return d->high == wider->high && (d->bits <= 4 || d->middle == wider->middle) && (d->bits <= 6 || d->low == wider->low);
+}
+// The kernel for as many rows from `row` on as one takes; `of` are the weights of all, few bits first.
+static Call call_for(const SlLinear *const *of, i64 row, i64 rows) {
+    i64 counts[4] = {0, 0, 0, 0}, end = row;
+    do counts[variant(of[end++]->bits) - 1]++;
+    while (end < rows && end - row < SL_ROWS && together(of[end - 1], of[end]));
+    const SlLinear *widest = of[end - 1];
+    const int v = variant(widest->bits) - 1;
+    if (counts[v] == end - row) return {widest, gemv_table[v][end - row - 1], row, end};
+    return {widest, nested_table.of[(counts[0]*SL_COUNTS + counts[1])*SL_COUNTS + counts[2]], row, end};
+}
+
+struct Few {                    // tokens of n pieces on their way
+    Piece *pieces; Place *at; Call *calls; i64 n, made;
+    int8_t *xs;                 // their rows of bytes, in the order of the pieces
+    const char *x; i64 xstride; int type;
+};
+static void prepare_token(const Few &f, i64 i, i64 t, float *room) {
+    const SlLinear *d = f.pieces[i].d;
+    const Place &at = f.at[i];
+    const int digits = digits_of(d);
+    const char *in = f.x + (f.pieces[i].first + t)*f.xstride*(i64)width(f.type);
+    int8_t *xs = f.xs + (at.row + t*digits)*d->kp;
+    quantize_row(d, turned(d, in, f.type, room), f.type, xs, 64, d->kp, at.done.rows + t);
+    if (d->group) group_sums(d, xs, digits, at.sums + t*(digits + 1)*groups_of(d));
+    adapter_row(d, in, f.type, at.done.h + t*d->r);
+}
+// Asks for what `finish` reads of a block, which comes while the block is multiplied. Inline, since compilers leave out a
+// call of a function that does nothing else.
+INL void fetch(const SlLinear *d, i64 nb) {
+    const i64 last = nb*16 + 15 < d->n ? nb*16 + 15 : d->n - 1;
+    __builtin_prefetch((const float*)d->scale + last);
+    if (d->act_mode) __builtin_prefetch(d->sums + last);
+    for (i64 j = 0; j < d->r; j++) __builtin_prefetch(d->lora_bt + j*d->n + last);
+}
+// Blocks b0..b1 of all tokens; s is room for the sums of a block.
+static void multiply_few(const Few &f, i64 b0, i64 b1, int32_t *s) {
+    const i64 step = f.n == 1 ? b1 - b0 : SL_BLOCKS, kp = f.pieces->d->kp;
+    for (i64 b = b0; b < b1; b += step) for (i64 i = 0; i < f.n; i++) {   // a block is read once for all
+        const Done &g = f.at[i].done;
+        if (g.d->group) groups_range(g.d, f.xs + f.at[i].row*kp, f.at[i].sums, g.rows, g.h, f.pieces[i].count, b,
+                                     b + step < b1 ? b + step : b1, g.y, g.stride/(i64)width(g.type), g.type);
+    }
+    if (f.made) for (i64 nb = b0; nb < b1; nb++) {
+        for (i64 i = 0; i < f.n && !f.pieces[i].d->group; i++) fetch(f.pieces[i].d, nb);
+        for (const Call *c = f.calls; c < f.calls + f.made; c++) c->f(c->d, nb, f.xs + c->row*kp, s + c->row*16);
+        for (i64 i = 0; i < f.n && !f.pieces[i].d->group; i++) {
+            const int digits = digits_of(f.pieces[i].d);
+            finish_of(digits)(f.at[i].done, nb, s + f.at[i].row*16, digits*16, 16, 0, f.pieces[i].count);
+        }
+    }
+}
+// Lays out in `mem` what the pieces need, and chooses kernels; returns the bytes, and does nothing else where mem is null.
+static size_t place_few(const Piece *P, char *mem, char *y, i64 ystride, Few *f) {
+    const i64 n = f->n, w = (i64)width(f->type);
+    i64 rows = 0, row = 0, plain = 0;   // rows of bytes; those without groups
+    for (i64 i = 0; i < n; i++) { rows += rows_of(P + i); if (!P[i].d->group) plain += rows_of(P + i); }
+    const size_t at_at = round64(n*sizeof(Piece)), of_at = at_at + round64(n*sizeof(Place));
+    const size_t calls_at = of_at + round64(rows*sizeof(void*)), xs_at = calls_at + round64(rows*sizeof(Call));
+    size_t end = xs_at + round64((size_t)rows*P->d->kp);
+    if (!mem) {
+        for (i64 i = 0; i < n; i++) end += place_piece(P + i, 0, nullptr, nullptr);
+        return end;
+    }
+    f->pieces = (Piece*)mem; f->at = (Place*)(mem + at_at); f->calls = (Call*)(mem + calls_at); f->xs = (int8_t*)mem + xs_at;
+    const SlLinear **of = (const SlLinear**)(mem + of_at);
+    sort_pieces(P, n, f->pieces);
+    for (i64 i = 0; i < n; i++) {
+        const Piece &p = f->pieces[i];
+        end += place_piece(&p, row, mem + end, f->at + i);
+        Done &done = f->at[i].done;
+        done.y = y + p.first*ystride*w; done.stride = ystride*w; done.type = f->type;
+        for (i64 j = rows_of(&p); j; j--) of[row++] = p.d;
+    }
+    for (row = 0; row < plain; f->made++) {
+        f->calls[f->made] = call_for(of, row, plain);
+        row = f->calls[f->made].end;
+    }
+    return end;
+}
+static int linear_few(const Piece *P, i64 n, const char *x, i64 xstride, int type, char *y, i64 ystride) {
+    const i64 kp = P->d->kp, blocks = (P->d->n + 15) >> 4;
+    i64 tokens = 0, work = 0, rows = 0;
+    for (i64 i = 0; i < n; i++) {
+        tokens += P[i].count; rows += rows_of(P + i); work += P[i].count*kp*(digits_of(P[i].d) + P[i].d->r);
     }
     int threads = max_threads();
-    if (tokens*blocks*d0->kp < 8192) threads = 1;
+    if (tokens*blocks*kp < 8192) threads = 1;
     if (threads > blocks) threads = (int)blocks;
-    char *mem = arena.get(need + room*threads + 64);
+    Few f = {nullptr, nullptr, nullptr, n, 0, nullptr, x, xstride, type};
+    const size_t sums = round64((size_t)rows*64), own = sums + round64(turned_room(kp)), common = place_few(P, nullptr, y, ystride, &f);
+    char *mem = arena.get(common + own*threads + 64);
     if (!mem) return NO_MEMORY;
-    Place *at = (Place*)mem;
-    char *p = mem + lists;
-    for (i64 i = 0; i < n; i++) p += place_piece(P + i, p, at + i);
-    auto prepare = [&](i64 i, i64 t, int me) {
-        const SlLinear *d = P[i].d;
-        const i64 digits = digits_of(d);
-        const char *in = x + (P[i].first + t)*xstride*w;
-        int8_t *xs = at[i].xs + t*digits*d->kp;
-        quantize_row(d, turned(d, in, type, (float*)(p + room*me)), type, xs, 64, d->kp, at[i].rows + t);
-        if (d->group) group_sums(d, xs, (int)digits, at[i].sums + t*(digits + 1)*groups_of(d));
-        adapter_row(d, in, type, at[i].h + t*d->r);
-    };
-    auto multiply = [&](i64 b0, i64 b1) {
-        const i64 step = n == 1 ? b1 - b0 : SL_BLOCKS;
-        for (i64 b = b0; b < b1; b += step) for (i64 i = 0; i < n; i++) {
-            const SlLinear *d = P[i].d;
-            const i64 end = b + step < b1 ? b + step : b1;
-            char *to = y + P[i].first*ystride*w;
-            if (d->group) groups_range(d, at[i].xs, at[i].sums, at[i].rows, at[i].h, P[i].count, b, end, to, ystride, type);
-            else gemv_range(d, at[i].xs, at[i].rows, at[i].h, P[i].count, b, end, to, ystride, type);
-        }
-    };
+    place_few(P, mem, y, ystride, &f);
+    char *p = mem + common;
     const bool shared = work < 65536;   // few rows: one thread prepares them, else all do
-    if (shared || threads == 1) for (i64 i = 0; i < n; i++) for (i64 t = 0; t < P[i].count; t++) prepare(i, t, 0);
-    if (threads == 1) { multiply(0, blocks); return FINE; }
+    if (shared || threads == 1)
+        for (i64 i = 0; i < n; i++) for (i64 t = 0; t < f.pieces[i].count; t++) prepare_token(f, i, t, (float*)(p + sums));
+    if (threads == 1) { multiply_few(f, 0, blocks, (int32_t*)p); return FINE; }
     #pragma omp parallel num_threads(threads)
     {
-        const int me = thread_id();
+        char *mine = p + own*thread_id();
         if (!shared) {
             for (i64 i = 0; i < n; i++) {
                 #pragma omp for schedule(static) nowait
-                for (i64 t = 0; t < P[i].count; t++) prepare(i, t, me);
+                for (i64 t = 0; t < f.pieces[i].count; t++) prepare_token(f, i, t, (float*)(mine + sums));
             }
             #pragma omp barrier
         }
 #ifdef _OPENMP
-        const int all = omp_get_num_threads();
+        const int me = thread_id(), all = omp_get_num_threads();
 #else
-        const int all = 1;
+        const int me = 0, all = 1;
 #endif
-        multiply(blocks*me/all, blocks*(me + 1)/all);
+        multiply_few(f, blocks*me/all, blocks*(me + 1)/all, (int32_t*)mine);
     }
     return FINE;
 }
 
 // Blocks nb.. of tokens t0..t1, `some` at a time; `codes` holds the blocks, unpacked.
-static void gemm_range(const SlLinear *d, const uint8_t *codes, i64 nb, const int8_t *xs, const int32_t *sums, const Row *rows,
-                       const float *h, i64 m, i64 t0, i64 t1, int some, char *y, i64 stride, int type) {
+static void gemm_range(const SlLinear *d, const uint8_t *codes, i64 nb, const int8_t *xs, const int32_t *sums, Row *rows,
+                       float *h, i64 m, i64 t0, i64 t1, int some, char *y, i64 stride, int type) {
     const int digits = digits_of(d);
     const i64 apart = unpacked_bytes(d), w = (i64)width(type), far = d->group ? (digits + 1)*groups_of(d) : 0;
     const i64 blocks = ((d->n + 15) >> 4) - nb;
     const bool four = apart == d->kp*16;
     alignas(64) int32_t s[SL_BLOCKS*SL_MANY*16];
     float *f = (float*)s;
+    const Done done = {d, rows, h, y, stride*w, type};
     for (i64 t = t0; t < t1; t += some) {
         const int8_t *x = xs + t*digits*d->kp;
         const i64 tokens = m - t < some ? m - t : some;
@@ -398,13 +527,9 @@ static void gemm_range(const SlLinear *d, const uint8_t *codes, i64 nb, const in
             else groups_any<SL_BLOCKS>(d, four, codes, nb, x, own, f);
         } else (four ? gemm_block<4,SL_MANY,SL_BLOCKS> : gemm_block<8,SL_MANY,SL_BLOCKS>)(codes, apart, d->kp, x, s);
         for (i64 b = 0; b < SL_BLOCKS && b < blocks; b++) {
-            char *to = y + t*stride*w;
-            if (d->group) for (i64 i = 0; i < tokens; i++)
-                groups_put(d, nb + b, f + (b*some + i)*16, rows + t + i, h + (t + i)*d->r, to + i*stride*w, type);
-            else {
-                const Channels c = channels(d, nb + b);
-                finish_of(digits)(d, &c, s + b*SL_MANY*16, digits*16, 16, rows + t, h + t*d->r, nb + b, to, stride*w, type, tokens);
-            }
+            if (d->group) for (i64 i = t; i < t + tokens; i++)
+                groups_put(d, nb + b, f + (b*some + i - t)*16, rows + i, h + i*d->r, y + i*stride*w, type);
+            else finish_of(digits)(done, nb + b, s + b*SL_MANY*16, digits*16, 16, t, t + tokens);
         }
     }
 }
@@ -501,11 +626,10 @@ static void share(const SlLinear *d, const float *x, float *y, bool add, const O
     }
     const gemv_fn f = gemv_table[variant(d->bits) - 1][digits - 1];
     alignas(64) int32_t s[3*16];
-    const double flat = flat_of(d, &row);
     for (i64 nb = b0; nb < b1; nb++) {
         const Channels c = channels(d, nb);
         f(d, nb, o->bytes, s);
-        const F v = digits == 3 ? finish16<3>(&c, s, 16, &row, flat) : finish16<1>(&c, s, 16, &row, flat);
+        const F v = digits == 3 ? finish16<3>(c, s, 16, &row) : finish16<1>(c, s, 16, &row);
         put_block(d, v, o->h, nb, y, add);
     }
 }

@@ -29,13 +29,13 @@ static void tiles_1x2(const int8_t *a0, const uint8_t *b0, const uint8_t *b1, i6
     _tile_stored(0, c, 128); _tile_stored(1, c + 16, 128);
 }
 // Channel blocks nb, nb+1 of row tiles t0..t1 (units of 16 tokens).
-static void gemm_pair(const SlLinear *d, const int8_t *a, const Row *rows, const float *h, i64 m, i64 t0, i64 t1,
+static void gemm_pair(const SlLinear *d, const int8_t *a, Row *rows, float *h, i64 m, i64 t0, i64 t1,
                       i64 nb, const uint8_t *b, int32_t *c, char *y, i64 stride, int type) {
     const int digits = digits_of(d);
     const i64 pieces = d->kp >> 6, tile = d->kp*16, blocks = (d->n + 15) >> 4, w = (i64)width(type);
     const int two = nb + 1 < blocks;
     const uint8_t *b1 = two ? b + tile : b;
-    const Channels ch[2] = {channels(d, nb), channels(d, two ? nb + 1 : nb)};
+    const Done done = {d, rows, h, y, stride*w, type};
     for (i64 t = t0; t < t1; t += 2) {
         const int pair = t + 1 < t1;
         for (int g = 0; g < digits; g++) {
@@ -46,8 +46,7 @@ static void gemm_pair(const SlLinear *d, const int8_t *a, const Row *rows, const
         for (i64 u = t; u <= t + pair; u++) for (int q = 0; q <= two; q++) {
             const i64 first = u*16, tokens = m - first < 16 ? m - first : 16;
             const int32_t *sums = c + (u - t)*digits*512 + q*16;
-            finish_of(digits)(d, ch + q, sums, 32, 512, rows + first, h + first*d->r, nb + q, y + first*stride*w,
-                         stride*w, type, tokens);
+            finish_of(digits)(done, nb + q, sums, 32, 512, first, first + tokens);
         }
     }
 }

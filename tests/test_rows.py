@@ -1,5 +1,5 @@
 "One row, one answer: the same bits whether tokens come one by one, as a prompt or in chunks, and with one thread or several."
-import ctypes, random
+import ctypes, itertools, random
 import pytest, torch
 import test_cache_bits as bits, test_lean_families as families
 from switchable_llm.core.calibration import calibrate_
@@ -22,8 +22,8 @@ def threads():
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
-def packed(model, path, cfg):
-    made = [p if isinstance(p, Profile) else Profile(p, Bits.parse(p.replace('_', ''))) for p in PROFILES]
+def packed(model, path, cfg, profiles=PROFILES):
+    made = [p if isinstance(p, Profile) else Profile(p, Bits.parse(p.replace('_', ''))) for p in profiles]
     make_switchable_(model, made, cfg)
     calibrate_(model, [dict(input_ids=bits.IDS)])
     add_adapters_(model, r=3)
@@ -91,6 +91,25 @@ def test_company_does_not_matter(case, act, tmp_path, threads):
 def test_company_in_groups(tmp_path, threads):
     cfg = QuantConfig(act='per_token', weight='per_group', group_size=16, rotate=True)
     with torch.no_grad(): batches(packed(bits.toy('llama'), tmp_path/'m.safetensors', cfg), 0, threads)
+
+@pytest.mark.parametrize('names', [('w4a8','w6a6','w8a8'), ('w3a8','w4','w5a8'), ('w6a6','w7a8','w8')])
+def test_any_numbers_of_three_precisions(names, tmp_path):
+    "One kernel takes rows of 4, 6 and 8 bits together, whatever their numbers; other widths go by themselves."
+    model = packed(bits.toy('llama'), tmp_path/'m.safetensors', QuantConfig(act='per_token'), names)
+    def step(name):
+        with use_profile(model, name): return LiveStep(model).now()
+    def answers(steps, ids):
+        for s in steps: s.cache.begin()
+        return together([(s, [i]) for s,i in zip(steps, ids)])
+    steps = [[step(n) for _ in range(8)] for n in names]
+    with torch.no_grad():
+        alone = [[answers([s], [i])[0].clone() for i,s in enumerate(own, 3)] for own in steps]
+        for counts in itertools.product(range(9), repeat=3):
+            if not 2<=sum(counts)<=8: continue
+            who = [(p, i) for p,n in enumerate(counts) for i in range(n)]
+            random.Random(str(counts)).shuffle(who)
+            got = answers([steps[p][i] for p,i in who], [i+3 for _,i in who])
+            for y,(p,i) in zip(got, who): assert torch.equal(y, alone[p][i]), counts
 
 def test_what_cannot_go_together(tmp_path):
     model = packed(bits.toy('gpt2'), tmp_path/'m.safetensors', QuantConfig(act='per_token'))
