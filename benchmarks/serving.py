@@ -6,7 +6,8 @@
 `peers`: 1, 4 and 8 callers, each with its next request when the last one is done; llama.cpp is the server of its Python
 wheel, xllamacpp. `burst`: requests come by chance at a low rate, then faster than the fixed profile can serve, then at the
 low rate again; the same requests at the same moments for both. A prompt is the beginning of a real text. What `auto`
-costs in quality is the mean negative log-likelihood of how those texts really go on, at the profile that served each."""
+costs in quality is the mean negative log-likelihood of how some of those texts really go on, by profile, weighted by what
+served them."""
 import argparse, http.client, json, math, os, random, statistics, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,18 +179,16 @@ def burst(args):
             done,states = open_loop(port, moments, work, args.new, f'm:{name}', ends[-1])
         results['runs'][name] = dict(requests=done, states=states)
         asked |= {d['text']:work[d['text']] for d in done}
-    loss = surprise(args.file, list(asked.values()), args.profiles)
-    of = dict(zip(asked, range(len(asked))))
+    results['nll'] = loss = {p:statistics.fmean(xs) for p,xs in surprise(args.file, list(asked.values())[:args.scored], args.profiles).items()}
     rows = []
     for name,r in results['runs'].items():
         good = [d for d in r['requests'] if d['status']==200]
         firsts = [d['first'] for d in good if args.quiet<=d['at']<args.quiet+args.burst]
         spoke = [d['spoke'].partition(':')[2] for d in good]
-        r['nll'] = statistics.fmean(loss[p][of[d['text']]] for d,p in zip(good, spoke))
-        r['nll_fixed'] = statistics.fmean(loss[fixed][of[d['text']]] for d in good)
+        r['lost'] = statistics.fmean(loss[p]-loss[fixed] for p in spoke)
         served = ', '.join(f'{p} {spoke.count(p)/len(spoke):.0%}' for p in args.profiles)
         rows.append([name, len(r['requests']), len(r['requests'])-len(good), f'{statistics.median(firsts):.2f}',
-                     f'{share(firsts, .95):.2f}', f"{r['nll']-r['nll_fixed']:+.4f}", served])
+                     f'{share(firsts, .95):.2f}', f"{r['lost']:+.4f}", served])
     table(['','requests','failed','first token in the burst, s (median)','(95 %)','nats lost','served by'], rows)
     args.file,args.data,args.run = Path(args.file).name,Path(args.data).name,None
     write(args.out, 'serving_burst', args, results)
@@ -219,6 +218,7 @@ def main():
             k.add_argument('--texts', type=int, default=16, help='callers by whom it is measured')
             k.add_argument('--target', type=float, default=.5, help='seconds to the first token that `auto` holds')
             k.add_argument('--hold', type=float, default=5.)
+            k.add_argument('--scored', type=int, default=60, help='texts on which the profiles are compared')
     args = p.parse_args()
     args.run(args)
 
