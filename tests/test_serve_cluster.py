@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 import pytest
 import test_lean_families as families
-from test_server import PROFILES, file, offline
+import test_server
+from test_server import PROFILES, offline
 
 ray = pytest.importorskip('ray')
 openai = pytest.importorskip('openai')
@@ -13,6 +14,7 @@ from ray.cluster_utils import Cluster
 from switchable_llm.server.cluster import ClusterArgs, build
 
 pytestmark = families.native
+file = test_server.file   # a fixture
 
 @pytest.fixture(scope='module')
 def cluster(child_env):

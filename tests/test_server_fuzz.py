@@ -3,7 +3,8 @@ import json, signal, socket, time
 from collections import Counter
 import pytest
 import test_lean_families as families
-from test_server import file, serving   # `file` is a fixture
+import test_server
+from test_server import serving
 
 schemathesis = pytest.importorskip('schemathesis')
 requests = pytest.importorskip('requests')
@@ -13,6 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 pytestmark = families.native
+file = test_server.file   # a fixture
 KEY = {'Authorization':'Bearer secret'}
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,7 @@ __all__ = ['Prefixes', 'memory_for_texts', 'Engine']
 # %% ../../nbs/server/engine.ipynb #be643971
 import os, threading, time, torch
 from dataclasses import dataclass
-from torch import nn, Tensor
+from torch import nn
 from ..core.switching import switch_of
 from ..attention.caches import GROUP
 from ..serving.kept import Cache, NoPages, Pages

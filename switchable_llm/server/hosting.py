@@ -10,7 +10,6 @@ import ipaddress, json, logging, math, signal, socket, sys, threading, time
 from functools import partial
 from pathlib import Path
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from .app import Service, make_app
 from ..core.profiles import read_profiles

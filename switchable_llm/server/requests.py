@@ -8,7 +8,7 @@ __all__ = ['Request', 'check_request', 'Token', 'Refused', 'Failed', 'Answer', '
 # %% ../../nbs/server/requests.ipynb #b708de4e
 import queue, threading, time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable, Iterator, NamedTuple
 
 # %% ../../nbs/server/requests.ipynb #81b2212c
