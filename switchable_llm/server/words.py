@@ -6,6 +6,7 @@
 __all__ = ['ends_of', 'Words', 'Stream', 'text_logprobs', 'chat_logprobs']
 
 # %% ../../nbs/server/words.ipynb #9c76533c
+import re
 from tokenizers.decoders import DecodeStream
 from torch import nn
 from ..data.encoding import start_ids
@@ -30,6 +31,8 @@ class Words:
         if self.fast is None:
             raise ValueError(f"{type(tokenizer).__name__}: a server needs a tokenizer with a tokenizer.json")
         self.ends = frozenset({tokenizer.eos_token_id, *ends}-{None})
+        single = {i for t,i in tokenizer.get_vocab().items() if re.fullmatch('<0x[0-9A-F]{2}>', t)}
+        self.bytes = frozenset(single and {*single, *tokenizer.all_special_ids})   # single bytes, and what is left out between them
 
     def of_text(self,
         text:str, # A prompt
@@ -65,14 +68,17 @@ class Stream:
     ):
         self.words,self.stops,self.decoder = words,[s for s in stops if s],DecodeStream(skip_special_tokens=True)
         self.ids,self.text,self.told,self.stopped = [],'',0,False   # `told`: characters that were given out
+        self.held = []   # tokens of single bytes: what they say together is known when they are over
 
     def add(self,
         id:int, # The next token
     )->str: # What is certain now, and was not given out yet
         "Text that a token brings."
         if self.stopped: return ''
-        self.ids.append(id)
-        self.text += self.decoder.step(self.words.fast, id) or ''
+        self.ids.append(id); self.held.append(id)
+        if id in self.words.bytes: return ''
+        self.text += self.decoder.step(self.words.fast, self.held) or ''
+        self.held = []
         return self._certain()
 
     def end(self)->str: # What was held back
@@ -80,8 +86,7 @@ class Stream:
         if self.stopped: return ''
         whole = self.words.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if whole.startswith(self.text): self.text = whole   # half a character, which nothing completed
-        self._certain()
-        return self._give(len(self.text))
+        return self._certain()+self._give(len(self.text))
 
     def _certain(self):
         at = min((i for s in self.stops if (i := self.text.find(s, max(0, self.told-len(s))))>=0), default=None)
