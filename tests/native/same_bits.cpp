@@ -81,6 +81,7 @@ static void make(Layer &L, i64 n, i64 k, Kind kind) {
 typedef int (*linear_fn)(const SlLinear*, const void*, i64, i64, i64, int, void*, i64);
 typedef int (*check_fn)(SlModel*, i64*);
 typedef int (*decode_fn)(const SlModel*, const SlCache*, i64, i64, float*);
+typedef int (*rows_fn)(const SlRow*, i64, float*, i64);
 typedef int (*prompt_fn)(const SlModel*, const SlCache*, const i64*, i64, i64, float*);
 
 static const Kind KINDS[] = {
@@ -107,8 +108,46 @@ static int layers(linear_fn linear) {
     return 0;
 }
 
+// A model whose layers are those of another at so many bits: the same planes.
+struct Narrow { std::vector<SlLinear> layers; std::vector<SlLayer> blocks; SlModel model; };
+static void narrow(Narrow &to, const SlModel &from, i64 bits) {
+    to.model = from; to.blocks.assign(from.layers, from.layers + from.n_layers);
+    to.layers.reserve(7*from.n_layers);
+    auto change = [&](const SlLinear *&d) {
+        if (!d) return;
+        to.layers.push_back(*d);
+        d = &to.layers.back();
+        to.layers.back().bits = bits; to.layers.back().zero = 120./(1 << (8 - bits)) - .5;
+    };
+    for (auto &L : to.blocks) {
+        for (auto &d : L.qkv) change(d);
+        change(L.out); change(L.gate); change(L.up); change(L.down);
+    }
+    to.model.layers = to.blocks.data(); to.model.checked = to.model.packed = 0;
+}
+// Passes of up to eight texts, of all numbers at 4, 6 and 8 bits.
+static void company(check_fn check, rows_fn rows, const SlModel &M, const SlCache &like, const char *name) {
+    Narrow models[3];
+    i64 where[2];
+    int faults = 0;
+    for (int i = 0; i < 3; i++) { narrow(models[i], M, 4 + 2*i); faults |= check(&models[i].model, where); }
+    const i64 kept = like.keys_len, id = 7, vocabulary = M.head->n;
+    std::vector<float> numbers(16*kept), logits(8*vocabulary), all;
+    SlCache caches[8];
+    for (int i = 0; i < 8; i++) { caches[i] = like; caches[i].keys = &numbers[2*i*kept]; caches[i].values = &numbers[(2*i + 1)*kept]; }
+    for (int a = 0; a <= 8; a++) for (int b = 0; a + b <= 8; b++) for (int c = 0; a + b + c <= 8; c++) {
+        SlRow some[8];
+        const int n = a + b + c;
+        for (int i = 0; i < n; i++)
+            some[i] = {sizeof(SlRow), &models[i < a ? 0 : i < a + b ? 1 : 2].model, caches + i, &id, 1, 0, 1};
+        if (n) faults |= rows(some, n, logits.data(), n*vocabulary);
+        all.insert(all.end(), logits.begin(), logits.begin() + n*vocabulary);
+    }
+    printf("%s, rows of 4, 6 and 8 bits: %d %016llx\n", name, faults, (unsigned long long)hash(all));
+}
+
 // Two blocks of grouped attention; GELU and layer norm, or SiLU and RMS norm with rotary angles.
-static void model(check_fn check, decode_fn decode, prompt_fn prompt, bool llama, const Kind &kind, i64 k_bits, i64 v_bits) {
+static void model(check_fn check, decode_fn decode, prompt_fn prompt, rows_fn rows, bool llama, const Kind &kind, i64 k_bits, i64 v_bits) {
     const i64 dim = 48, heads = 4, kv = 2, hd = 12, hidden = 80, vocabulary = 50, context = 96, depth = 2;
     std::vector<Layer> parts(depth*7 + 2);
     std::vector<SlLayer> blocks(depth);
@@ -174,6 +213,7 @@ static void model(check_fn check, decode_fn decode, prompt_fn prompt, bool llama
     for (float v : all) if (v != v) faults |= 64;
     printf("%s, %lld bits, group %lld, cache %lld/%lld: %d %016llx\n", llama ? "llama" : "gpt2", (long long)kind.bits,
            (long long)kind.group, (long long)k_bits, (long long)v_bits, faults, (unsigned long long)hash(all));
+    if (!C.kept && !kind.group) company(check, rows, M, C, llama ? "llama" : "gpt2");
 }
 
 int main(int argc, char **argv) {
@@ -187,6 +227,6 @@ int main(int argc, char **argv) {
     const i64 caches[][2] = {{0, 0}, {8, 8}, {4, 4}, {4, 2}, {2, 8}};
     for (int llama = 0; llama < 2; llama++) for (int i = 0; i < 13; i += 3) for (auto &c : caches)
         model((check_fn)dlsym(lib, "sl_check_model"), (decode_fn)dlsym(lib, "sl_decode_step"), (prompt_fn)dlsym(lib, "sl_prompt"),
-              llama, KINDS[i], c[0], c[1]);
+              (rows_fn)dlsym(lib, "sl_rows"), llama, KINDS[i], c[0], c[1]);
     return 0;
 }
