@@ -179,7 +179,8 @@ def burst(args):
             done,states = open_loop(port, moments, work, args.new, f'm:{name}', ends[-1])
         results['runs'][name] = dict(requests=done, states=states)
         asked |= {d['text']:work[d['text']] for d in done}
-    results['nll'] = loss = {p:statistics.fmean(xs) for p,xs in surprise(args.file, list(asked.values())[:args.scored], args.profiles).items()}
+    found = surprise(args.file, list(asked.values())[:args.scored], args.profiles)
+    results['nll'] = loss = {p:statistics.fmean(xs) for p,xs in found.items()}
     rows = []
     for name,r in results['runs'].items():
         good = [d for d in r['requests'] if d['status']==200]
