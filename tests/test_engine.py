@@ -152,27 +152,25 @@ def test_callers_take_turns(model):
         assert sum(a.ended is not None and a.ended<=one.ended for a in many)<=before+6
         assert all(len(a.wait(60))==20 for a in many)
 
-def gaps(model, rng, told):
-    "Longest time between two tokens of a text while prompts that nearly fill the model arrive, seconds; how many did."
-    at,over = [],threading.Event()
+def gaps(model, rng):
+    """Longest time between two tokens of a text while prompts that nearly fill the model arrive, in seconds and in seconds of the
+    processor; how many prompts."""
+    at,over,told = [],threading.Event(),[]
     with Engine(model, prefixes=0) as engine:
         engine.submit(Request([5]*200, 1, 'bw8')).wait(60)   # it knows its speed now
-        text = engine.submit(Request([7], 250, 'bw8'), lambda t: at.append(time.perf_counter()))
+        text = engine.submit(Request([7], 250, 'bw8'), lambda t: at.append((time.perf_counter(), time.thread_time())))   # in its thread
         def prompts():
             while not over.is_set():
                 told.append(engine.submit(Request(tokens(rng, 250), 2, rng.choice(['bw8','w4a8']), caller='long')).wait(60))
         busy = threading.Thread(target=prompts); busy.start()
         text.wait(60); over.set(); busy.join()
-    return max(b-a for a,b in zip(at, at[1:]))
+    return *(max(b[i]-a[i] for a,b in zip(at, at[1:])) for i in (0, 1)), len(told)
 
-def test_a_long_prompt_delays_nobodys_next_token(tiny, record_property):
-    "The longest gap of a try is to be under 100 ms in one of five at least: other work on the machine only adds to it."
-    model,_ = tiny
-    told = []
-    found = sorted(gaps(model, random.Random(i), told) for i in range(5))
-    record_property('longest_gap_ms', [round(1000*s, 1) for s in found])
-    print('longest gaps, ms:', [round(1000*s, 1) for s in found], len(told), 'prompts')
-    assert found[0]<.1 and len(told)>=10
+def test_a_long_prompt_delays_nobodys_next_token(tiny):
+    "By 100 ms of work in any try; by the clock in the quietest of several, since the machine may be at other work."
+    clock,work,prompts = zip(*(gaps(tiny[0], random.Random(i)) for i in range(5)))
+    print('longest gaps, ms:', *([round(1000*s, 1) for s in sorted(x)] for x in (clock, work)), 'prompts:', sum(prompts))
+    assert max(work)<.1 and min(clock)<.1 and min(prompts)>=3
 
 def test_broken_weights_end_only_those_who_use_them(model, tmp_path):
     "Adapters of 4 bits that are no numbers: texts at 4 bits fail, and those beside them are right."

@@ -12,7 +12,8 @@ SPECIAL = dict(unk_token='<unk>', bos_token='<s>', eos_token='</s>')
 
 def byte_fallback():
     "As Llama 2's: what is in no piece is written as bytes of UTF-8."
-    pieces = ['<unk>','<s>','</s>', *(f'<0x{b:02X}>' for b in range(256)), '▁','a','b','▁a','▁the','ing','é','日','▁▁','\n','.',' ,']
+    pieces = ['<unk>','<s>','</s>', *(f'<0x{b:02X}>' for b in range(256)),
+              '▁','a','b','▁a','▁the','ing','é','日','▁▁','\n','.',' ,']
     t = Tokenizer(models.BPE(vocab={p:i for i,p in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token='<unk>'))
     t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=t, **SPECIAL)
