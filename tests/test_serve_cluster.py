@@ -33,12 +33,20 @@ def at(cluster, file):
     serve.run(build(ClusterArgs(file=str(file), profiles=list(PROFILES), replicas=2, cpus=1)), name='tiny', route_prefix='/')
     return f'http://127.0.0.1:{port}/v1'
 
+def wait_for_work_on(node):
+    "Until the replica of a machine is writing."
+    replicas,end = serve.get_deployment_handle('Replica', 'tiny'),time.time()+60
+    while True:
+        assert time.time()<end, 'nothing was sent there'
+        told = replicas.stats.remote().result()
+        if told['node']==node.node_id and told['running']: return
+
 def test_a_machine_dies_under_load(cluster, at, file):
     nodes,second = cluster
     client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=120)
     assert [m.id for m in client.models.list()][2:]==[f'tiny:{p}' for p in PROFILES]
     rng,prompts = random.Random(0),['question: When', 'context: The home of Bemola is', 'question: Who was born in 1834?\ncontext:']
-    jobs = [(rng.choice(prompts), rng.choice(PROFILES), rng.randint(20, 60), rng.choice([0., 1.]), i) for i in range(120)]
+    jobs = [(rng.choice(prompts), rng.choice(PROFILES), rng.randint(20, 60), rng.choice([0., 1.]), i) for i in range(240)]
     done = []
     def ask(j):
         prompt,profile,n,t,seed = j
@@ -50,6 +58,7 @@ def test_a_machine_dies_under_load(cluster, at, file):
     with ThreadPoolExecutor(8) as pool:
         work = [pool.submit(ask, j) for j in jobs]
         while len(done)<20: time.sleep(.01)
+        wait_for_work_on(second)
         nodes.remove_node(second, allow_graceful=False)
         got = [w.result(180) for w in work]
     assert got==[offline(file, *j) for j in jobs]   # also what the other machine began

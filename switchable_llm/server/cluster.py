@@ -36,7 +36,7 @@ class Replica:
 
     def stats(self)->dict: # As the engine counts
         "What it does now."
-        return self.service.engine.stats()|dict(level=self.service.elastic.level)
+        return self.service.engine.stats()|dict(level=self.service.elastic.level, node=ray.get_runtime_context().get_node_id())
 
     def check_health(self):
         "Ray asks this, and replaces a replica whose engine has stopped."
