@@ -158,7 +158,7 @@ def open_loop(port, moments, work, new, model, seconds):
 def burst(args):
     tokenizer = load_packed_tokenizer(args.file)
     work,fixed = texts(args.data, tokenizer, 3000),args.profiles[0]
-    options = ['--profiles',*args.profiles,'--first-token',str(args.target),'--hold',str(args.hold),'--waiting','1000']
+    options = ['--profiles',*args.profiles,'--first-token',str(args.target),'--hold',str(args.hold),'--waiting','1000','--gain','0']
     with ours(args.file, args.threads, *options) as port:
         closed(port, 8, 3, work, args.new, f'm:{fixed}')
         capacity = {}

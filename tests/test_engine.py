@@ -51,6 +51,11 @@ def some_request(rng, beginnings=((),), profiles=PROFILES, most=128):
     return Request(ids, rng.randint(1, most-len(ids)), rng.choice(profiles), stop=frozenset(tokens(rng, rng.choice((0, 3)))),
                    logprobs=rng.choice((None, 0, 3)), caller=rng.choice('abc'), **drawn)
 
+def leaves_after(n):
+    "A listener that hears so many tokens and is gone."
+    left = iter(range(n))
+    return lambda token: next(left)
+
 def only_beginnings(engine):
     "Whether all pages in use are those of beginnings that are kept."
     gc.collect()
@@ -72,8 +77,9 @@ def test_every_answer_is_the_one_alone(model):
     with Engine(model, waiting=300) as engine:
         answers = []
         for i,r in enumerate(asked):
-            answers.append(engine.submit(r))
-            if i in given_up: threading.Timer(rng.random()*.3, answers[-1].cancel).start()
+            leaves = i in given_up and rng.random()<.5
+            answers.append(engine.submit(r, leaves_after(rng.randrange(4)) if leaves else None))
+            if i in given_up and not leaves: threading.Timer(rng.random()*.3, answers[-1].cancel).start()
             if rng.random()<.2: time.sleep(rng.random()*.05)
         for i,(r,a) in enumerate(zip(asked, answers)):
             got,right = a.wait(120),alone(model, r)
@@ -115,6 +121,18 @@ def test_little_memory_makes_beginnings_give_way_and_texts_wait(model, pages):
             for r,a in zip(asked, answers): assert a.wait(120)==alone(model, r)
         finally: over.set(); watcher.join()
         assert max(n for n,_ in seen)<=memory and max(w for _,w in seen)>0 and only_beginnings(engine)
+
+@pytest.mark.parametrize('bound', ['places','memory'])
+def test_one_caller_does_not_take_everything(model, bound):
+    "Another's text begins while the first caller's twenty long ones are written."
+    page = kept.Pages(LiveStep(model).parts).layout().page
+    with Engine(model, **(dict(most=8) if bound=='places' else dict(memory=32*page, prefixes=0))) as engine:   # a text has 4 pages
+        many = [engine.submit(Request([5+i], 120, 'w8a8', caller='many')) for i in range(20)]
+        next(iter(many[6]))
+        other = engine.submit(Request([7], 3, 'w8a8', caller='other'))
+        other.wait(60)
+        assert engine.stats()['running']==7 and other.first<min(a.ended or time.monotonic() for a in many)
+        for a in many: a.cancel()
 
 def test_what_can_never_be_done_is_refused(model):
     layout = kept.Pages(LiveStep(model).parts).layout()

@@ -1,5 +1,5 @@
 "The server over a local Ray cluster of two machines, one of which dies under load."
-import random, re, socket, time
+import asyncio, random, re, socket, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 import pytest
@@ -11,7 +11,8 @@ ray = pytest.importorskip('ray')
 openai = pytest.importorskip('openai')
 serve = pytest.importorskip('ray.serve')
 from ray.cluster_utils import Cluster
-from switchable_llm.server.cluster import ClusterArgs, build
+from switchable_llm.server.cluster import ClusterArgs, RemoteEngine, Replica, build
+from switchable_llm.server.requests import Failed, Request
 
 pytestmark = families.native
 file = test_server.file   # a fixture
@@ -32,6 +33,38 @@ def at(cluster, file):
     serve.start(proxy_location='HeadOnly', http_options=dict(host='127.0.0.1', port=port))   # two machines here share their ports
     serve.run(build(ClusterArgs(file=str(file), profiles=list(PROFILES), replicas=2, cpus=1)), name='tiny', route_prefix='/')
     return f'http://127.0.0.1:{port}/v1'
+
+class Stream:   # what a handle gives, of a replica in this process
+    def __init__(self, replica): self.replica = replica
+    def options(self, **how): return self
+    @property
+    def write(self): return self
+    def remote(self, request): self.made = self.replica.write(request); return self
+    def __aiter__(self): return self.made
+    def cancel(self): pass
+
+@pytest.mark.parametrize('frees', [False, True])
+def test_a_full_replica_is_asked_again_and_then_says_that_it_is_full(file, frees):
+    "As `refused`, of which the front makes a 429."
+    replica,goes_on = Replica(str(file), waiting=1, most=1, gain=0),threading.Event()
+    engine = replica.service.engine
+    async def ask():
+        remote = RemoteEngine(Stream(replica), replica.facts(), waiting=9)
+        engine.submit(Request([5], 2, 'bw8'), lambda token: goes_on.wait(60))   # the engine's thread waits here
+        while not engine.stats()['running']: await asyncio.sleep(.01)
+        engine.submit(Request([5], 2, 'bw8'))
+        answer = remote.submit(Request([5], 2))
+        while not remote.retried: await asyncio.sleep(.01)
+        if frees: goes_on.set()
+        while not answer.done.is_set(): await asyncio.sleep(.01)
+        return answer
+    try:
+        answer = asyncio.run(ask())
+        if frees: assert len(answer.wait(1))==2
+        else:
+            assert answer.reason=='refused'
+            with pytest.raises(Failed, match='wait already'): answer.wait(1)
+    finally: goes_on.set(); engine.close(0)
 
 def wait_for_work_on(node):
     "Until the replica of a machine is writing."

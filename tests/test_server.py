@@ -157,6 +157,26 @@ def test_metrics_and_log(server, client):
     last = [l for l in lines if l['event']=='request'][-1]
     assert last['status']==200 and last['profiles']==['w4a8'] and last['new_tokens']==[3] and 'secret' not in ''.join(said)
 
+def test_the_refused_are_counted_and_logged(server):
+    "Each once, whether it was read or not, and no path that a caller made up becomes a label."
+    at,said = server
+    key,to = ('-H','Authorization: Bearer secret'),('-H','Content-Type: application/json','--data-binary','@-',f'{at}/completions')
+    def counted():
+        body = curl(*key, at.removesuffix('/v1')+'/metrics')[2]
+        from prometheus_client.parser import text_string_to_metric_families
+        of = [s for f in text_string_to_metric_families(body) for s in f.samples if s.name=='switchable_llm_requests_total']
+        return {(s.labels['endpoint'], s.labels['status']):s.value for s in of}
+    before,lines = counted(),len(said)
+    for n in (2, 2_000_000): assert curl(*key, *to, body='{'*n)[0]==(400 if n==2 else 413)
+    assert curl(*to, body='{}')[0]==401 and curl(*key, *to, body='{"model":"x","prompt":"a"}')[0]==404
+    assert curl(*key, f'{at}/made-up-1')[0]==curl(*key, f'{at}/made-up-2')[0]==404
+    after = counted()
+    more = {k:v-before.get(k, 0) for k,v in after.items() if v!=before.get(k, 0)}
+    assert more=={**{('/v1/completions', str(s)):1 for s in (400, 413, 401, 404)}, ('no such page', '404'):2}
+    time.sleep(.2)
+    logged = [json.loads(l) for l in said[lines:] if l.startswith('{')]
+    assert [l['status'] for l in logged]==[400, 413, 401, 404, 404, 404] and all(l['error'] for l in logged)
+
 def test_many_callers_and_none_waits_for_ever(client, file):
     rng,prompts = random.Random(0),['question: When', 'context: The home of Bemola is', 'question: Who was born in 1834?\ncontext:']
     jobs = [(rng.choice(prompts), rng.choice(PROFILES), rng.randint(1, 12)) for _ in range(40)]
@@ -200,7 +220,7 @@ def test_bad_starts_say_so(file, tmp_path, capsys):
 
 def test_bits_give_way_under_load_and_come_back(file):
     from concurrent.futures import ThreadPoolExecutor
-    with serving(file, '--texts', '8', '--first-token', '.2', '--hold', '.5') as (at, p, said):
+    with serving(file, '--texts', '8', '--first-token', '.2', '--hold', '.5', '--gain', '0') as (at, p, said):
         client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=100)
         def ask(n, **more):
             got = client.completions.create(model='tiny:auto', prompt='question:', max_tokens=n, temperature=1,
@@ -214,3 +234,13 @@ def test_bits_give_way_under_load_and_come_back(file):
         assert all(p!='bw8' for i,p in spoke if i==2) and all(p=='bw8' for i,p in spoke if i==3)
         end = time.time()+30
         while ask(2)!='bw8': assert time.time()<end; time.sleep(.1)
+
+def test_auto_passes_over_what_is_not_faster(file):
+    with serving(file, '--texts', '8', '--first-token', '.01', '--gain', '1000') as (at, p, said):
+        client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=100)
+        more = dict(prompt='question:', max_tokens=60, n=16, temperature=1)
+        assert [client.completions.create(model='tiny:auto', **more).model for _ in range(3)]==['tiny:bw8']*3
+        assert client.completions.create(model='tiny:auto', **more, extra_body=dict(max_profile='w4a8')).model=='tiny:w4a8'
+        told = next(l for l in map(json.loads, (l for l in said if l.startswith('{'))) if l['event']=='serving')
+    assert told['auto']==['bw8'] and [*told['step_seconds']]==[*PROFILES] and min(told['step_seconds'].values())>0
+    assert 'passes over what is not faster here: bw6, w4a8' in ''.join(said)

@@ -160,6 +160,9 @@ def _serve_options(parser):
     seconds(work, '--first-token', 1., 'target of `auto`: how long a first token may take')
     seconds(work, '--per-token', .2, 'the same for each token after it')
     seconds(work, '--hold', 5., 'of quiet before `auto` is finer again')
+    work.add_argument('--gain', type=option_type(Number(0, 1000)), default=10, metavar='PERCENT',
+                      help='`auto` passes over profiles that are not so much faster with --texts texts on this machine; '
+                           '0 takes all (default: 10)')
     limits.add_argument('--memory', type=option_type(_ABOVE), metavar='MB',
                         help='for keys and values (default: a quarter of what is free)')
     count(limits, '--texts', 'N', 32, 'written at once')
@@ -182,9 +185,11 @@ def _serve(args):
     hosting.listen(args.host, args.port, args.api_key).close()   # before the model is loaded
     hosting.start_log('none' if args.quiet else args.log)
     kw = _given(args, 'profiles first_token per_token hold new_tokens waiting')
-    with hosting.open_service(args.file, args.name, memory=_memory(args), most=args.texts, **kw) as service:
+    with hosting.open_service(args.file, args.name, memory=_memory(args), most=args.texts, gain=args.gain/100, **kw) as service:
         asked = f"{service.name}:auto, or {', '.join(f'{service.name}:{p}' for p in service.profiles)}"
-        def told(at): say(f"listening at {at}  models: {asked}")
+        slow = [p for p in service.profiles if p not in service.elastic.rungs]
+        slow = f"  auto passes over what is not faster here: {', '.join(slow)}" if slow else ''
+        def told(at): say(f"listening at {at}  models: {asked}{slow}")
         hosting.serve(service, args.host, args.port, args.api_key, told, most_body=args.max_body, seconds=args.seconds)
     say('stopped')
 
@@ -195,7 +200,7 @@ def _memory(args): return args.memory and int(args.memory*2**20)   # bytes
 def _serve_on_cluster(args):
     cluster,say = import_module('switchable_llm.server.cluster'),teller(args)
     kw = _given(args, 'name profiles replicas most_replicas cpus seconds waiting new_tokens first_token per_token hold')
-    asked = cluster.ClusterArgs(file=str(Path(args.file).resolve()), key=args.api_key, memory=_memory(args), **kw)
+    asked = cluster.ClusterArgs(file=str(Path(args.file).resolve()), key=args.api_key, memory=_memory(args), gain=args.gain/100, **kw)
     cluster.serve_on_cluster(asked, args.ray, args.host, args.port, lambda at: say(f"listening at {at}"))
     say('stopped')
 

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Metrics', 'name_of_profile', 'Service', 'Following', 'make_app']
 
 # %% ../../nbs/server/app.ipynb #6af14f0d
-import asyncio, json, logging, secrets, time, uuid
+import asyncio, logging, secrets, time
 from typing import Iterable
 from fastapi import Depends, FastAPI, Request as HttpRequest, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,14 +17,13 @@ from starlette.exceptions import HTTPException
 from torch import nn
 import switchable_llm
 from ..core.switching import switch_of
-from .elastic import Elastic, ladder
+from .elastic import Elastic, faster_rungs, ladder, seconds_of_step
 from .engine import Engine
-from switchable_llm.server.protocol import (
-    ApiError, Asked, BodyLimit, ChatAsked, ChatChoice, ChatCompletion, ChatPiece, ChatPieceChoice, Completion,
-    CompletionAsked, CompletionChoice, ErrorAnswer, Health, ModelCard, ModelList, Said, Usage, asked_profile,
-    wrong_fields)
+from .protocol import (
+    ApiError, Asked, BodyLimit, ChatAsked, ChatCompletion, Completion, CompletionAsked, ErrorAnswer, Health, ModelCard,
+    ModelList, Usage, asked_profile, wrong_fields)
 from .requests import Answer, Refused, Request
-from .words import Stream, Words, chat_logprobs, ends_of, text_logprobs
+from .words import Shape, Stream, Words, ends_of, sent_event
 from ..system.native import native_level
 
 # %% ../../nbs/server/app.ipynb #38ea4684
@@ -87,6 +86,8 @@ class Service:
         per_token:float=.2,  # The same for each token after the first
         hold:float=5.,       # Seconds of quiet before `auto` is finer again
         new_tokens:int=256,  # Of a request that names no number, if the model has room
+        gain:float=.1,       # `auto` passes over a profile that is not so much faster; 0 takes all, unmeasured
+        most:int=32,         # Texts that are written at once
         **kw,                # Of `Engine`
     ):
         there = switch_of(model).profiles
@@ -97,8 +98,11 @@ class Service:
         if not name or ':' in name or name!=name.strip():
             raise ValueError(f"name {name!r}: give a word without a colon")
         self.model,self.name,self.profiles,self.new_tokens = model,name,ladder(model, names),new_tokens
-        self.words,self.elastic = Words(tokenizer, ends_of(model)),Elastic(self.profiles, first_token, per_token, hold)
-        self.engine = Engine(model, elastic=self.elastic, **kw)
+        self.words,self.seconds = Words(tokenizer, ends_of(model)),{}   # of a step of `most` texts, by profile
+        if gain and len(names)>1: self.seconds = seconds_of_step(model, self.profiles, most)
+        rungs = faster_rungs(self.seconds, gain) if self.seconds else None
+        self.elastic = Elastic(self.profiles, first_token, per_token, hold, rungs)
+        self.engine = Engine(model, most=most, elastic=self.elastic, **kw)
         self.metrics = Metrics(self.engine)
         # the same answers from the same mark
         self.mark = f"switchable_llm-{switchable_llm.__version__}-{native_level()}"
@@ -148,12 +152,10 @@ class Service:
         logprobs,room = _logprobs(asked),self.engine.context-len(ids)
         most = getattr(asked, 'max_completion_tokens', None) or asked.max_tokens or max(1, min(self.new_tokens, room))
         t = 1. if asked.temperature is None else asked.temperature
-        if t<1e-6: t = 0.   # what float32 cannot divide by
-        top_p = None if asked.top_p is None else max(asked.top_p, 1e-6)
         ends = frozenset() if asked.ignore_eos else self.words.ends
         def request(i):
             seed = None if asked.seed is None else (asked.seed+i)%2**63
-            return Request(list(ids), most, profile, asked.min_profile, asked.max_profile, t, asked.top_k, top_p, seed,
+            return Request(list(ids), most, profile, asked.min_profile, asked.max_profile, t, asked.top_k, asked.top_p, seed,
                            ends, logprobs, caller)
         made = [request(i) for i in range(asked.n)]
         try: self.engine.check(made[0])
@@ -210,6 +212,7 @@ class Following:
                 yield i,text,token,None
                 if not s.stopped: continue
                 a.cancel()
+            elif a.reason=='refused': raise ApiError(429, a.error, code='queue_full', retry=1)
             elif a.reason=='error': raise ApiError(500, a.error)
             elif a.reason=='cancelled': raise ApiError(503, 'the server is stopping', code='stopping', retry=1)
             left.discard(i)
@@ -233,42 +236,6 @@ class Following:
                      prompt_tokens_details=dict(cached_tokens=reused))
 
 # %% ../../nbs/server/app.ipynb #d5d96fbe
-class _Shape:   # how texts, or messages, are told
-    def __init__(self, service, asked):
-        self.service,self.asked,self.chat = service,asked,isinstance(asked, ChatAsked)
-        self.told = asked.logprobs is not None and asked.logprobs is not False
-        kind = 'chatcmpl-' if self.chat else 'cmpl-'
-        self.fixed = dict(id=kind+uuid.uuid4().hex, created=int(time.time()), system_fingerprint=service.mark)
-
-    def logprobs(self, tokens, start=0):
-        if not self.told: return None
-        words = self.service.words
-        return chat_logprobs(words, tokens) if self.chat else text_logprobs(words, tokens, start)
-
-    def whole(self, f, texts, tokens, reasons):
-        def choice(i):
-            how = dict(index=i, logprobs=self.logprobs(tokens[i]), finish_reason=reasons[i])
-            if self.chat: return ChatChoice(message=Said(role='assistant', content=texts[i]), **how)
-            return CompletionChoice(text=texts[i], **how)
-        kind = ChatCompletion if self.chat else Completion
-        choices = [choice(i) for i in range(len(texts))]
-        return kind(**self.fixed, model=f.model, choices=choices, usage=f.usage)
-
-    def piece(self, f, i, text, tokens, reason, start=0, role=None):
-        how = dict(index=i, logprobs=self.logprobs(tokens, start) if tokens else None, finish_reason=reason)
-        if self.chat: choice = ChatPieceChoice(delta=Said(role=role, content=text if text or role else None), **how)
-        else: choice = CompletionChoice(text=text, **how)
-        return self._part(f, choices=[choice])
-
-    def usage(self, f): return self._part(f, choices=[], usage=f.usage)
-
-    def _part(self, f, **kw): return (ChatPiece if self.chat else Completion)(**self.fixed, model=f.model, **kw)
-
-def _event(x):
-    d = x.model_dump(exclude_none=True)
-    for c in d.get('choices', ()): c.setdefault('finish_reason', None)
-    return f'data: {json.dumps(d)}\n\n'
-
 async def _collect(f):   # texts, their tokens, and why they ended
     n = len(f.answers)
     texts,tokens,reasons = ['']*n,[[] for _ in range(n)],[None]*n
@@ -278,7 +245,7 @@ async def _collect(f):   # texts, their tokens, and why they ended
         if reason: reasons[i] = reason
     return texts,tokens,reasons
 
-async def _events(f, shape):
+async def _events(f, shape, usage):   # `usage`: whether it is told at the end
     begun,chars,held = set(),[0]*len(f.answers),[[] for _ in f.answers]
     try:
         async for i,text,token,reason in f.pieces():
@@ -286,16 +253,16 @@ async def _events(f, shape):
             role = 'assistant' if shape.chat and i not in begun else None
             begun.add(i)
             if not (text or reason or role): continue   # half a character, or what may be a stop text
-            yield _event(shape.piece(f, i, text, held[i], reason, chars[i], role))
+            yield sent_event(shape.piece(f.model, i, text, held[i], reason, chars[i], role))
             chars[i],held[i] = chars[i]+len(text),[]
-        if shape.asked.stream_options and shape.asked.stream_options.include_usage: yield _event(shape.usage(f))
+        if usage: yield sent_event(shape.usage(f.model, f.usage))
         yield 'data: [DONE]\n\n'
-    except ApiError as e: yield _event(e.body)
+    except ApiError as e: yield sent_event(e.body)
 
 class _Streamed(StreamingResponse):   # however it ends, nobody writes on
-    def __init__(self, f, shape, done):
+    def __init__(self, f, shape, usage, done):
         headers = {'Cache-Control':'no-cache', 'X-Accel-Buffering':'no'}
-        super().__init__(_events(f, shape), media_type='text/event-stream', headers=headers)
+        super().__init__(_events(f, shape, usage), media_type='text/event-stream', headers=headers)
         self.f,self.done = f,done
     async def __call__(self, scope, receive, send):
         error,left = None,max(0, self.f.deadline-time.monotonic())+5   # a little more, to tell of the limit
@@ -352,6 +319,16 @@ def make_app(
         caller = f"{host}/{asked.user or ''}"
         return Following(service, service.requests(asked, prompts, caller), asked.stops, seconds)
 
+    def note(http, status, profile='', **fields):   # once for each request that was wanted of the model
+        if getattr(http.state, 'noted', False): return
+        http.state.noted,path = True,getattr(http.scope.get('route'), 'path', 'no such page')
+        service.metrics.requests.labels(path, profile, status).inc()
+        log.info('request', extra=dict(fields=dict(path=http.url.path, status=status, **fields)))
+
+    def refuse(http, error):   # before a text was begun, or in the middle
+        note(http, error.status, error=str(error))
+        return error.response()
+
     async def reply(http, asked, read):
         began,f = time.monotonic(),None
         def done(status, error=None):
@@ -359,19 +336,18 @@ def make_app(
             for a in answers:
                 if a.ended: service.metrics.note(a)
             profiles = [name_of_profile(a.profile) for a in answers]
-            service.metrics.requests.labels(http.url.path, profiles[0] if profiles else '', status).inc()
-            log.info('request', extra=dict(fields=dict(
-                path=http.url.path, status=status, model=asked.model, profiles=profiles,
-                prompt_tokens=[len(a.request.ids) for a in answers], new_tokens=[len(a.tokens) for a in answers],
-                seconds=round(time.monotonic()-began, 4),
-                first_token=[a.first and round(a.first-a.arrived, 4) for a in answers],
-                stream=asked.stream, error=error)))
+            note(http, status, profiles[0] if profiles else '', model=asked.model, profiles=profiles,
+                 prompt_tokens=[len(a.request.ids) for a in answers], new_tokens=[len(a.tokens) for a in answers],
+                 seconds=round(time.monotonic()-began, 4),
+                 first_token=[a.first and round(a.first-a.arrived, 4) for a in answers],
+                 stream=asked.stream, error=error)
         try:
             prompts = await asyncio.to_thread(read)
             f = start(http, asked, prompts)
-            shape = _Shape(service, asked)
-            if asked.stream: return _Streamed(f, shape, done)
-            answer = shape.whole(f, *await _unless_gone(http, _collect(f)))
+            shape = Shape(service.words, asked, service.mark)
+            if asked.stream: return _Streamed(f, shape, bool((o := asked.stream_options) and o.include_usage), done)
+            said = await _unless_gone(http, _collect(f))
+            answer = shape.whole(f.model, f.usage, *said)
             done(200)
             return JSONResponse(answer.model_dump(exclude_none=True))
         except BaseException as e:   # also when the server ends
@@ -414,7 +390,7 @@ def make_app(
         status,stats = 'broken' if e.broken else 'stopping' if e.closing else 'ok',e.stats()
         if status!='ok': response.status_code = 503
         return Health(status=status, waiting=stats['waiting'], running=stats['running'],
-                      profile=service.elastic.names[service.elastic.level])
+                      profile=service.elastic.now)
 
     @app.get('/metrics', dependencies=guard, response_class=Response, responses={200:dict(content={'text/plain':{}})})
     async def metrics():
@@ -422,20 +398,20 @@ def make_app(
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
-    async def known(http, e): return e.response()
+    async def known(http, e): return refuse(http, e)
     @app.exception_handler(RequestValidationError)
-    async def wrong(http, e): return wrong_fields(e.errors()).response()
+    async def wrong(http, e): return refuse(http, wrong_fields(e.errors()))
     @app.exception_handler(HTTPException)
     async def refused(http, e):
         ours = {404:f"{http.url.path}: no such page", 405:f"{http.method}: not a method of {http.url.path}"}
         code = {408:'body_too_slow', 413:'body_too_long'}.get(e.status_code)
-        answer = ApiError(e.status_code, ours.get(e.status_code, str(e.detail)), code=code).response()
+        answer = refuse(http, ApiError(e.status_code, ours.get(e.status_code, str(e.detail)), code=code))
         answer.headers.update(e.headers or {})
         return answer
     @app.exception_handler(Exception)
     async def failed(http, e):
         log.error('failed', exc_info=e)
-        return ApiError(500, 'the server failed, and its log says how').response()
+        return refuse(http, ApiError(500, 'the server failed, and its log says how'))
 
     made = app.openapi
     def schema():   # what is wrong with a request is a 400 here, not FastAPI's 422

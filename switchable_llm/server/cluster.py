@@ -50,7 +50,7 @@ class Replica:
         loop,news = asyncio.get_running_loop(),asyncio.Queue()
         try: answer = self.service.engine.submit(request, lambda t: loop.call_soon_threadsafe(news.put_nowait, t))
         except Refused as e:
-            yield dict(refused=str(e), retry=e.retry)
+            yield dict(refused=str(e))
             return
         except ValueError as e:
             yield dict(reason='error', error=str(e), profile=request.profile, reused=0)
@@ -111,10 +111,12 @@ class RemoteEngine:
         try:
             for turn in range(self.TRIES):
                 try: return await self._once(answer)
+                except Refused as e:   # this replica is full, or it is about to stop: another may have room
+                    if turn==self.TRIES-1: return answer.end('refused', str(e))
                 except RayError as e:
                     if turn==self.TRIES-1: return answer.end('error', f"no replica could finish it: {type(e).__name__}")
-                    self.retried += 1
-                    await asyncio.sleep(.1*2**turn)
+                self.retried += 1
+                await asyncio.sleep(.1*2**turn)
         except Exception as e: answer.end('error', f"{type(e).__name__}: {e}")
 
     async def _once(self, answer):
@@ -128,7 +130,7 @@ class RemoteEngine:
                 if isinstance(x, Token):
                     if have: have -= 1   # the caller has it
                     else: answer.put(x)
-                elif 'refused' in x: return answer.end('error', x['refused'])
+                elif 'refused' in x: raise Refused(x['refused'], retry=True)
                 else:
                     answer.profile,answer.reused = x['profile'],x['reused']
                     if 'reason' in x: return answer.end(x['reason'], x['error'])
@@ -168,6 +170,7 @@ class ClusterArgs(BaseModel):
     first_token:float = 1.    # Seconds: the target that `auto` holds
     per_token:float = .2      # The same for each token after it
     hold:float = 5.           # Seconds of quiet before `auto` is finer again
+    gain:float = .1           # `auto` passes over a profile that is not so much faster at a replica
 
 # Where Ray's HTTP proxy and its table of actors are: the front lives and dies with them.
 _HEAD = {'node:__internal_head__':.001}
@@ -190,7 +193,7 @@ def build(
         max_ongoing_requests=args.waiting+16)
     name = args.name or Path(args.file).stem.replace(':', '-')
     kw = dict(name=name, profiles=args.profiles, memory=args.memory, first_token=args.first_token,
-              per_token=args.per_token, hold=args.hold)
+              per_token=args.per_token, hold=args.hold, gain=args.gain)
     return front.bind(replica.bind(args.file, **kw), args)
 
 def serve_on_cluster(

@@ -96,6 +96,7 @@ class Engine:
     LEAST = 16      # tokens of a prompt that go into a step however slow the machine
     TIMED = 64      # profiles whose speed is known
     FILLING = 4     # texts whose prompts go in at once; the others wait in the queue, where callers take turns
+    KEPT = 8        # a part in so many of places and of memory is for callers for whom nothing is written
     def __init__(self,
         model:nn.Module,        # From `load_packed`
         memory:int|None=None,   # Bytes for keys and values; by default `memory_for_texts()`
@@ -226,23 +227,31 @@ class Engine:
 
     def _admit(self):
         while len(self.rows)<self.most and sum(r.prompt for r in self.rows)<self.FILLING:
-            with self.changed: answer = self.queue.peek()
-            if answer is None: return
-            r = answer.request
-            try:
-                profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
-                found = self.switch.find(profile)
-                worst = self._worst(len(r.ids)+r.max_new_tokens, found['cache'])
-                taken = sum(x.worst for x in self.rows)
-                if self.rows and taken+worst>self.memory: return   # it is the next one, when there is room
-                row = self._begin(answer, found, worst)
-            except Exception as e: row = e
-            with self.changed: self.queue.pop()
-            if isinstance(row, Exception): answer.end('error', _why(row)); continue
-            answer.profile,answer.began = profile,time.monotonic()
-            self.counts['switches'] += profile!=self._last
-            self._last = profile
-            with self.changed: self.rows.append(row)
+            busy = {r.answer.request.caller for r in self.rows}
+            if not (self._begin_next((), busy) or busy and self._begin_next(busy, busy)): return
+
+    def _begin_next(self, but, busy):   # whether there was one, not of the callers `but`, for which there is room
+        with self.changed: answer = self.queue.peek(but)
+        if answer is None: return False
+        r,another = answer.request,answer.request.caller in busy   # text of a caller who has some
+        if another and self.most-len(self.rows)<=self.most//self.KEPT: return False
+        try:
+            profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
+            found = self.switch.find(profile)
+            worst = self._worst(len(r.ids)+r.max_new_tokens, found['cache'])
+            room = self.memory-self.memory//self.KEPT*another
+            if self.rows and sum(x.worst for x in self.rows)+worst>room: return False   # later
+            row = self._begin(answer, found, worst)
+        except Exception as e: row = e
+        with self.changed: self.queue.pop(but)
+        if isinstance(row, Exception):
+            answer.end('error', _why(row))
+            return True
+        answer.profile,answer.began = profile,time.monotonic()
+        self.counts['switches'] += profile!=self._last
+        self._last = profile
+        with self.changed: self.rows.append(row)
+        return True
 
     def _worst(self, tokens, bits):   # bytes that a text can need
         layout = self.pages.layout(bits)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from .app import Service, make_app
+from .app import Service, log, make_app
 from ..core.profiles import read_profiles
 from ..core.switching import switch_of
 from ..serving.packed import is_packed, load_packed, load_packed_tokenizer
@@ -138,6 +138,9 @@ def serve(
     sock = listen(host, port, key)
     at = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1"
     app = make_app(service, key, seconds=seconds, **kw)
+    log.info('serving', extra=dict(fields=dict(
+        at=at, profiles=service.profiles, auto=service.elastic.rungs, texts=service.engine.most,
+        step_seconds={k:round(v, 5) for k,v in service.seconds.items()})))
     config = uvicorn.Config(app, http=partial(_Connection, seconds+60), ws='none', log_config=None, access_log=False,
                             lifespan='off', timeout_keep_alive=65, timeout_graceful_shutdown=math.ceil(patience))
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _interrupt)

@@ -29,8 +29,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra='forbid', strict=True)
     model:str = Field(max_length=300, description='Name of the model, and after a colon the profile')
     max_tokens:Count|None = None
-    temperature:float|None = Field(None, ge=0, le=2,
-        description='0 takes the likeliest token, and so does less than a millionth')
+    temperature:float|None = Field(None, ge=0, le=2, description='0 takes the likeliest token')
     top_p:float|None = Field(None, ge=0, le=1)
     top_k:Count|None = Field(None, description='Draw among so many tokens')
     n:int = Field(1, ge=1, le=16)
@@ -284,19 +283,20 @@ class BodyLimit:
 
     async def __call__(self, scope, receive, send):
         if scope['type']!='http': return await self.app(scope, receive, send)
-        said,read,until = dict(scope['headers']).get(b'content-length', b'0'),0,time.monotonic()+self.seconds
-        if said.isdigit() and int(said)>self.most: return await self.error().response()(scope, receive, send)
+        said,read,until = dict(scope['headers']).get(b'content-length', b''),0,time.monotonic()+self.seconds
+        announced = int(said) if said.isdigit() else 0
         async def counted():
             nonlocal read,until
+            if announced>self.most: raise HTTPException(413, self.too_long())
             try: message = await asyncio.wait_for(receive(), until and max(0, until-time.monotonic()))
             except TimeoutError:
                 raise HTTPException(408, f"the body was not here after {self.seconds:g} seconds") from None
             if not message.get('more_body'): until = None   # it is here
             read += len(message.get('body', b''))
-            if read>self.most: raise HTTPException(413, str(self.error()))
+            if read>self.most: raise HTTPException(413, self.too_long())
             return message
         await self.app(scope, counted, send)
 
-    def error(self)->ApiError: # 413
+    def too_long(self)->str: # For people
         "What who sends too much is told."
-        return ApiError(413, f"the body is longer than {self.most} bytes", code='body_too_long')
+        return f"the body is longer than {self.most} bytes"

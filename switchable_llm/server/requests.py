@@ -72,7 +72,7 @@ class Answer:
     ):
         self.request,self.told,self.profile = request,told,request.profile
         self.tokens = []           # so far
-        self.reason = None         # why it ended: 'stop', 'length', 'cancelled' or 'error'
+        self.reason = None         # why it ended: 'stop', 'length', 'cancelled', 'error', or 'refused' by all replicas
         self.error = None          # what went wrong, in words
         self.reused = 0            # tokens of the prompt that an earlier text had computed
         self.arrived,self.began,self.first,self.ended = time.monotonic(),None,None,None   # seconds
@@ -109,14 +109,14 @@ class Answer:
     def __iter__(self)->Iterator[Token]:
         while (t := self._queue.get()) is not _END: yield t
         self._queue.put(_END)   # whoever asks again gets the end at once
-        if self.reason=='error': raise Failed(self.error)
+        if self.reason in ('error','refused'): raise Failed(self.error)
 
     def wait(self,
         seconds:float|None=None, # At most so long; by default until the end
     )->list[int]: # Numbers of the new tokens
         "Wait for the whole text."
         if not self.done.wait(seconds): raise TimeoutError(f"no end after {seconds} s")
-        if self.reason=='error': raise Failed(self.error)
+        if self.reason in ('error','refused'): raise Failed(self.error)
         return [t.id for t in self.tokens]
 
 # %% ../../nbs/server/requests.ipynb #35688fb2
@@ -138,16 +138,20 @@ class FairQueue:
         self.callers.setdefault(answer.request.caller, deque()).append(answer)
         self.n += 1
 
-    def peek(self)->Answer|None: # Nobody waits
+    def peek(self,
+        but=(), # Callers who are passed over
+    )->Answer|None: # `None` where nobody else waits
         "Whose turn it is."
-        return next(iter(self.callers.values()))[0] if self.callers else None
+        return next((waiting[0] for caller,waiting in self.callers.items() if caller not in but), None)
 
-    def pop(self)->Answer:
+    def pop(self,
+        but=(), # Callers who are passed over
+    )->Answer:
         "The same, taken out; its caller goes to the end of the line."
-        caller,waiting = next(iter(self.callers.items()))
-        answer = waiting.popleft()
-        del self.callers[caller]
-        if waiting: self.callers[caller] = waiting
+        answer = self.peek(but)
+        waiting = self.callers.pop(answer.request.caller)
+        waiting.popleft()
+        if waiting: self.callers[answer.request.caller] = waiting
         self.n -= 1
         return answer
 

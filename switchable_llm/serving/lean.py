@@ -309,10 +309,12 @@ def pick_token(
     "Greedy choice, or a draw (Holtzman et al. 2020 for `top_p`)."
     if temperature<0: raise ValueError(f"temperature={temperature}: needs 0 (greedy) or more")
     if temperature==0: return int(logits.argmax())
-    logits = logits/temperature
     v,i = logits.sort(descending=True) if top_k is None else logits.topk(min(top_k, len(logits)))
-    p = v.softmax(0)
-    if top_p is not None: p = p*(p.cumsum(0)-p < top_p)
+    p = ((v-v[0])/max(temperature, 1e-30)).softmax(0)   # less than float32 can divide by
+    if top_p is not None:
+        more = p.cumsum(0)-p < top_p
+        more[0] = True   # the likeliest, however little `top_p` is
+        p = p*more
     return int(i[torch.multinomial(p, 1, generator=generator)])
 
 def lean_tokens(
