@@ -1,5 +1,5 @@
 "The README's code and commands run as they are written, in their order, on the embedded model; and it is short."
-import json, re, shlex, shutil, subprocess, sys
+import json, re, shlex, subprocess, sys
 import pytest
 from transformers import AutoConfig
 from conftest import ROOT
@@ -27,6 +27,20 @@ def test_first_screen():
     assert re.match(r"GPT-2's shape.*threads", heads[0]) and len(heads)>=3 and all('AVX' in machine for machine in heads[1:])
     assert '**Use it**' in start and '**Do not use it**' in start
 
+def check_serving(folder, env):
+    "The server's two lines on the file that the Python before them wrote, at another port."
+    argv, = [c[1:] for c in commands() if c[:2]==['switchable-llm','serve']]
+    server = subprocess.Popen([*COMMAND, *argv, '--port', '0'], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        said = next(l for l in server.stderr if 'listening at' in l)
+        port = re.search(r':(\d+)/v1', said)[1]
+        curl = [w.replace(':8000', f':{port}') for w in next(c for c in commands() if c[0]=='curl')]
+        got = json.loads(subprocess.run([*curl, '-sS', '--max-time', '60'], capture_output=True, check=True).stdout)
+        assert got['object']=='text_completion' and got['model']==json.loads(curl[-1])['model'], got
+    finally:
+        server.terminate()
+        assert server.wait(60)==0
+
 def test_python_runs(tmp_path, child_env):
     check = '''
 assert len(said)==50 and model.switch.profile.name=='float' and served.switch.profile.name=='bw6'
@@ -35,6 +49,7 @@ print('done')'''
     code = '\n'.join(blocks('python'))+check
     p = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
     assert p.returncode==0 and p.stdout.strip().endswith('done'), p.stderr[-2000:]
+    check_serving(tmp_path, child_env)
 
 def test_commands_run_in_their_order(tmp_path, child_env):
     "All but the explorer, which serves until it is stopped (tests/test_page.py runs it), and the server (below)."
@@ -54,22 +69,6 @@ def test_commands_run_in_their_order(tmp_path, child_env):
     for folder in ('my-text','my-chat','my_model','my-codes'): assert AutoConfig.from_pretrained(tmp_path/folder).quantization_config
     assert (tmp_path/'my_model.gguf').is_file() and (tmp_path/'my_model.lora.gguf').is_file()
     assert (tmp_path/'merged'/'config.json').is_file() and (tmp_path/'my_model.safetensors').is_file()
-
-    check_serving(tmp_path, child_env, next(a for a in ours if a[0]=='serve'))
-
-def check_serving(folder, env, argv):
-    "The server's two lines, at another port."
-    shutil.copy(folder/'my_model.safetensors', folder/argv[1])
-    server = subprocess.Popen([*COMMAND, *argv, '--port', '0'], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        said = next(l for l in server.stderr if 'listening at' in l)
-        port = re.search(r':(\d+)/v1', said)[1]
-        curl = [w.replace(':8000', f':{port}') for w in next(c for c in commands() if c[0]=='curl')]
-        got = json.loads(subprocess.run([*curl, '-sS', '--max-time', '60'], capture_output=True, check=True).stdout)
-        assert got['object']=='text_completion' and got['model']==json.loads(curl[-1])['model'], got
-    finally:
-        server.terminate()
-        assert server.wait(60)==0
 
 def test_targets_of_make_exist():
     rules,targets = (ROOT/'Makefile').read_text(encoding='utf-8'),[c[1] for c in commands() if c[0]=='make']

@@ -251,8 +251,8 @@ def test_theme_search_and_tabs_work_from_files(browser, tmp_path, monkeypatch):
     tab.fill('#search', 'round'); tab.click('#found a')
     tab.wait_for_url('**/core/widths.html#precision')
     assert tab.url.endswith('core/widths.html#precision') and back()=='rgb(255, 255, 255)'   # the choice holds
-    assert tab.locator('text=four').is_visible() and not tab.locator('text=eight').is_visible()
+    assert tab.locator('p:text-is("four")').is_visible() and not tab.locator('p:text-is("eight")').is_visible()
     tab.click('role=tab[name=bw8]')
-    assert tab.locator('text=eight').is_visible() and not tab.locator('text=four').is_visible()
+    assert tab.locator('p:text-is("eight")').is_visible() and not tab.locator('p:text-is("four")').is_visible()
     tab.fill('#search', 'nothing like it'); tab.wait_for_selector('text=Nothing found')
     assert not errors

@@ -49,14 +49,15 @@ def signature(name, f):
     return f'{name}(\n' + textwrap.fill(', '.join(args), WIDTH, break_long_words=False, **indent) + '\n)'
 
 def fields(cls):
-    "Fields written in a class's body: `(name, type, default, comment)`."
+    "Fields written in a class's body: `(name, type, default, comment)`; a `description` of pydantic's is a comment too."
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type==tokenize.COMMENT}
     for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.AnnAssign) or node.target.id.startswith('_'): continue
         kind,value = ast.unparse(node.annotation),ast.unparse(node.value) if node.value else ''
-        if 'ClassVar' not in kind: yield node.target.id, kind, value, comments.get(node.end_lineno, '')
+        said = [k.value.value for k in getattr(node.value, 'keywords', ()) if k.arg=='description']
+        if 'ClassVar' not in kind: yield node.target.id, kind, value, comments.get(node.end_lineno) or ''.join(said)
 
 def params(f):
     "Parameters of a function and what it returns: `(name, type, default, comment)`."
@@ -80,7 +81,7 @@ def table(rows):
 
 def methods(cls):
     "Public methods and properties written in a class, if they have a docstring."
-    for name,f in vars(cls).items():
+    for name,f in list(vars(cls).items()):   # pydantic adds some when they are asked for
         f = getattr(f, '__func__', getattr(f, 'fget', None) or f)
         if not inspect.isfunction(f) or name.startswith('_') or not f.__doc__: continue
         yield name,f,isinstance(vars(cls)[name], property)

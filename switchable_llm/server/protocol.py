@@ -28,24 +28,24 @@ class Asked(BaseModel):
     "What both kinds of requests have."
     model_config = ConfigDict(extra='forbid', strict=True)
     model:str = Field(max_length=300, description='Name of the model, and after a colon the profile')
-    max_tokens:Count|None = None
-    temperature:float|None = Field(None, ge=0, le=2, description='0 takes the likeliest token')
-    top_p:float|None = Field(None, ge=0, le=1)
+    max_tokens:Count|None = None # At most so many new tokens
+    temperature:float|None = Field(None, ge=0, le=2) # 0 takes the likeliest token
+    top_p:float|None = Field(None, ge=0, le=1) # Draw among the likeliest that together have this probability
     top_k:Count|None = Field(None, description='Draw among so many tokens')
-    n:int = Field(1, ge=1, le=16)
-    stop:Stop|Stops|None = None
-    seed:int|None = Field(None, ge=-2**63, lt=2**63)
-    stream:bool = False
-    stream_options:'StreamOptions|None' = None
-    user:str|None = Field(None, max_length=300)
+    n:int = Field(1, ge=1, le=16) # Answers to a prompt
+    stop:Stop|Stops|None = None # Texts that end an answer and are not in it
+    seed:int|None = Field(None, ge=-2**63, lt=2**63) # Of the draws; the same seed, the same answer
+    stream:bool = False # Whether the answer comes in pieces
+    stream_options:'StreamOptions|None' = None # Of a stream
+    user:str|None = Field(None, max_length=300) # Who asks: the queue is fair between callers
     ignore_eos:bool = Field(False, description='Write on where the model would end')
     profile:str|dict[str, Any]|None = Field(None,
         description='Bits for this request: such as w6a8, or a profile with rules')
     min_profile:str|None = Field(None, max_length=100, description='With auto: the coarsest that will do')
     max_profile:str|None = Field(None, max_length=100, description='With auto: the finest that will do')
-    frequency_penalty:Nothing|None = None
-    presence_penalty:Nothing|None = None
-    logit_bias:Annotated[dict[str, float], Field(max_length=0)]|None = None
+    frequency_penalty:Nothing|None = None # 0: there is none
+    presence_penalty:Nothing|None = None # 0: there is none
+    logit_bias:Annotated[dict[str, float], Field(max_length=0)]|None = None # Empty: there is none
 
     @property
     def stops(self)->tuple:
@@ -55,15 +55,15 @@ class Asked(BaseModel):
 class StreamOptions(BaseModel):
     "What comes with a stream."
     model_config = ConfigDict(extra='forbid', strict=True)
-    include_usage:bool = False
+    include_usage:bool = False # Whether the last piece tells the tokens
 
 class CompletionAsked(Asked):
     "A prompt to be written on."
-    prompt:str|list[str]|list[Token]|list[list[Token]] = Field(description='A text or tokens, or several')
-    logprobs:int|None = Field(None, ge=0, le=20)
-    best_of:Annotated[int, Field(ge=1, le=1)]|None = None
-    echo:Literal[False]|None = None
-    suffix:Literal['']|None = None
+    prompt:str|list[str]|list[Token]|list[list[Token]] # A text or tokens, or several
+    logprobs:int|None = Field(None, ge=0, le=20) # Likeliest tokens to tell with each token
+    best_of:Annotated[int, Field(ge=1, le=1)]|None = None # 1: all that are written are told
+    echo:Literal[False]|None = None # The prompt is not repeated
+    suffix:Literal['']|None = None # Nothing comes after
 
     @property
     def prompts(self)->list:
@@ -73,15 +73,15 @@ class CompletionAsked(Asked):
 class Part(BaseModel):
     "A piece of a message."
     model_config = ConfigDict(extra='forbid', strict=True)
-    type:Literal['text']
-    text:str
+    type:Literal['text'] # Text is all that there is
+    text:str # What it says
 
 class Message(BaseModel):
     "A turn of a conversation."
     model_config = ConfigDict(extra='forbid', strict=True)
-    role:Literal['system','developer','user','assistant']
-    content:str|list[Part]
-    name:str|None = None
+    role:Literal['system','developer','user','assistant'] # Who speaks
+    content:str|list[Part] # What is said
+    name:str|None = None # Taken, and told to no model
 
     def plain(self)->dict: # With `role` and `content`, as chat templates take it
         "The turn as text."
@@ -91,133 +91,133 @@ class Message(BaseModel):
 class TextFormat(BaseModel):
     "Plain text, the only format there is."
     model_config = ConfigDict(extra='forbid', strict=True)
-    type:Literal['text']
+    type:Literal['text'] # Nothing is forced on an answer
 
 class ChatAsked(Asked):
     "A conversation to be answered."
-    messages:list[Message] = Field(min_length=1, max_length=1000)
-    max_completion_tokens:Count|None = None
-    logprobs:bool|None = None
-    top_logprobs:int|None = Field(None, ge=0, le=20)
-    response_format:TextFormat|None = None
-    tools:Annotated[list, Field(max_length=0)]|None = None
-    tool_choice:Literal['none']|None = None
+    messages:list[Message] = Field(min_length=1, max_length=1000) # The conversation so far
+    max_completion_tokens:Count|None = None # As `max_tokens`, by its newer name
+    logprobs:bool|None = None # Whether each token is told with its log-probability
+    top_logprobs:int|None = Field(None, ge=0, le=20) # Likeliest tokens to tell with each
+    response_format:TextFormat|None = None # Text
+    tools:Annotated[list, Field(max_length=0)]|None = None # Empty: there are none
+    tool_choice:Literal['none']|None = None # There is none
 
 # %% ../../nbs/server/protocol.ipynb #9e2526c6
 class Usage(BaseModel):
     "Tokens that were read and written."
-    prompt_tokens:int
-    completion_tokens:int
-    total_tokens:int
-    prompt_tokens_details:dict[str, int]|None = None   # `cached_tokens`: of a prompt that began like an earlier one
+    prompt_tokens:int # Read
+    completion_tokens:int # Written
+    total_tokens:int # Both
+    prompt_tokens_details:dict[str, int]|None = None # `cached_tokens`: of a prompt that began like an earlier one
 
 class CompletionLogprobs(BaseModel):
     "Tokens of a text with their log-probabilities."
-    tokens:list[str]
-    token_logprobs:list[float]
-    top_logprobs:list[dict[str, float]]|None = None
-    text_offset:list[int]
+    tokens:list[str] # As text
+    token_logprobs:list[float] # Of each, natural logarithm
+    top_logprobs:list[dict[str, float]]|None = None # Of the likeliest at each place
+    text_offset:list[int] # Character at which each begins
 
 class CompletionChoice(BaseModel):
     "One text."
-    index:int
-    text:str
-    logprobs:CompletionLogprobs|None = None
-    finish_reason:str|None = None
+    index:int # Number of the text
+    text:str # What was written
+    logprobs:CompletionLogprobs|None = None # For who asked
+    finish_reason:str|None = None # `stop`, `length`, or nothing yet
 
 class Completion(BaseModel):
     "What comes of a prompt: whole, or a piece of it in a stream."
-    id:str
-    object:Literal['text_completion'] = 'text_completion'
-    created:int
-    model:str
-    system_fingerprint:str|None = None
-    choices:list[CompletionChoice]
-    usage:Usage|None = None
+    id:str # Of the request
+    object:Literal['text_completion'] = 'text_completion' # Kind of answer
+    created:int # Seconds since 1970
+    model:str # That spoke, with its profile
+    system_fingerprint:str|None = None # The same answers from the same mark
+    choices:list[CompletionChoice] # One or more
+    usage:Usage|None = None # Tokens
 
 class TopLogprob(BaseModel):
     "A token that could have come."
-    token:str
-    logprob:float
-    bytes:list[int]|None = None
+    token:str # As text
+    logprob:float # Natural logarithm
+    bytes:list[int]|None = None # Of the text; nothing for a part of a character
 
 class TokenLogprob(TopLogprob):
     "A token that came, and those that could have."
-    top_logprobs:list[TopLogprob] = []
+    top_logprobs:list[TopLogprob] = [] # The likeliest at its place
 
 class ChatLogprobs(BaseModel):
     "Log-probabilities of a message."
-    content:list[TokenLogprob]
+    content:list[TokenLogprob] # Of each token
 
 class Said(BaseModel):
     "A message, or a piece of one."
-    role:Literal['assistant']|None = None
-    content:str|None = None
+    role:Literal['assistant']|None = None # Who speaks
+    content:str|None = None # What is said
 
 class ChatChoice(BaseModel):
     "One answer."
-    index:int
-    message:Said
-    logprobs:ChatLogprobs|None = None
-    finish_reason:str|None = None
+    index:int # Number of the answer
+    message:Said # What was written
+    logprobs:ChatLogprobs|None = None # For who asked
+    finish_reason:str|None = None # `stop` or `length`
 
 class ChatCompletion(BaseModel):
     "What comes of a conversation."
-    id:str
-    object:Literal['chat.completion'] = 'chat.completion'
-    created:int
-    model:str
-    system_fingerprint:str|None = None
-    choices:list[ChatChoice]
-    usage:Usage|None = None
+    id:str # Of the request
+    object:Literal['chat.completion'] = 'chat.completion' # Kind of answer
+    created:int # Seconds since 1970
+    model:str # That spoke, with its profile
+    system_fingerprint:str|None = None # The same answers from the same mark
+    choices:list[ChatChoice] # One or more
+    usage:Usage|None = None # Tokens
 
 class ChatPieceChoice(BaseModel):
     "A piece of an answer."
-    index:int
-    delta:Said
-    logprobs:ChatLogprobs|None = None
-    finish_reason:str|None = None
+    index:int # Number of the answer
+    delta:Said # What is new
+    logprobs:ChatLogprobs|None = None # For who asked
+    finish_reason:str|None = None # `stop`, `length`, or nothing yet
 
 class ChatPiece(BaseModel):
     "A piece of an answer in a stream."
-    id:str
-    object:Literal['chat.completion.chunk'] = 'chat.completion.chunk'
-    created:int
-    model:str
-    system_fingerprint:str|None = None
-    choices:list[ChatPieceChoice]
-    usage:Usage|None = None
+    id:str # Of the request
+    object:Literal['chat.completion.chunk'] = 'chat.completion.chunk' # Kind of answer
+    created:int # Seconds since 1970
+    model:str # That spoke, with its profile
+    system_fingerprint:str|None = None # The same answers from the same mark
+    choices:list[ChatPieceChoice] # One or more
+    usage:Usage|None = None # Tokens
 
 class ModelCard(BaseModel):
     "A model at a profile."
-    id:str
-    object:Literal['model'] = 'model'
-    created:int = Field(default_factory=lambda: int(time.time()))
-    owned_by:str = 'switchable_llm'
+    id:str # By which it is asked for
+    object:Literal['model'] = 'model' # Kind of answer
+    created:int = Field(default_factory=lambda: int(time.time())) # Seconds since 1970
+    owned_by:str = 'switchable_llm' # Who serves it
 
 class ModelList(BaseModel):
     "All that can be asked for."
-    object:Literal['list'] = 'list'
-    data:list[ModelCard]
+    object:Literal['list'] = 'list' # Kind of answer
+    data:list[ModelCard] # Each model at each profile
 
 class Health(BaseModel):
     "Whether the server takes requests."
-    status:Literal['ok','stopping','broken']
-    waiting:int
-    running:int
-    profile:str|None = None   # that `auto` gives at present
+    status:Literal['ok','stopping','broken'] # `ok` where requests are taken
+    waiting:int # Requests in the queue
+    running:int # Texts that are being written
+    profile:str|None = None # That `auto` gives at present
 
 # %% ../../nbs/server/protocol.ipynb #d4122a99
 class ErrorBody(BaseModel):
     "What is wrong."
-    message:str
-    type:str
-    param:str|None = None
-    code:str|None = None
+    message:str # What is wrong, and the way out
+    type:str # A kind, as clients know it
+    param:str|None = None # Field at fault
+    code:str|None = None # A word for programs
 
 class ErrorAnswer(BaseModel):
     "An error as it is sent."
-    error:ErrorBody
+    error:ErrorBody # What is wrong
 
 _KINDS = {401:'authentication_error', 408:'timeout_error', 429:'rate_limit_error', 503:'overloaded_error',
           504:'timeout_error'}

@@ -108,6 +108,32 @@ static int layers(linear_fn linear) {
     return 0;
 }
 
+// The pages of a text, for as many tokens as the model has room for.
+struct Text {
+    std::vector<uint8_t> room;
+    std::vector<uint8_t*> pages;
+    std::vector<SlKept> kept;
+    std::vector<float> recent;
+    SlCache cache = {};
+    Text(const SlModel &M, i64 k_bits, i64 v_bits) {
+        i64 at = 0, exact = 0;
+        for (i64 i = 0; i < M.n_layers; i++) {
+            const i64 values = at + round64(M.kv_heads*unit_bytes(M.head_dim, k_bits));
+            kept.push_back({sizeof(SlKept), k_bits, v_bits, at, values, k_bits ? exact : 0});
+            at = values + round64(M.kv_heads*GROUP*row_bytes(M.head_dim, v_bits));
+            if (k_bits) exact += M.kv_heads*GROUP*M.head_dim;
+        }
+        room.resize(M.context/GROUP*at + 64);
+        uint8_t *first = room.data() + (-(uintptr_t)room.data() & 63);   // pages begin at multiples of 64
+        for (i64 i = 0; i < M.context/GROUP; i++) pages.push_back(first + i*at);
+        recent.resize(exact);
+        cache.size = sizeof cache; cache.capacity = cache.places = M.context; cache.page_len = at;
+        cache.pages = pages.data(); cache.pages_len = (i64)pages.size();
+        cache.recent = exact ? recent.data() : nullptr; cache.recent_len = exact;
+        cache.kept = kept.data(); cache.kept_len = M.n_layers;
+    }
+};
+
 // A model whose layers are those of another at so many bits: the same planes.
 struct Narrow { std::vector<SlLinear> layers; std::vector<SlLayer> blocks; SlModel model; };
 static void narrow(Narrow &to, const SlModel &from, i64 bits) {
@@ -131,15 +157,20 @@ static void company(check_fn check, rows_fn rows, const SlModel &M, const SlCach
     i64 where[2];
     int faults = 0;
     for (int i = 0; i < 3; i++) { narrow(models[i], M, 4 + 2*i); faults |= check(&models[i].model, where); }
-    const i64 kept = like.keys_len, id = 7, vocabulary = M.head->n;
-    std::vector<float> numbers(16*kept), logits(8*vocabulary), all;
-    SlCache caches[8];
-    for (int i = 0; i < 8; i++) { caches[i] = like; caches[i].keys = &numbers[2*i*kept]; caches[i].values = &numbers[(2*i + 1)*kept]; }
+    const i64 id = 7, vocabulary = M.head->n;
+    std::vector<float> logits(8*vocabulary), all;
+    std::vector<Text> texts;
+    texts.reserve(8);
+    for (int i = 0; i < 8; i++) {
+        texts.emplace_back(M, 0, 0);
+        SlCache &C = texts[i].cache;
+        C.cos = like.cos; C.sin = like.sin; C.cos_len = like.cos_len; C.sin_len = like.sin_len;
+    }
     for (int a = 0; a <= 8; a++) for (int b = 0; a + b <= 8; b++) for (int c = 0; a + b + c <= 8; c++) {
         SlRow some[8];
         const int n = a + b + c;
         for (int i = 0; i < n; i++)
-            some[i] = {sizeof(SlRow), &models[i < a ? 0 : i < a + b ? 1 : 2].model, caches + i, &id, 1, 0, 1};
+            some[i] = {sizeof(SlRow), &models[i < a ? 0 : i < a + b ? 1 : 2].model, &texts[i].cache, &id, 1, 0, 1};
         if (n) faults |= rows(some, n, logits.data(), n*vocabulary);
         all.insert(all.end(), logits.begin(), logits.begin() + n*vocabulary);
     }
@@ -182,24 +213,11 @@ static void model(check_fn check, decode_fn decode, prompt_fn prompt, rows_fn ro
     M.eps = 1e-5; M.attention_scale = .29; M.embedding_scale = 1;
     i64 where[2];
     const int fault = check(&M, where);
-    SlCache C = {};
-    C.size = sizeof C; C.capacity = context; C.places = context;
-    std::vector<float> keys(depth*kv*context*hd), values(keys.size()), angles(2*context*8);
+    std::vector<float> angles(2*context*8);
     for (auto &v : angles) v = uniform();
+    Text text(M, k_bits, v_bits);
+    SlCache &C = text.cache;
     if (llama) { C.cos = angles.data(); C.sin = angles.data() + context*8; C.cos_len = C.sin_len = context*8; }
-    std::vector<std::vector<uint8_t>> room(2*depth);
-    std::vector<std::vector<float>> recent(depth);
-    std::vector<SlKept> kept(depth);
-    if (k_bits || v_bits) {
-        for (i64 i = 0; i < depth; i++) {
-            room[2*i].resize(kv*(k_bits ? context/32*hd*(4*k_bits + 4) : context*hd*4));
-            room[2*i + 1].resize(kv*context*(v_bits ? (hd*v_bits + 7)/8 + 4 : hd*4));
-            recent[i].resize(k_bits ? kv*32*hd : 0);
-            kept[i] = {sizeof(SlKept), room[2*i].data(), room[2*i + 1].data(), k_bits ? recent[i].data() : nullptr,
-                       (i64)room[2*i].size(), (i64)room[2*i + 1].size(), (i64)recent[i].size(), k_bits, v_bits};
-        }
-        C.kept = kept.data(); C.kept_len = depth;
-    } else { C.keys = keys.data(); C.values = values.data(); C.keys_len = C.values_len = (i64)keys.size(); }
     std::vector<float> logits(vocabulary), all;
     std::vector<i64> ids;
     for (int i = 0; i < 45; i++) ids.push_back(random_bits() % vocabulary);
@@ -213,7 +231,7 @@ static void model(check_fn check, decode_fn decode, prompt_fn prompt, rows_fn ro
     for (float v : all) if (v != v) faults |= 64;
     printf("%s, %lld bits, group %lld, cache %lld/%lld: %d %016llx\n", llama ? "llama" : "gpt2", (long long)kind.bits,
            (long long)kind.group, (long long)k_bits, (long long)v_bits, faults, (unsigned long long)hash(all));
-    if (!C.kept && !kind.group) company(check, rows, M, C, llama ? "llama" : "gpt2");
+    if (!k_bits && !v_bits && !kind.group) company(check, rows, M, C, llama ? "llama" : "gpt2");
 }
 
 int main(int argc, char **argv) {
