@@ -134,6 +134,26 @@ def test_one_caller_does_not_take_everything(model, bound):
         assert engine.stats()['running']==7 and other.first<min(a.ended or time.monotonic() for a in many)
         for a in many: a.cancel()
 
+def test_a_full_queue_has_room_for_another_caller(model):
+    goes_on = threading.Event()
+    with Engine(model, most=1, waiting=16) as engine:
+        engine.submit(Request([5], 2, 'w8a8', caller='many'), lambda token: goes_on.wait(60))   # the engine's thread waits here
+        while not engine.stats()['running']: time.sleep(.01)
+        with pytest.raises(Refused, match='wait already'):
+            for i in range(99): engine.submit(Request([5], 2, 'w8a8', caller='many'))
+        other = engine.submit(Request([7], 3, 'w8a8', caller='other'))
+        goes_on.set()
+        assert i==14 and len(other.wait(60))==3
+
+def test_long_prompts_of_one_caller_do_not_hold_up_another(model):
+    with Engine(model, pause=1e-6, prefixes=0) as engine:   # prompts go in by the least pieces
+        long = [engine.submit(Request([5+i]*120, 8, 'w8a8', caller='many')) for i in range(8)]
+        while engine.stats()['running']<4: time.sleep(.001)
+        other = engine.submit(Request([7], 1, 'w8a8', caller='other'))
+        other.wait(60)
+        for a in long: a.wait(60)
+        assert sum(other.first<a.first for a in long)>=4
+
 def test_what_can_never_be_done_is_refused(model):
     layout = kept.Pages(LiveStep(model).parts).layout()
     with Engine(model, 2*layout.page) as engine:

@@ -1,7 +1,8 @@
 "The server as its users meet it: a process of its own, OpenAI's client, curl, Prometheus."
 import json, os, random, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-import pytest, torch
+import psutil, pytest, requests, torch
 import test_lean_families as families
 import switchable_llm as sl
 from switchable_llm.core.switching import use_profile
@@ -157,15 +158,77 @@ def test_metrics_and_log(server, client):
     last = [l for l in lines if l['event']=='request'][-1]
     assert last['status']==200 and last['profiles']==['w4a8'] and last['new_tokens']==[3] and 'secret' not in ''.join(said)
 
+def counts(at, name):
+    "Samples of a metric by its labels."
+    from prometheus_client.parser import text_string_to_metric_families
+    body = curl('-H', 'Authorization: Bearer secret', at.removesuffix('/v1')+'/metrics')[2]
+    return {tuple(s.labels.values()):s.value for f in text_string_to_metric_families(body) for s in f.samples if s.name==name}
+
+def test_texts_count_however_they_end(server, client):
+    "At a stop text, at the time limit of a caller who hangs up, and at their end."
+    at,_ = server
+    name,before = 'switchable_llm_tokens_total',counts(server[0], 'switchable_llm_tokens_total')
+    whole = client.completions.create(model='tiny:bw6', prompt='question:', max_tokens=40, temperature=0).choices[0].text
+    for _ in range(3): client.completions.create(model='tiny:bw6', prompt='question:', max_tokens=40, temperature=0, stop=whole[1:3])
+    with pytest.raises(openai.APITimeoutError):
+        long = dict(model='tiny:bw6', prompt='context:', max_tokens=250, n=16, extra_body=dict(ignore_eos=True))
+        client.with_options(timeout=.2).completions.create(**long)
+    for _ in range(100):
+        if not json.loads(curl(at.removesuffix('/v1')+'/health')[2])['running']: break
+        time.sleep(.05)
+    more = {k:v-before.get(k, 0) for k,v in counts(at, name).items()}   # by kind and profile
+    ids = len(sl.load('tiny')[1]('question:').input_ids)
+    assert more['prompt','bw6']>=4*ids+16 and more['new','bw6']>=43
+
+BODIES = {   # what one caller may send; beside it the others are served
+    'rules':dict(prompt='a', profile=dict(name='x', default='w8a8', rules=[dict(bits='w8', layers='0-9999')]*20_000)),
+    'layers':dict(prompt='a', profile=dict(name='x', default='w8a8', rules=[dict(bits='w8', layers='0-9999')]*200)),
+    'many rules':dict(prompt=['a']*60, profile=dict(name='x', default='w8a8', rules=[dict(bits='w8', glob='*'*150)]*250)),
+    'glob':dict(prompt='a', profile=dict(name='x', default='w8a8', rules=[dict(bits='w8', glob='*a'*200_000)])),
+    'strings':dict(prompt=['a']*150_000), 'nulls':dict(prompt=[None]*160_000), 'numbers':dict(prompt=[-1]*190_000),
+    'parts':dict(messages=[dict(role='user', content=[{}]*240_000)]),
+    'stops':dict(prompt=['a']*30, max_tokens=200, stop=[str(i)+'a '*99 for i in range(16)], ignore_eos=True),
+    'logprobs':dict(prompt=['a']*60, max_tokens=200, logprobs=20, ignore_eos=True)}
+
+@pytest.mark.parametrize('what', BODIES)
+def test_no_body_stops_the_others(server, what):
+    "Whatever one sends, the server's health is told in time, and memory stays."
+    at,_ = server
+    root,key = at.removesuffix('/v1'),{'Authorization':'Bearer secret'}
+    def megabytes(): return sum(p.memory_info().rss for p in [psutil.Process(server_of(at))])>>20
+    late,over,start = [],threading.Event(),megabytes()
+    def watch():
+        with requests.Session() as web:
+            while not over.is_set():
+                began = time.monotonic(); web.get(f'{root}/health', timeout=100); late.append((time.monotonic()-began, megabytes()))
+                time.sleep(.02)
+    watcher = threading.Thread(target=watch); watcher.start()
+    body = dict(model='tiny:bw8', max_tokens=2) | BODIES[what]
+    if 'profile' in body: body['model'] = 'tiny'
+    page = 'chat/completions' if 'messages' in body else 'completions'
+    try: got = requests.post(f'{at}/{page}', json=body, headers=key, timeout=100)
+    finally: over.set(); watcher.join()
+    assert got.status_code==(200 if what in ('stops','logprobs','many rules') else 400), got.text[:300]
+    assert max(t for t,_ in late)<1.5 and max(m for _,m in late)<start+300, (max(late), start)
+
+def server_of(at):
+    "The process that listens there."
+    port = int(re.search(r':(\d+)/', at)[1])
+    return next(c.pid for c in psutil.net_connections('tcp') if c.status=='LISTEN' and c.laddr.port==port)
+
+def test_what_clients_send_without_meaning_it(client):
+    "Values that ask for nothing, and the answer of an earlier turn as OpenAI's client has it."
+    said = client.chat.completions.create(model='tiny:bw8', messages=[dict(role='user', content='Hi')], max_tokens=3).choices[0].message
+    talk = [dict(role='user', content='Hi'), said.model_dump(), dict(role='user', content='And?')]
+    neutral = dict(n=None, stream=None, tool_choice='auto', parallel_tool_calls=False, modalities=['text'], store=False,
+                   metadata={}, service_tier='auto', safety_identifier='me', prompt_cache_key='k')
+    client.chat.completions.create(model='tiny:bw8', messages=talk, max_tokens=3, **neutral)
+
 def test_the_refused_are_counted_and_logged(server):
     "Each once, whether it was read or not, and no path that a caller made up becomes a label."
     at,said = server
     key,to = ('-H','Authorization: Bearer secret'),('-H','Content-Type: application/json','--data-binary','@-',f'{at}/completions')
-    def counted():
-        body = curl(*key, at.removesuffix('/v1')+'/metrics')[2]
-        from prometheus_client.parser import text_string_to_metric_families
-        of = [s for f in text_string_to_metric_families(body) for s in f.samples if s.name=='switchable_llm_requests_total']
-        return {(s.labels['endpoint'], s.labels['status']):s.value for s in of}
+    def counted(): return {(endpoint, status):n for (endpoint, _, status),n in counts(at, 'switchable_llm_requests_total').items()}
     before,lines = counted(),len(said)
     for n in (2, 2_000_000): assert curl(*key, *to, body='{'*n)[0]==(400 if n==2 else 413)
     assert curl(*to, body='{}')[0]==401 and curl(*key, *to, body='{"model":"x","prompt":"a"}')[0]==404
@@ -180,7 +243,6 @@ def test_the_refused_are_counted_and_logged(server):
 def test_many_callers_and_none_waits_for_ever(client, file):
     rng,prompts = random.Random(0),['question: When', 'context: The home of Bemola is', 'question: Who was born in 1834?\ncontext:']
     jobs = [(rng.choice(prompts), rng.choice(PROFILES), rng.randint(1, 12)) for _ in range(40)]
-    from concurrent.futures import ThreadPoolExecutor
     def ask(j): return client.completions.create(model=f'tiny:{j[1]}', prompt=j[0], max_tokens=j[2], temperature=0).choices[0].text
     with ThreadPoolExecutor(8) as pool: got = list(pool.map(ask, jobs))
     assert got==[offline(file, *j) for j in jobs]
@@ -202,12 +264,17 @@ def test_back_pressure_and_an_orderly_end(file):
         client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=60)
         first = client.completions.create(model='tiny:bw8', prompt='question:', max_tokens=200, temperature=0, stream=True)
         next(iter(first))
-        ask = dict(model='tiny:bw8', prompt='question:')
-        with pytest.raises(openai.RateLimitError) as told: client.completions.create(**ask, max_tokens=200, n=3)
-        with pytest.raises(openai.BadRequestError, match='room for 3'): client.completions.create(**ask, n=4)
-        assert told.value.response.headers['retry-after']=='1' and told.value.code=='queue_full'
-        p.send_signal(signal.SIGTERM)
-        rest = list(first)
+        ask = dict(model='tiny:bw8', prompt='question:', max_tokens=20)
+        with pytest.raises(openai.BadRequestError, match='room for 2'): client.completions.create(**ask, n=3)
+        with ThreadPoolExecutor(1) as pool:
+            two = pool.submit(client.completions.create, **ask, n=2)
+            while json.loads(curl(at.removesuffix('/v1')+'/health')[2])['waiting']<2: time.sleep(.01)
+            with pytest.raises(openai.RateLimitError) as told: client.completions.create(**ask)
+            assert told.value.response.headers['retry-after']=='1' and told.value.code=='queue_full'
+            with pytest.raises(openai.RateLimitError): client.completions.create(**ask, stream=True)   # a status, not an event
+            p.send_signal(signal.SIGTERM)
+            rest = list(first)
+            assert len(two.result().choices)==2
         assert rest[-1].choices[0].finish_reason in ('stop','length')
     assert said[-1].strip()=='stopped'
 
@@ -219,7 +286,6 @@ def test_bad_starts_say_so(file, tmp_path, capsys):
         assert named in capsys.readouterr().err
 
 def test_bits_give_way_under_load_and_come_back(file):
-    from concurrent.futures import ThreadPoolExecutor
     with serving(file, '--texts', '8', '--first-token', '.2', '--hold', '.5', '--gain', '0') as (at, p, said):
         client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=100)
         def ask(n, **more):

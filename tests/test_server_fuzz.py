@@ -30,7 +30,7 @@ def narrow(d, models):
                     profile=dict(enum=[None, 'w6a8', mine] if one else [None]),
                     **{k:dict(enum=[None] if one else [None, 'bw6']) for k in ('min_profile','max_profile')},
                     **{k:dict(type='integer', minimum=1, maximum=6) for k in ('max_tokens','max_completion_tokens') if k in own})
-    text,_,ids,_ = prompt = d['components']['schemas']['CompletionAsked']['properties']['prompt']['anyOf']
+    text,_,ids,_ = prompt = d['components']['schemas']['CompletionAsked']['properties']['prompt']['oneOf']
     text.update(minLength=1); ids['items'].update(maximum=353)
     prompt[:] = text,ids
     return d

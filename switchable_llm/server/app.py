@@ -6,7 +6,7 @@
 __all__ = ['log', 'Metrics', 'name_of_profile', 'Service', 'Following', 'make_app']
 
 # %% ../../nbs/server/app.ipynb #6af14f0d
-import asyncio, logging, secrets, time
+import asyncio, logging, time
 from typing import Iterable
 from fastapi import Depends, FastAPI, Request as HttpRequest, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,8 +20,8 @@ from ..core.switching import switch_of
 from .elastic import Elastic, faster_rungs, ladder, seconds_of_step
 from .engine import Engine
 from .protocol import (
-    ApiError, Asked, BodyLimit, ChatAsked, ChatCompletion, Completion, CompletionAsked, ErrorAnswer, Health, ModelCard,
-    ModelList, Usage, asked_profile, wrong_fields)
+    ApiError, Asked, ChatAsked, ChatCompletion, Completion, CompletionAsked, Door, ErrorAnswer, Health, ModelCard,
+    ModelList, Usage, asked_profile, check_key, wrong_fields)
 from .requests import Answer, Refused, Request
 from .words import Shape, Stream, Words, ends_of, sent_event
 from ..system.native import native_level
@@ -104,11 +104,15 @@ class Service:
         self.elastic = Elastic(self.profiles, first_token, per_token, hold, rungs)
         self.engine = Engine(model, most=most, elastic=self.elastic, **kw)
         self.metrics = Metrics(self.engine)
+        self.since = int(time.time())
         # the same answers from the same mark
         self.mark = f"switchable_llm-{switchable_llm.__version__}-{native_level()}"
 
     def __enter__(self): return self
     def __exit__(self, *error): self.engine.close(0)
+
+    @property
+    def now(self)->str|None: return self.elastic.now   # what `auto` gives
 
     @property
     def ids(self)->list[str]: return [self.name, f'{self.name}:auto', *(f'{self.name}:{p}' for p in self.profiles)]
@@ -124,7 +128,7 @@ class Service:
             for k in ('model' if named else None, *bounds):
                 if k: raise ApiError(400, f"{k}: the request brings a profile along, so leave the other out", k)
             if asked.profile in self.profiles: return asked.profile
-            p = asked_profile(asked.profile)
+            p = asked_profile(asked.profile, len(self.engine.parts.blocks))
             if p.name not in (*self.profiles, 'auto'): return p
             raise ApiError(400, f"profile: {p.name} is one of the server's: give yours another name", 'profile')
         if named in ('', 'auto'):
@@ -136,15 +140,21 @@ class Service:
             raise ApiError(400, said, bounds[0])
         return named
 
+    def check_number(self,
+        prompts:int, # Of a request
+        n:int|None,  # Answers to each
+    ):
+        "An error for more texts than one request may have."
+        if (texts := prompts*(n or 1))>self.engine.room:
+            said = f"{texts} texts in one request, and there is room for {self.engine.room}: ask for fewer"
+            raise ApiError(400, said, 'n')
+
     def requests(self,
         asked:Asked,     # A request
         prompts:list[list[int]], # Its prompts
         caller:str,      # Who asks
     )->list[Request]: # `n` of each
         "What the engine is asked."
-        if (texts := len(prompts)*asked.n)>self.engine.room:
-            said = f"{texts} texts in one request, and there is room for {self.engine.room}: ask for fewer"
-            raise ApiError(400, said, 'n')
         profile = self.profile_of(asked)
         return [r for ids in prompts for r in self._each(asked, ids, profile, caller)]
 
@@ -157,7 +167,7 @@ class Service:
             seed = None if asked.seed is None else (asked.seed+i)%2**63
             return Request(list(ids), most, profile, asked.min_profile, asked.max_profile, t, asked.top_k, asked.top_p, seed,
                            ends, logprobs, caller)
-        made = [request(i) for i in range(asked.n)]
+        made = [request(i) for i in range(asked.n or 1)]
         try: self.engine.check(made[0])
         except ValueError as e:
             field = 'messages' if isinstance(asked, ChatAsked) else 'prompt'
@@ -181,10 +191,14 @@ class Following:
         requests:list[Request], # What is written
         stops:tuple,         # Texts that end an answer
         seconds:float,       # Most for all
+        each:int=1,          # Requests with the same prompt, one after the other
     ):
-        loop,self.service,self.news = asyncio.get_running_loop(),service,asyncio.Queue()
-        self.deadline,self.seconds,self.answers,self.noted = time.monotonic()+seconds,seconds,[],False
-        def tell(i): return lambda token: loop.call_soon_threadsafe(self.news.put_nowait, (i, token))
+        loop,self.service,self.news,self.each = asyncio.get_running_loop(),service,asyncio.Queue(),each
+        self.deadline,self.seconds,self.answers,self.error = time.monotonic()+seconds,seconds,[],None
+        def hear(i, token):
+            if token is None: service.metrics.note(self.answers[i])   # however it ended
+            self.news.put_nowait((i, token))
+        def tell(i): return lambda token: loop.call_soon_threadsafe(hear, i, token)
         try:
             for i,r in enumerate(requests): self.answers.append(service.engine.submit(r, tell(i)))
         except Refused as e:
@@ -213,6 +227,7 @@ class Following:
                 if not s.stopped: continue
                 a.cancel()
             elif a.reason=='refused': raise ApiError(429, a.error, code='queue_full', retry=1)
+            elif a.reason=='invalid': raise ApiError(400, a.error)
             elif a.reason=='error': raise ApiError(500, a.error)
             elif a.reason=='cancelled': raise ApiError(503, 'the server is stopping', code='stopping', retry=1)
             left.discard(i)
@@ -227,9 +242,9 @@ class Following:
         return f"{self.service.name}:{'+'.join(map(name, spoke))}"
 
     @property
-    def usage(self)->Usage: # Of all texts; a prompt that several texts share counts once
+    def usage(self)->Usage: # Of all texts; a prompt counts once, however many answers it gets
         "Tokens read and written."
-        read = sum(len(ids) for ids in {tuple(a.request.ids) for a in self.answers})
+        read = sum(len(a.request.ids) for a in self.answers[::self.each])
         new = sum(len(s.ids) for s in self.streams)
         reused = min(read, max((a.reused for a in self.answers), default=0))
         return Usage(prompt_tokens=read, completion_tokens=new, total_tokens=read+new,
@@ -245,10 +260,14 @@ async def _collect(f):   # texts, their tokens, and why they ended
         if reason: reasons[i] = reason
     return texts,tokens,reasons
 
-async def _events(f, shape, usage):   # `usage`: whether it is told at the end
+async def _chain(first, pieces):   # the first piece was waited for before the answer began
+    yield first
+    async for p in pieces: yield p
+
+async def _events(f, shape, usage, pieces):   # `usage`: whether it is told at the end
     begun,chars,held = set(),[0]*len(f.answers),[[] for _ in f.answers]
     try:
-        async for i,text,token,reason in f.pieces():
+        async for i,text,token,reason in pieces:
             if token is not None: held[i].append(token)
             role = 'assistant' if shape.chat and i not in begun else None
             begun.add(i)
@@ -257,18 +276,22 @@ async def _events(f, shape, usage):   # `usage`: whether it is told at the end
             chars[i],held[i] = chars[i]+len(text),[]
         if usage: yield sent_event(shape.usage(f.model, f.usage))
         yield 'data: [DONE]\n\n'
-    except ApiError as e: yield sent_event(e.body)
+    except ApiError as e:
+        f.error = e
+        yield sent_event(e.body)
 
 class _Streamed(StreamingResponse):   # however it ends, nobody writes on
-    def __init__(self, f, shape, usage, done):
+    def __init__(self, f, events, done):
         headers = {'Cache-Control':'no-cache', 'X-Accel-Buffering':'no'}
-        super().__init__(_events(f, shape, usage), media_type='text/event-stream', headers=headers)
+        super().__init__(events, media_type='text/event-stream', headers=headers)
         self.f,self.done = f,done
     async def __call__(self, scope, receive, send):
-        error,left = None,max(0, self.f.deadline-time.monotonic())+5   # a little more, to tell of the limit
+        late,left = None,max(0, self.f.deadline-time.monotonic())+5   # a little more, to tell of the limit
         try: await asyncio.wait_for(super().__call__(scope, receive, send), left)
-        except TimeoutError: error = 'the caller did not read'
-        finally: self.f.cancel(); self.done(200, error)
+        except TimeoutError: late = 'the caller did not read'
+        finally:
+            self.f.cancel()
+            self.done(getattr(self.f.error, 'status', 200), late or self.f.error and str(self.f.error))
 
 async def _unless_gone(http, work):   # the result, or an error when the caller has gone
     async def gone():
@@ -303,21 +326,13 @@ def make_app(
     about = f'{service.name} at {", ".join(service.profiles)}'
     app = FastAPI(title='switchable_llm', version=switchable_llm.__version__, description=about, responses=_MAY_FAIL)
     app.state.service = service
-    app.add_middleware(BodyLimit, most=most_body)
-
-    def allowed(http:HttpRequest):
-        given = http.headers.get('authorization', '')
-        if key is None or secrets.compare_digest(given.encode(), f'Bearer {key}'.encode()): return
-        said = 'this key is not the right one' if given else 'a key is needed: send it as "Authorization: Bearer KEY"'
-        raise ApiError(401, said, code='invalid_api_key')
+    app.add_middleware(Door, most=most_body, key=key)
+    def allowed(http:HttpRequest): check_key(http.headers.get('authorization', '').encode(), key)
 
     # for who reads the schema; `allowed` decides
     guard = [Depends(allowed)]+[Depends(HTTPBearer(auto_error=False))]*(key is not None)
 
-    def start(http, asked, prompts):
-        host = http.client.host if http.client else ''
-        caller = f"{host}/{asked.user or ''}"
-        return Following(service, service.requests(asked, prompts, caller), asked.stops, seconds)
+    def caller(http, asked): return f"{http.client.host if http.client else ''}/{asked.user or asked.safety_identifier or ''}"
 
     def note(http, status, profile='', **fields):   # once for each request that was wanted of the model
         if getattr(http.state, 'noted', False): return
@@ -333,8 +348,6 @@ def make_app(
         began,f = time.monotonic(),None
         def done(status, error=None):
             answers = f.answers if f else []
-            for a in answers:
-                if a.ended: service.metrics.note(a)
             profiles = [name_of_profile(a.profile) for a in answers]
             note(http, status, profiles[0] if profiles else '', model=asked.model, profiles=profiles,
                  prompt_tokens=[len(a.request.ids) for a in answers], new_tokens=[len(a.tokens) for a in answers],
@@ -342,12 +355,15 @@ def make_app(
                  first_token=[a.first and round(a.first-a.arrived, 4) for a in answers],
                  stream=asked.stream, error=error)
         try:
-            prompts = await asyncio.to_thread(read)
-            f = start(http, asked, prompts)
+            requests = await asyncio.to_thread(lambda: service.requests(asked, read(), caller(http, asked)))
+            f = Following(service, requests, asked.stops, seconds, asked.n or 1)
             shape = Shape(service.words, asked, service.mark)
-            if asked.stream: return _Streamed(f, shape, bool((o := asked.stream_options) and o.include_usage), done)
+            if asked.stream:
+                pieces,usage = f.pieces(),bool((o := asked.stream_options) and o.include_usage)
+                first = await _unless_gone(http, anext(pieces))   # what goes wrong before has a status of its own
+                return _Streamed(f, _events(f, shape, usage, _chain(first, pieces)), done)
             said = await _unless_gone(http, _collect(f))
-            answer = shape.whole(f.model, f.usage, *said)
+            answer = await asyncio.to_thread(shape.whole, f.model, f.usage, *said)
             done(200)
             return JSONResponse(answer.model_dump(exclude_none=True))
         except BaseException as e:   # also when the server ends
@@ -359,7 +375,7 @@ def make_app(
     async def completions(asked:CompletionAsked, http:HttpRequest):
         "Write a prompt on."
         def read():
-            if not asked.prompts: raise ApiError(400, 'prompt: give at least one', 'prompt')
+            service.check_number(len(asked.prompts), asked.n)
             try: return [service.words.of_text(p) if isinstance(p, str) else p for p in asked.prompts]
             except ValueError as e: raise ApiError(400, str(e), 'prompt') from e
         return await reply(http, asked, read)
@@ -375,13 +391,13 @@ def make_app(
     @app.get('/v1/models', response_model=ModelList, dependencies=guard)
     async def models():
         "The model at each profile."
-        return ModelList(data=[ModelCard(id=i) for i in service.ids])
+        return ModelList(data=[ModelCard(id=i, created=service.since) for i in service.ids])
 
     @app.get('/v1/models/{model}', response_model=ModelCard, dependencies=guard)
     async def model_(model:str):
         "One of them."
         if model not in service.ids: raise _no_model(service, model)
-        return ModelCard(id=model)
+        return ModelCard(id=model, created=service.since)
 
     @app.get('/health', response_model=Health, responses={503:dict(model=Health)})
     async def health(response:Response):
@@ -390,7 +406,7 @@ def make_app(
         status,stats = 'broken' if e.broken else 'stopping' if e.closing else 'ok',e.stats()
         if status!='ok': response.status_code = 503
         return Health(status=status, waiting=stats['waiting'], running=stats['running'],
-                      profile=service.elastic.now)
+                      profile=service.now)
 
     @app.get('/metrics', dependencies=guard, response_class=Response, responses={200:dict(content={'text/plain':{}})})
     async def metrics():
@@ -404,7 +420,7 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def refused(http, e):
         ours = {404:f"{http.url.path}: no such page", 405:f"{http.method}: not a method of {http.url.path}"}
-        code = {408:'body_too_slow', 413:'body_too_long'}.get(e.status_code)
+        code = {401:'invalid_api_key', 408:'body_too_slow', 413:'body_too_long'}.get(e.status_code)
         answer = refuse(http, ApiError(e.status_code, ours.get(e.status_code, str(e.detail)), code=code))
         answer.headers.update(e.headers or {})
         return answer

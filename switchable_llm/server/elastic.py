@@ -100,10 +100,10 @@ class Elastic:
         return self.names[a:b+1]
 
     def note(self,
-        answer, # An `Answer` that has ended
+        answer, # An `Answer` with its first token
     ):
-        "Remember how long its first token took."
-        if answer.first is None or answer.request.profile is not None: return
+        "Remember how long it took."
+        if answer.request.profile is not None: return
         with self.lock: self.firsts.append((answer.first, answer.first-answer.arrived))
 
     @property
@@ -127,7 +127,8 @@ class Elastic:
         now,p = time.monotonic(),self.pressure(engine)
         if p>self.LOW/self._slower(engine): self.loud = now
         if p>1 and self.level<len(self.rungs)-1 and now-self.moved>self.SETTLE: self.level,self.moved = self.level+1,now
-        elif self.level and now-max(self.loud, self.moved)>self.hold: self.level,self.moved = self.level-1,now
+        elif self.level and (quiet := now-max(self.loud, self.moved))>self.hold:   # nobody may have asked for long
+            self.level,self.moved = max(0, self.level-int(quiet/self.hold)),now
         allowed = self.within(floor, ceiling)
         at = [self.names.index(a) for a in (allowed[0], allowed[-1])]
         return self.names[min(max(self.names.index(self.now), at[0]), at[1])]

@@ -8,13 +8,15 @@ __all__ = ['Prefixes', 'memory_for_texts', 'Engine']
 # %% ../../nbs/server/engine.ipynb #be643971
 import os, threading, time, torch
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from torch import nn
 from ..core.switching import switch_of
 from ..attention.caches import GROUP
 from ..serving.kept import Cache, NoPages, Pages
 from ..serving.lean import Step, live_of, pick_token, together
 from ..serving.parts import NotLean, Table
-from .requests import Answer, FairQueue, Refused, Request, Token, check_request
+from .requests import KEPT, Answer, FairQueue, Refused, Request, Token, check_request
 
 # %% ../../nbs/server/engine.ipynb #12632816
 class Prefixes:
@@ -82,21 +84,28 @@ class _Row:   # a text that is being written
 
 def memory_for_texts(
 )->int: # Bytes
-    "A quarter of the memory that the machine has free."
+    "A quarter of the memory that the machine, or the container that this runs in, has free."
+    return min(_free_of_machine(), _free_of_container())//4
+
+def _free_of_machine():
     try:
         with open('/proc/meminfo') as f: free = {k:int(v.split()[0])*1024 for k,v in (l.split(':') for l in f)}
-        return free['MemAvailable']//4
+        return free['MemAvailable']
     except (OSError, KeyError, ValueError): pass
-    try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//4
-    except (AttributeError, OSError, ValueError): return 2**30
+    try: return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, OSError, ValueError): return 2**32
+
+def _free_of_container(at='/sys/fs/cgroup'):   # of Linux's control groups, version 2
+    try: most,now = (Path(at, f'memory.{k}').read_text().strip() for k in ('max','current'))
+    except OSError: return 2**62
+    return max(1, int(most)-int(now)) if most.isdigit() and now.isdigit() else 2**62
 
 class Engine:
     "Writes many texts at once on one packed model."
     ALONE = 4       # where nobody writes, a step may take so many pauses
     LEAST = 16      # tokens of a prompt that go into a step however slow the machine
     TIMED = 64      # profiles whose speed is known
-    FILLING = 4     # texts whose prompts go in at once; the others wait in the queue, where callers take turns
-    KEPT = 8        # a part in so many of places and of memory is for callers for whom nothing is written
+    FILLING = 4     # texts whose prompts go in at once, of callers who have others; where the rest waits, callers take turns
     def __init__(self,
         model:nn.Module,        # From `load_packed`
         memory:int|None=None,   # Bytes for keys and values; by default `memory_for_texts()`
@@ -113,7 +122,7 @@ class Engine:
         self.model,self.live,self.switch = model,live_of(model),switch_of(model)
         self.most,self.pause,self.elastic = most,pause,elastic
         self.parts = self.live.tables.parts
-        self.room = waiting+most   # requests that can be there at once
+        self.room = waiting-waiting//KEPT   # texts that one request can have
         self.context,self.vocabulary = self.parts.context,model.get_input_embeddings().weight.shape[0]
         self.memory = memory_for_texts() if memory is None else memory
         self.pages,self.prefixes = Pages(self.parts, self.memory),Prefixes(prefixes)
@@ -123,6 +132,7 @@ class Engine:
         self.per_token = {}    # profile -> seconds of a token of a prompt
         self.per_step = 0.     # seconds of a step in which texts are written
         self.worst_step,self._last = 0.,None   # seconds of the longest step; the profile that came before
+        self._own = lru_cache(64)(self.switch.find)   # of profiles that requests bring along
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self._run, name='switchable-llm engine', daemon=True)
         self.thread.start()
@@ -150,10 +160,15 @@ class Engine:
         if request.profile is None and self.elastic is None:
             raise ValueError("no profile is named, and none chooses by the load")
         for p in ([request.profile] if request.profile else self.elastic.within(request.floor, request.ceiling)):
-            worst = self._worst(len(request.ids)+request.max_new_tokens, self.switch.find(p)['cache'])
+            found = self._find(p)
+            try: self.live.tables.at(found['settings'])
+            except (RuntimeError, NotLean) as e: raise ValueError(f"profile {getattr(p, 'name', p)!r}: {e}") from e
+            worst = self._worst(len(request.ids)+request.max_new_tokens, found['cache'])
             if worst>self.memory:
                 raise ValueError(f"{len(request.ids)} tokens and {request.max_new_tokens} new ones need {worst>>10} KiB "
                                  f"of memory at {p}, and the server has {self.memory>>10} KiB for all texts: ask for less")
+
+    def _find(self, p): return self.switch.find(p) if isinstance(p, str) else self._own(p)
 
     def stats(self)->dict: # Numbers by name
         "What it does now, and what it did since it began."
@@ -226,7 +241,7 @@ class Engine:
         for r in [r for r in self.rows if r.answer.cancelled]: self._end(r, 'cancelled')
 
     def _admit(self):
-        while len(self.rows)<self.most and sum(r.prompt for r in self.rows)<self.FILLING:
+        while len(self.rows)<self.most:
             busy = {r.answer.request.caller for r in self.rows}
             if not (self._begin_next((), busy) or busy and self._begin_next(busy, busy)): return
 
@@ -234,12 +249,13 @@ class Engine:
         with self.changed: answer = self.queue.peek(but)
         if answer is None: return False
         r,another = answer.request,answer.request.caller in busy   # text of a caller who has some
-        if another and self.most-len(self.rows)<=self.most//self.KEPT: return False
+        filling = sum(r.prompt for r in self.rows)>=self.FILLING
+        if another and (filling or self.most-len(self.rows)<=self.most//KEPT): return False
         try:
             profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
-            found = self.switch.find(profile)
+            found = self._find(profile)
             worst = self._worst(len(r.ids)+r.max_new_tokens, found['cache'])
-            room = self.memory-self.memory//self.KEPT*another
+            room = self.memory-self.memory//KEPT*another
             if self.rows and sum(x.worst for x in self.rows)+worst>room: return False   # later
             row = self._begin(answer, found, worst)
         except Exception as e: row = e
@@ -275,8 +291,9 @@ class Engine:
         start,at = time.perf_counter(),[r.step.cache.length for r,_ in pieces]
         try: logits = self._run_step(pieces)
         except Exception: return self._one_by_one(pieces, at)
-        self._note_time(pieces, time.perf_counter()-start)
+        filling = [r.prompt for r,_ in pieces]
         for (r,ids),l in zip(pieces, logits): self._take(r, ids, l)
+        self._note_time(pieces, filling, time.perf_counter()-start)
 
     def _run_step(self, pieces):   # logits of each, `None` for those whose prompt goes on
         writes = [len(ids)==len(r.left) for r,ids in pieces]
@@ -312,14 +329,14 @@ class Engine:
         if not slow: return self.LEAST if writing else 4*self.LEAST   # not yet measured
         return min(max(self.LEAST, int(self.pause*(1 if writing else self.ALONE)/slow)), Step.AT_ONCE)
 
-    def _note_time(self, pieces, seconds):
+    def _note_time(self, pieces, filling, seconds):
         self.counts['steps'] += 1
         self.worst_step = max(self.worst_step, seconds)
         n = sum(len(ids) for _,ids in pieces)
-        if any(not r.prompt for r,_ in pieces): self.per_step = .8*(self.per_step or seconds) + .2*seconds
-        self.counts['prompt_tokens'] += sum(len(ids) for r,ids in pieces if r.prompt)
+        if not all(filling): self.per_step = .8*(self.per_step or seconds) + .2*seconds
+        self.counts['prompt_tokens'] += sum(len(ids) for (_,ids),f in zip(pieces, filling) if f)
         if n<self.LEAST: return
-        for p in {r.answer.profile for r,_ in pieces if r.prompt}:
+        for p in {r.answer.profile for (r,_),f in zip(pieces, filling) if f}:
             old = self.per_token.pop(p, seconds/n)
             self.per_token[p] = .7*old + .3*seconds/n
         while len(self.per_token)>self.TIMED:   # requests may bring any number along
@@ -346,6 +363,7 @@ class Engine:
             token = pick_token(logits, request.temperature, request.top_k, request.top_p, r.chance)
             answer.put(Token(token, *_told(logits, token, request.logprobs)))
         except Exception as e: return self._end(r, 'error', _why(e))
+        if self.elastic is not None and len(answer.tokens)==1: self.elastic.note(answer)
         self.counts['new_tokens'] += 1
         r.said.append(token); r.left = [token]
         if token in request.stop: self._end(r, 'stop')
@@ -356,7 +374,6 @@ class Engine:
         with self.changed: self.rows.remove(r)
         r.step.cache.begin()   # its pages go back
         r.answer.end(reason, error)
-        if self.elastic is not None: self.elastic.note(r.answer)
 
 def _why(e): return str(e) if isinstance(e, (ValueError, NotLean)) else f"{type(e).__name__}: {e}"
 

@@ -7,6 +7,7 @@ __all__ = ['ends_of', 'Words', 'Stream', 'text_logprobs', 'chat_logprobs', 'Shap
 
 # %% ../../nbs/server/words.ipynb #9c76533c
 import json, re, time, uuid
+from functools import lru_cache
 from tokenizers.decoders import DecodeStream
 from torch import nn
 from ..data.encoding import start_ids
@@ -34,7 +35,10 @@ class Words:
             raise ValueError(f"{type(tokenizer).__name__}: a server needs a tokenizer with a tokenizer.json")
         self.ends = frozenset({tokenizer.eos_token_id, *ends}-{None})
         single = {i for t,i in tokenizer.get_vocab().items() if re.fullmatch('<0x[0-9A-F]{2}>', t)}
-        self.bytes = frozenset(single and {*single, *tokenizer.all_special_ids})   # single bytes, and what is left out between them
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.bytes = frozenset(single and {*single, *self.special})   # single bytes, and what is left out between them
+        self.one = lru_cache(2**16)(self._one)
+        self.start = tokenizer('a', add_special_tokens=False).input_ids   # before a token, so that its space is not dropped
 
     def of_text(self,
         text:str, # A prompt
@@ -56,11 +60,9 @@ class Words:
         except Exception as e:   # a template is a program, and says in its own way what it does not take
             raise ValueError(f"the model's chat template does not take these messages: {e}") from e
 
-    def one(self,
-        id:int, # Number of a token
-    )->str: # A half character is shown as U+FFFD
-        "A token by itself."
-        return self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
+    def _one(self, id):   # `one(id)`: a token by itself, with its space; a half character is shown as U+FFFD
+        before,both = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (self.start, [*self.start, id]))
+        return both[len(before):] if both.startswith(before) else self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
 
 class Stream:
     "The text of an answer as its tokens come."
@@ -95,8 +97,11 @@ class Stream:
         if at is not None:
             self.text,self.stopped = self.text[:at],True
             return self._give(at)
-        held = max((k for s in self.stops for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)
-        return self._give(len(self.text)-held)
+        return self._give(len(self.text)-max(map(self._begun, self.stops), default=0))
+
+    def _begun(self, stop):   # characters at the end, not given out, with which a stop text may begin
+        most = min(len(stop)-1, len(self.text)-self.told)
+        return next((k for k in range(most, 0, -1) if self.text.endswith(stop[:k])), 0)
 
     def _give(self, upto):
         new = self.text[self.told:upto]
@@ -111,8 +116,9 @@ def text_logprobs(
 )->CompletionLogprobs: # As `/v1/completions` gives them
     "Log-probabilities of a text."
     said,offsets = [words.one(t.id) for t in tokens],[]
-    for s in said: offsets.append(start); start += len(s)
-    top = [{words.one(i):p for i,p in t.top} for t in tokens] if any(t.top for t in tokens) else None
+    for t,s in zip(tokens, said): offsets.append(start); start += 0 if t.id in words.special else len(s)
+    def likely(t): return {words.one(i):p for i,p in reversed(t.top)}   # of two that look alike the likelier
+    top = [likely(t) for t in tokens] if any(t.top for t in tokens) else None
     own = [t.logprob for t in tokens]
     return CompletionLogprobs(tokens=said, token_logprobs=own, top_logprobs=top, text_offset=offsets)
 

@@ -309,13 +309,21 @@ def pick_token(
     "Greedy choice, or a draw (Holtzman et al. 2020 for `top_p`)."
     if temperature<0: raise ValueError(f"temperature={temperature}: needs 0 (greedy) or more")
     if temperature==0: return int(logits.argmax())
-    v,i = logits.sort(descending=True) if top_k is None else logits.topk(min(top_k, len(logits)))
-    p = ((v-v[0])/max(temperature, 1e-30)).softmax(0)   # less than float32 can divide by
-    if top_p is not None:
-        more = p.cumsum(0)-p < top_p
-        more[0] = True   # the likeliest, however little `top_p` is
-        p = p*more
-    return int(i[torch.multinomial(p, 1, generator=generator)])
+    v,i = (logits, None) if top_k is None else logits.topk(min(top_k, len(logits)))
+    p = ((v-v.max())/max(temperature, 1e-30)).softmax(0)   # less than float32 can divide by
+    if top_p is not None: p,i = _nucleus(p, i, top_p)
+    upto = p.cumsum(0, dtype=torch.float64)
+    at = torch.rand((), dtype=torch.float64, generator=generator)*upto[-1]
+    at = min(int(torch.searchsorted(upto, at, right=True)), len(p)-1)
+    return at if i is None else int(i[at])
+
+def _nucleus(p, i, top_p):   # the likeliest that together have `top_p`, and their tokens
+    if i is None:
+        few = p.topk(min(512, len(p)))   # nearly always enough, and faster than to sort all
+        p,i = few if few.values.sum()>=top_p else p.sort(descending=True)
+    more = p.cumsum(0)-p < top_p
+    more[0] = True   # the likeliest, however little `top_p` is
+    return p*more, i
 
 def lean_tokens(
     step:'Step|LiveStep', # At one profile, or at the live one
