@@ -66,6 +66,26 @@ def test_a_full_replica_is_asked_again_and_then_says_that_it_is_full(file, frees
             with pytest.raises(Failed, match='wait already'): answer.wait(1)
     finally: goes_on.set(); engine.close(0)
 
+def test_who_cancels_is_not_written_for(file):
+    "Neither what is written nor what waits at the replica, and not only with the next token."
+    replica,goes_on = Replica(str(file), waiting=9, most=1, gain=0),threading.Event()
+    engine = replica.service.engine
+    async def ask():
+        remote = RemoteEngine(Stream(replica), replica.facts(), waiting=9)
+        engine.submit(Request([5], 2, 'bw8'), lambda token: goes_on.wait(60))   # the engine's thread waits here
+        answers = [remote.submit(Request([5], 250, 'bw8')) for _ in range(3)]
+        while engine.stats()['waiting']<3: await asyncio.sleep(.01)
+        for a in answers: a.cancel()
+        while remote.open: await asyncio.sleep(.01)
+        return answers
+    try:
+        answers = asyncio.run(asyncio.wait_for(ask(), 30))
+        assert all(a.reason=='cancelled' for a in answers)
+        goes_on.set()
+        while (s := engine.stats())['running']+s['waiting']: time.sleep(.01)
+        assert s['new_tokens']==2
+    finally: goes_on.set(); engine.close(0)
+
 def wait_for_work_on(node):
     "Until the replica of a machine is writing."
     replicas,end = serve.get_deployment_handle('Replica', 'tiny'),time.time()+60

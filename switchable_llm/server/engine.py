@@ -243,20 +243,22 @@ class Engine:
     def _admit(self):
         while len(self.rows)<self.most:
             busy = {r.answer.request.caller for r in self.rows}
-            if not (self._begin_next((), busy) or busy and self._begin_next(busy, busy)): return
+            begun = self._begin_next((), busy)
+            if begun is None: begun = self._begin_next(busy, busy)
+            if not begun: return
 
-    def _begin_next(self, but, busy):   # whether there was one, not of the callers `but`, for which there is room
+    def _begin_next(self, but, busy):   # whether one has begun; `None` where it waits and callers who have none may pass
         with self.changed: answer = self.queue.peek(but)
         if answer is None: return False
         r,another = answer.request,answer.request.caller in busy   # text of a caller who has some
         filling = sum(r.prompt for r in self.rows)>=self.FILLING
-        if another and (filling or self.most-len(self.rows)<=self.most//KEPT): return False
+        if another and (filling or self.most-len(self.rows)<=self.most//KEPT): return None
         try:
             profile = r.profile or self.elastic.choose(self, r.floor, r.ceiling)
             found = self._find(profile)
             worst = self._worst(len(r.ids)+r.max_new_tokens, found['cache'])
             room = self.memory-self.memory//KEPT*another
-            if self.rows and sum(x.worst for x in self.rows)+worst>room: return False   # later
+            if self.rows and sum(x.worst for x in self.rows)+worst>room: return None if another else False
             row = self._begin(answer, found, worst)
         except Exception as e: row = e
         with self.changed: self.queue.pop(but)
