@@ -73,7 +73,7 @@ def test_who_cancels_is_not_written_for(file):
     async def ask():
         remote = RemoteEngine(Stream(replica), replica.facts(), waiting=9)
         engine.submit(Request([5], 2, 'bw8'), lambda token: goes_on.wait(60))   # the engine's thread waits here
-        answers = [remote.submit(Request([5], 250, 'bw8')) for _ in range(3)]
+        answers = [remote.submit(Request([5], 250)) for _ in range(3)]
         while engine.stats()['waiting']<3: await asyncio.sleep(.01)
         for a in answers: a.cancel()
         while remote.open: await asyncio.sleep(.01)
