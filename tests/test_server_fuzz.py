@@ -203,4 +203,4 @@ def test_silence_is_not_waited_for_when_it_ends(file):
             p.send_signal(signal.SIGTERM)
             while got := s.recv(2**16): out += got
         assert out.rstrip().endswith(b'0') and b'[DONE]' in out
-        assert p.wait(30)==0 and time.monotonic()-start<10 and said[-1].strip()=='stopped'
+        assert p.wait(30)==0 and time.monotonic()-start<10 and json.loads(said[-1])['event']=='stopped'

@@ -165,6 +165,8 @@ def _serve_options(parser):
                            '0 takes all (default: 10)')
     limits.add_argument('--memory', type=option_type(_ABOVE), metavar='MB',
                         help='for keys and values (default: a quarter of what is free)')
+    limits.add_argument('--threads', type=option_type(COUNT), metavar='N',
+                        help='that compute; another core hears the callers (default: as many as torch takes)')
     count(limits, '--texts', 'N', 32, 'written at once')
     count(limits, '--waiting', 'N', 256, 'requests in the queue; the next one is told to come again')
     count(limits, '--new-tokens', 'N', 256, 'of a request that names no number')
@@ -173,23 +175,30 @@ def _serve_options(parser):
     more = parser.group('more than one machine')
     more.add_argument('--ray', nargs='?', const='local', metavar='ADDRESS',
                       help='serve over the Ray cluster at HOST:PORT; `auto` finds one that runs on this machine, '
-                           '`local` (the default) starts one')
-    count(more, '--replicas', 'N', 2, 'copies of the model')
+                           '`local`, or no word, starts one')
+    more.add_argument('--replicas', type=option_type(COUNT), metavar='N', help='copies of the model (default: 2)')
     more.add_argument('--most-replicas', type=option_type(COUNT), metavar='N',
                       help='under load (default: no more than --replicas)')
-    more.add_argument('--cpus', type=option_type(_ABOVE), default=1., metavar='N', help='of a replica (default: 1)')
+    more.add_argument('--cpus', type=option_type(_ABOVE), metavar='N', help='of a replica (default: 1)')
 
 def _serve(args):
+    if args.api_key=='': raise ValueError("--api-key: the key is empty; leave it out where none is needed")
     if args.ray is not None: return _serve_on_cluster(args)
+    for k in ('replicas','most_replicas','cpus'):
+        if getattr(args, k) is not None: raise ValueError(f"--{k.replace('_', '-')} is of a cluster: it needs --ray")
     hosting,say = import_module('switchable_llm.server.hosting'),teller(args)
     hosting.listen(args.host, args.port, args.api_key).close()   # before the model is loaded
     hosting.start_log('none' if args.quiet else args.log)
+    if args.log=='json': say = hosting.log.info   # all lines are JSON then
+    if args.threads: torch.set_num_threads(args.threads)
+    say(f"loading {args.file}")
     kw = _given(args, 'profiles first_token per_token hold new_tokens waiting')
     with hosting.open_service(args.file, args.name, memory=_memory(args), most=args.texts, gain=args.gain/100, **kw) as service:
         asked = f"{service.name}:auto, or {', '.join(f'{service.name}:{p}' for p in service.profiles)}"
-        slow = [p for p in service.profiles if p not in service.elastic.rungs]
-        slow = f"  auto passes over what is not faster here: {', '.join(slow)}" if slow else ''
-        def told(at): say(f"listening at {at}  models: {asked}{slow}")
+        if slow := [p for p in service.profiles if p not in service.elastic.rungs]:
+            say(f"{service.name}:auto is {' or '.join(service.elastic.rungs)}: with {args.texts} texts {', '.join(slow)} "
+                f"{'is' if len(slow)==1 else 'are'} not {args.gain} % faster here; --gain 0 takes all")
+        def told(at): say(f"listening at {at}  models: {asked}")
         hosting.serve(service, args.host, args.port, args.api_key, told, most_body=args.max_body, seconds=args.seconds)
     say('stopped')
 
@@ -199,7 +208,8 @@ def _memory(args): return args.memory and int(args.memory*2**20)   # bytes
 
 def _serve_on_cluster(args):
     cluster,say = import_module('switchable_llm.server.cluster'),teller(args)
-    kw = _given(args, 'name profiles replicas most_replicas cpus seconds waiting new_tokens first_token per_token hold')
+    kw = _given(args, 'name profiles most_replicas seconds waiting new_tokens first_token per_token hold')
+    kw |= {k:v for k,v in _given(args, 'replicas cpus').items() if v is not None}
     asked = cluster.ClusterArgs(file=str(Path(args.file).resolve()), key=args.api_key, memory=_memory(args), gain=args.gain/100, **kw)
     cluster.serve_on_cluster(asked, args.ray, args.host, args.port, lambda at: say(f"listening at {at}"))
     say('stopped')

@@ -93,6 +93,7 @@ class Service:
         there = switch_of(model).profiles
         names = list(there) if profiles is None else list(profiles)
         if not names: raise ValueError("no profiles: name at least one")
+        if len({*names})<len(names): raise ValueError(f"profiles {', '.join(names)}: one is named twice")
         for p in names:
             if p not in there: raise ValueError(f"profile {p!r}: the file has {', '.join(there)}")
         if not name or ':' in name or name!=name.strip():
@@ -129,7 +130,7 @@ class Service:
                 if k: raise ApiError(400, f"{k}: the request brings a profile along, so leave the other out", k)
             if asked.profile in self.profiles: return asked.profile
             p = asked_profile(asked.profile, len(self.engine.parts.blocks))
-            if p.name not in (*self.profiles, 'auto'): return p
+            if p.name not in (*self.profiles, 'auto'): return self._own(p)
             raise ApiError(400, f"profile: {p.name} is one of the server's: give yours another name", 'profile')
         if named in ('', 'auto'):
             try: self.elastic.within(asked.min_profile, asked.max_profile)
@@ -139,6 +140,11 @@ class Service:
             said = f"{bounds[0]}: {asked.model} names the profile; ask {self.name}:auto to choose between two"
             raise ApiError(400, said, bounds[0])
         return named
+
+    def _own(self, p):
+        try: self.engine.served(p)
+        except ValueError as e: raise ApiError(400, f"profile: the server's file cannot do it: {e}", 'profile') from e
+        return p
 
     def check_number(self,
         prompts:int, # Of a request
@@ -171,6 +177,7 @@ class Service:
         try: self.engine.check(made[0])
         except ValueError as e:
             field = 'messages' if isinstance(asked, ChatAsked) else 'prompt'
+            if asked.max_tokens and 0<len(ids)<self.engine.context: field = 'max_tokens'
             raise ApiError(400, str(e), field, 'context_length_exceeded' if 'room' in str(e) else None) from e
         return made
 
@@ -195,6 +202,7 @@ class Following:
     ):
         loop,self.service,self.news,self.each = asyncio.get_running_loop(),service,asyncio.Queue(),each
         self.deadline,self.seconds,self.answers,self.error = time.monotonic()+seconds,seconds,[],None
+        self.whole = False   # whether all was told
         def hear(i, token):
             if token is None: service.metrics.note(self.answers[i])   # however it ended
             self.news.put_nowait((i, token))
@@ -232,6 +240,7 @@ class Following:
             elif a.reason=='cancelled': raise ApiError(503, 'the server is stopping', code='stopping', retry=1)
             left.discard(i)
             rest = s.end()
+            self.whole = not left
             yield i,rest,None,'stop' if s.stopped or a.reason=='stop' else 'length'
 
     @property
@@ -291,7 +300,8 @@ class _Streamed(StreamingResponse):   # however it ends, nobody writes on
         except TimeoutError: late = 'the caller did not read'
         finally:
             self.f.cancel()
-            self.done(getattr(self.f.error, 'status', 200), late or self.f.error and str(self.f.error))
+            status = getattr(self.f.error, 'status', 200 if self.f.whole else 499)
+            self.done(status, late or (str(self.f.error) if self.f.error else None if self.f.whole else 'the caller has gone'))
 
 async def _unless_gone(http, work):   # the result, or an error when the caller has gone
     async def gone():
@@ -332,24 +342,27 @@ def make_app(
     # for who reads the schema; `allowed` decides
     guard = [Depends(allowed)]+[Depends(HTTPBearer(auto_error=False))]*(key is not None)
 
-    def caller(http, asked): return f"{http.client.host if http.client else ''}/{asked.user or asked.safety_identifier or ''}"
+
+    def caller(http, asked=None):
+        user = asked and (asked.user or asked.safety_identifier) or ''
+        return f"{http.client.host if http.client else ''}/{user}"
 
     def note(http, status, profile='', **fields):   # once for each request that was wanted of the model
         if getattr(http.state, 'noted', False): return
         http.state.noted,path = True,getattr(http.scope.get('route'), 'path', 'no such page')
         service.metrics.requests.labels(path, profile, status).inc()
-        log.info('request', extra=dict(fields=dict(path=http.url.path, status=status, **fields)))
+        log.info('request', extra=dict(fields=dict(path=http.url.path, status=status, caller=caller(http), **fields)))
 
     def refuse(http, error):   # before a text was begun, or in the middle
         note(http, error.status, error=str(error))
         return error.response()
 
     async def reply(http, asked, read):
-        began,f = time.monotonic(),None
+        began,f,shape = time.monotonic(),None,Shape(service.words, asked, service.mark)
         def done(status, error=None):
             answers = f.answers if f else []
             profiles = [name_of_profile(a.profile) for a in answers]
-            note(http, status, profiles[0] if profiles else '', model=asked.model, profiles=profiles,
+            note(http, status, profiles[0] if profiles else '', id=shape.fixed['id'], model=asked.model, profiles=profiles,
                  prompt_tokens=[len(a.request.ids) for a in answers], new_tokens=[len(a.tokens) for a in answers],
                  seconds=round(time.monotonic()-began, 4),
                  first_token=[a.first and round(a.first-a.arrived, 4) for a in answers],
@@ -357,7 +370,6 @@ def make_app(
         try:
             requests = await asyncio.to_thread(lambda: service.requests(asked, read(), caller(http, asked)))
             f = Following(service, requests, asked.stops, seconds, asked.n or 1)
-            shape = Shape(service.words, asked, service.mark)
             if asked.stream:
                 pieces,usage = f.pieces(),bool((o := asked.stream_options) and o.include_usage)
                 first = await _unless_gone(http, anext(pieces))   # what goes wrong before has a status of its own
@@ -419,7 +431,8 @@ def make_app(
     async def wrong(http, e): return refuse(http, wrong_fields(e.errors()))
     @app.exception_handler(HTTPException)
     async def refused(http, e):
-        ours = {404:f"{http.url.path}: no such page", 405:f"{http.method}: not a method of {http.url.path}"}
+        ours = {404:f"{http.url.path}: no such page; the API is under /v1, and /docs describes it",
+                405:f"{http.method}: not a method of {http.url.path}"+'; use POST'*(http.method=='GET')}
         code = {401:'invalid_api_key', 408:'body_too_slow', 413:'body_too_long'}.get(e.status_code)
         answer = refuse(http, ApiError(e.status_code, ours.get(e.status_code, str(e.detail)), code=code))
         answer.headers.update(e.headers or {})

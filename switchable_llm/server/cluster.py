@@ -219,14 +219,17 @@ def serve_on_cluster(
 ):
     "Serve over a cluster until SIGTERM or Ctrl-C."
     listen(host, port, args.key).close()
+    app = build(args)   # what cannot be is said before Ray starts
     try: ray.init(address=address, log_to_driver=False)
     except ConnectionError as e:
         raise ConnectionError(f"--ray {address}: no Ray cluster answers there: `ray start --head` begins one") from e
+    except Exception as e:
+        raise RuntimeError(f"--ray {address}: Ray did not start: {e}; try again, or serve without --ray") from e
     stopped = threading.Event()
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *_: stopped.set())
     try:
         serve.start(proxy_location='HeadOnly', http_options=dict(host=host, port=port))
-        serve.run(build(args), name='switchable_llm', route_prefix='/')
+        serve.run(app, name='switchable_llm', route_prefix='/')
         if told: told(f"http://{host}:{port}/v1")
         while not stopped.wait(1): pass
     finally:

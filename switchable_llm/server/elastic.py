@@ -34,15 +34,15 @@ def seconds_of_step(
     model:nn.Module, # From `load_packed`; nothing else runs on it
     names:list[str], # Of profiles
     texts:int,       # That are written at once
-    tries:int=3,     # The least is taken
-    most:float=5.,   # Seconds; then no more tries are begun, beyond the first
+    tries:int=20,    # At most so many, in turns; the least is taken
+    most:float=3.,   # Seconds; then no more than three tries
 )->dict[str,float]:  # Seconds by profile
     "How long it takes to write one token of each text."
     live,switch = live_of(model),switch_of(model)
     pages,least,start = Pages(live.tables.parts),{},time.perf_counter()
     with torch.no_grad():
         for turn in range(1+tries):   # the first, in which memory is touched for the first time, does not count
-            if turn>1 and time.perf_counter()-start>most: break
+            if turn>3 and time.perf_counter()-start>most: break
             for name in names:
                 found = switch.find(name)
                 table = live.tables.at(found['settings'])

@@ -125,6 +125,8 @@ class Engine:
         self.room = waiting-waiting//KEPT   # texts that one request can have
         self.context,self.vocabulary = self.parts.context,model.get_input_embeddings().weight.shape[0]
         self.memory = memory_for_texts() if memory is None else memory
+        if (one := Pages(self.parts).page_bytes())>self.memory:
+            raise ValueError(f"memory={self.memory}: the first tokens of one text need {one} bytes")
         self.pages,self.prefixes = Pages(self.parts, self.memory),Prefixes(prefixes)
         self.queue,self.rows,self.changed = FairQueue(waiting),[],threading.Condition()
         self.closing,self.closed,self.broken = False,False,None   # `broken`: why the loop ended that should not
@@ -160,13 +162,20 @@ class Engine:
         if request.profile is None and self.elastic is None:
             raise ValueError("no profile is named, and none chooses by the load")
         for p in ([request.profile] if request.profile else self.elastic.within(request.floor, request.ceiling)):
-            found = self._find(p)
-            try: self.live.tables.at(found['settings'])
-            except (RuntimeError, NotLean) as e: raise ValueError(f"profile {getattr(p, 'name', p)!r}: {e}") from e
+            found = self.served(p)
             worst = self._worst(len(request.ids)+request.max_new_tokens, found['cache'])
             if worst>self.memory:
                 raise ValueError(f"{len(request.ids)} tokens and {request.max_new_tokens} new ones need {worst>>10} KiB "
                                  f"of memory at {p}, and the server has {self.memory>>10} KiB for all texts: ask for less")
+
+    def served(self,
+        p, # A name, or a `Profile`
+    )->dict: # As `Switch.find` gives it
+        "A profile as it is served; a `ValueError` that says why it cannot be."
+        found = self._find(p)
+        try: self.live.tables.at(found['settings'])
+        except (RuntimeError, NotLean) as e: raise ValueError(f"profile {getattr(p, 'name', p)!r}: {e}") from e
+        return found
 
     def _find(self, p): return self.switch.find(p) if isinstance(p, str) else self._own(p)
 

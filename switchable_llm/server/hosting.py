@@ -6,7 +6,7 @@
 __all__ = ['JsonLines', 'TextLines', 'start_log', 'open_service', 'listen', 'serve']
 
 # %% ../../nbs/server/hosting.ipynb #32ce84ef
-import ipaddress, json, logging, math, signal, socket, sys, threading, time
+import errno, ipaddress, json, logging, math, os, signal, socket, sys, threading, time
 from functools import partial
 from pathlib import Path
 import uvicorn
@@ -65,8 +65,9 @@ def open_service(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; `switchable-llm freeze MODEL --out {path}` writes one")
     if not is_packed(path):
-        raise ValueError(f"{path}: a server takes a packed file: make one with "
-                         f"`switchable-llm freeze {path} --out my-model.safetensors`")
+        folder = path if path.is_dir() else 'FOLDER'
+        raise ValueError(f"{path}: this is no packed file: `switchable-llm freeze {folder} --out my-model.safetensors` "
+                         "makes one of a model's folder")
     model = load_packed(path)
     switch = switch_of(model)
     if profiles is not None:
@@ -74,7 +75,7 @@ def open_service(
         for p in profiles:
             if p.name not in switch.profiles: switch.add(p)
         profiles = [p.name for p in profiles]
-    return Service(model, load_packed_tokenizer(path), name or path.stem.replace(':', '-'), profiles, **kw)
+    return Service(model, load_packed_tokenizer(path), path.stem.replace(':', '-') if name is None else name, profiles, **kw)
 
 def listen(
     host:str, # Name or address
@@ -86,8 +87,10 @@ def listen(
         raise ValueError(f"host {host!r}: whoever reaches this machine could ask: set a key with --api-key or "
                          "SWITCHABLE_LLM_API_KEY, or listen on 127.0.0.1")
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    except socket.gaierror as e: raise OSError(f"host {host!r}: no such name or address here") from e
     except OSError as e:
-        raise OSError(f"{host}:{port}: {e.strerror or e}: another port may be free, and --port 0 takes one") from e
+        taken = ': another port may be free, and --port 0 takes one'*(e.errno==errno.EADDRINUSE)
+        raise OSError(f"{host}:{port}: {os.strerror(e.errno) if e.errno else e}{taken}") from e
 
 def _is_here(host):
     try: return ipaddress.ip_address(host).is_loopback
@@ -123,6 +126,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets=None):
         await super().startup(sockets)
         if self.started: self.told()
+    async def shutdown(self, sockets=None):
+        s = self.config.app.state.service.engine.stats()
+        fields = dict(writing=s['running'], waiting=s['waiting'], seconds_at_most=self.config.timeout_graceful_shutdown)
+        log.info('stopping', extra=dict(fields=fields))
+        await super().shutdown(sockets)
 
 def serve(
     service:Service,     # What is served

@@ -48,7 +48,7 @@ class Asked(BaseModel):
     presence_penalty:Nothing|None = None # 0: there is none
     logit_bias:Empty|None = None # Empty: there is none
     store:Literal[False]|None = None # Nothing is kept
-    metadata:Empty|None = None # Empty: there is none
+    metadata:dict[str, Any]|None = None # Taken, and kept nowhere
     service_tier:Literal['auto','default']|None = None # There is one
     safety_identifier:str|None = Field(None, max_length=300) # Who asks, where `user` does not say it
     prompt_cache_key:str|None = Field(None, max_length=300) # Taken; beginnings are found without it
@@ -268,6 +268,9 @@ class ApiError(Exception):
         if self.status in (500, 504): headers['x-should-retry'] = 'false'   # OpenAI's clients ask again if not told; it would be the same
         return JSONResponse(self.body.model_dump(), self.status, headers=headers)
 
+_NOT_HERE = {'frequency_penalty', 'presence_penalty', 'logit_bias', 'tools', 'tool_choice', 'response_format', 'best_of', 'echo',
+             'suffix', 'store', 'service_tier', 'modalities'}   # where there is but the value that asks for nothing
+
 def wrong_fields(
     faults:list[dict], # As pydantic's `errors()` gives them
 )->ApiError: # 400
@@ -280,6 +283,10 @@ def wrong_fields(
     if first['type']=='json_invalid':
         why = first.get('ctx', {}).get('error', first['msg'])
         return ApiError(400, f"the body is no JSON: {why}", code='invalid_json')
+    if first['loc']==('body',):
+        return ApiError(400, "the body is no JSON object: send one, with the header Content-Type: application/json", code='invalid_json')
+    if (where or '').partition('.')[0] in _NOT_HERE:
+        return ApiError(400, f"{where}: this server cannot do that; leave it out", where, 'unsupported_parameter')
     if first['type']=='extra_forbidden': said = f"{where}: this server does not know this field"
     else: said = f"{where or 'the body'}: {first['msg'][:1].lower()+first['msg'][1:]}"
     given = first.get('input')
@@ -320,7 +327,8 @@ def check_key(
     "An HTTP error 401 for a caller without the key."
     scheme,_,given = header.partition(b' ')
     if key is None or scheme.lower()==b'bearer' and secrets.compare_digest(given.strip(), key.encode()): return
-    said = 'this key is not the right one' if header else 'a key is needed: send it as "Authorization: Bearer KEY"'
+    given = scheme.lower()==b'bearer'
+    said = 'this key is not the right one' if given else 'a key is needed: send it as "Authorization: Bearer KEY"'
     raise HTTPException(401, said)
 
 class Door:

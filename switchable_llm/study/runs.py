@@ -64,7 +64,9 @@ class Number:
 
     def __str__(self):
         kind = 'a whole number' if self.whole else 'a number'
-        if self.high<math.inf: return f'{kind} from {self.low:,} to {self.high:,}'
+        if self.high<math.inf:
+            start = f'above {self.low:g} up to' if self.above else f'from {self.low:,} to'
+            return f'{kind} {start} {self.high:,.15g}'
         return f'{kind} above {self.low:g}' if self.above else f'{kind} of {self.low:g} or more'
 
 COUNT,SEED,QUESTIONS = Number(1),Number(0, 2**31-1),Number(1, 10**6)
