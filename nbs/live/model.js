@@ -293,7 +293,7 @@ class Model {
     this.positions = at('transformer.wpe.weight')
     this.vocabulary = d.layers.find(l => l.name === 'lm_head')?.shape[0] ?? this.head.shape[0]
     const widths = d.layers.filter(l => l.fixed === null).map(l => d.route === 'bits' ? l.adapters.map(a => +a.key) : l.widths)
-    this.widths = widths.reduce((a, b) => a.filter(w => b.includes(w)))   // that all layers have
+    this.widths = widths.reduce((a, b) => a.filter(w => b.includes(w))).sort()   // that all layers have, 2 to 8
   }
   setting(bits, layer) {   // bits {w, a}, as the layer takes them
     if (bits.w > layer.stored) refuse(`w${bits.w}: ${layer.name} holds its first ${layer.stored} bits`)
@@ -355,7 +355,7 @@ class Model {
     return Float32Array.from({length: this.vocabulary}, (_, o) => wideDot(last, 0, head, o * dim, dim))
   }
   // The likeliest tokens, one by one, until a line ends: [{id, probability, others: [[id, probability], ...]}].
-  greedy(ids, bits, most = 24) {
+  greedy(ids, bits, most = 10) {
     const cache = this.start(), out = [], ends = i => this.tokenizer.words[i].includes('\n') || this.tokenizer.special.includes(this.tokenizer.words[i])
     let logits = this.forward(ids, bits, cache)
     for (let pos = ids.length; ; pos++) {

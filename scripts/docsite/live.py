@@ -1,0 +1,37 @@
+"The page `live/`: the embedded model in the browser. Its packed file and its questions are made when the site is built."
+import base64, json, shutil
+from pathlib import Path
+from project import NBS
+
+import torch
+import switchable_llm as sl
+
+FOLDER = NBS/'live'
+STEPS = 300   # of training: a minute or two
+PROFILES = ('bw8', 'bw6', 'w4a8', 'bw4', 'mixed8648', dict(name='ends8', default='w4a8', rules=[dict(layers=[0, 3], bits='w8a8')]),
+            dict(name='w3a6', default='w3a6'), dict(name='w2a8', default='w2a8'))
+
+def make_file(path, steps=STEPS, cfg=None):
+    "Train the adapters of all widths together on the embedded task, and freeze the model with its tokenizer."
+    model,tokenizer = sl.load('tiny')
+    profiles = [p if isinstance(p, str) else sl.Profile.from_dict(p) for p in PROFILES]
+    sl.make_switchable(model, profiles, cfg or sl.QuantConfig(act='per_token'), r=4, alpha=8)
+    sl.train(model, tokenizer, sl.squad('tiny', n=max(100, 8*steps)), steps=steps, batch_size=8, lr=3e-3, progress=False)
+    sl.freeze(model, path, tokenizer=tokenizer)
+
+def questions(n=40):
+    "Questions that no training saw, as the page wants them."
+    return [dict(question=q['question'], context=q['context'], answer=q['answers']['text'][0])
+            for q in sl.squad('tiny', 'validation', n)]
+
+def script(name, value): return f'window.{name} = {json.dumps(value)}\n'
+
+def write(folder, steps=STEPS):
+    "The page, its questions, and the packed file: twice, since a page that is opened as a file may only load scripts."
+    folder = Path(folder)
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns('.*'))
+    torch.manual_seed(0)
+    make_file(folder/'tiny.safetensors', steps)
+    packed = base64.b64encode((folder/'tiny.safetensors').read_bytes()).decode()
+    (folder/'tiny.js').write_text(script('PACKED', packed), encoding='utf-8')
+    (folder/'questions.js').write_text(script('QUESTIONS', questions()), encoding='utf-8')
