@@ -1,10 +1,11 @@
-"""Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages.
+"""Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages; and the live page in it,
+for which the embedded model is trained: a minute or two.
 
 `--plain` always makes plain pages. `--check` reports what is wrong with the pages instead (dead links, raw references,
 figures without a caption, names without documentation, an old README) and writes nothing outside `_proc`. `--readme`
 writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own processing."""
 import shutil, subprocess, sys
-from docsite import checks, readme, site
+from docsite import checks, live, readme, site
 from docsite.pages import make_page
 from docsite.process import PROC, process, read_pages
 from project import ROOT
@@ -37,6 +38,9 @@ def build(plain=False):
     else:
         if not plain: print('Quarto is not installed (https://quarto.org): writing plain pages')
         site.write([make_page(n, nb) for n,nb in read_pages().items()], DOCS)
+    shutil.rmtree(DOCS/live.NAME, ignore_errors=True)   # Quarto copies what pages link to
+    print('training the adapters of the live page')
+    live.write(DOCS/live.NAME)
     print(f'the site is in {DOCS.name}/: open {DOCS.name}/index.html')
 
 if __name__=='__main__':

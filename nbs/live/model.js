@@ -77,17 +77,18 @@ function wideDot(a, ai, b, bi, n) {   // of a float weight: four times sixteen l
   for (let i = 0; i < 16; i++) lanes[i] = f(lanes[i] + lanes[i + 16]) + f(lanes[i + 32] + lanes[i + 48])
   return sumLanes()
 }
-const EXP = [1 / 720, 1 / 120, 1 / 24, 1 / 6, .5, 1, 1].map(f)
-function exp(x) {
-  x = Math.max(f(-87.3), Math.min(f(88.7), x))
-  const n = nearest(f(x * f(1.44269504)))
-  const r = f(f(x - n * f(.693359375)) - n * f(-2.1219444e-4))
-  let p = f(1 / 5040)
-  for (const c of EXP) p = f(p * r + c)
-  return f(p * 2 ** n)
+const [LOG2E, LN2_UPPER, LN2_LOWER, C7, C6, C5, C4, C3] = [1.44269504, .693359375, -2.1219444e-4, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6].map(f)
+const POWERS = Float64Array.from({length: 256}, (_, i) => 2 ** (i - 127)), [EXP_LEAST, EXP_MOST] = [-87.3, 88.7].map(f)
+function exp(x) {   // a polynomial, times a power of two
+  x = x < EXP_LEAST ? EXP_LEAST : x > EXP_MOST ? EXP_MOST : x
+  const n = nearest(f(x * LOG2E)), r = f(f(x - n * LN2_UPPER) - n * LN2_LOWER)
+  let p = f(f(f(C7 * r + C6) * r + C5) * r + C4)
+  p = f(f(f(f(p * r + C3) * r + .5) * r + 1) * r + 1)
+  return f(p * POWERS[n + 127])
 }
+const [GELU_CUBE, GELU_SCALE] = [.044715, 2 * f(.7978845608028654)].map(f)
 function gelu(g) {   // x/2 (1 + tanh v) = x sigmoid(2v)
-  const cube = f(f(g * g) * g), u = f(f(cube * f(.044715) + g) * f(2 * f(.7978845608028654)))
+  const cube = f(f(g * g) * g), u = f(f(cube * GELU_CUBE + g) * GELU_SCALE)
   return g * f(1 / f(1 + exp(-u)))
 }
 function layerNorm(x, m, n, [w, b], eps) {
@@ -260,10 +261,15 @@ function rows(w, x, n, k, m, y) {
     y[at] = a; y[at + n] = b; y[at + 2 * n] = c; y[at + 3 * n] = d
     y[at1] = e; y[at1 + n] = g; y[at1 + 2 * n] = h; y[at1 + 3 * n] = l
   }
-  for (; t < m; t++) for (let o = 0; o < n; o++) {
-    let a = 0, b = 0, i = 0
-    for (const p = o * k, q = t * k; i + 1 < k; i += 2) { a += w[p + i] * x[q + i]; b += w[p + i + 1] * x[q + i + 1] }
-    y[t * n + o] = a + b + (i < k ? w[o * k + i] * x[t * k + i] : 0)
+  for (; t < m; t++) for (let o = 0; o < n; o += 4) {   // four outputs of a row (behind the last one, the last one again)
+    const p0 = o * k, p1 = Math.min(o + 1, n - 1) * k, p2 = Math.min(o + 2, n - 1) * k, p3 = Math.min(o + 3, n - 1) * k
+    let a = 0, b = 0, c = 0, d = 0
+    for (let i = 0, q = t * k; i < k; i++) {
+      const r = x[q + i]
+      a += w[p0 + i] * r; b += w[p1 + i] * r; c += w[p2 + i] * r; d += w[p3 + i] * r
+    }
+    const last = t * n + n - 1, at = t * n + o
+    y[at] = a; y[Math.min(at + 1, last)] = b; y[Math.min(at + 2, last)] = c; y[Math.min(at + 3, last)] = d
   }
 }
 

@@ -184,7 +184,7 @@ function update() {
   catch (e) { say(e.message); $('answer').textContent = '–'; $('verdict').textContent = ''; $('pieces').tBodies[0].replaceChildren() }
   toAddress()
   $('par').disabled = $('own').open
-  document.documentElement.dataset.answers = Number(document.documentElement.dataset.answers ?? 0) + 1   // for the test
+  performance.mark('answered')   // what the test waits for
 }
 function change() { if (!scheduled) { scheduled = true; setTimeout(update) } }
 

@@ -1,12 +1,16 @@
 "The page `live/`: the embedded model in the browser. Its packed file and its questions are made when the site is built."
-import base64, json, shutil
+import base64, json, shutil, sys
 from pathlib import Path
-from project import NBS
+from docsite.process import LIVE
+from project import NBS, ROOT
+
+sys.path.insert(0, str(ROOT))   # the library that lies here
 
 import torch
 import switchable_llm as sl
 
-FOLDER = NBS/'live'
+NAME = LIVE[0].partition('/')[0]
+FOLDER = NBS/NAME
 STEPS = 300   # of training: a minute or two
 PROFILES = ('bw8', 'bw6', 'w4a8', 'bw4', 'mixed8648', dict(name='ends8', default='w4a8', rules=[dict(layers=[0, 3], bits='w8a8')]),
             dict(name='w3a6', default='w3a6'), dict(name='w2a8', default='w2a8'))
@@ -14,7 +18,7 @@ PROFILES = ('bw8', 'bw6', 'w4a8', 'bw4', 'mixed8648', dict(name='ends8', default
 def make_file(path, steps=STEPS, cfg=None):
     "Train the adapters of all widths together on the embedded task, and freeze the model with its tokenizer."
     model,tokenizer = sl.load('tiny')
-    profiles = [p if isinstance(p, str) else sl.Profile.from_dict(p) for p in PROFILES]
+    profiles = [sl.PROFILES[p] if isinstance(p, str) else sl.Profile.from_dict(p) for p in PROFILES]
     sl.make_switchable(model, profiles, cfg or sl.QuantConfig(act='per_token'), r=4, alpha=8)
     sl.train(model, tokenizer, sl.squad('tiny', n=max(100, 8*steps)), steps=steps, batch_size=8, lr=3e-3, progress=False)
     sl.freeze(model, path, tokenizer=tokenizer)
@@ -29,7 +33,7 @@ def script(name, value): return f'window.{name} = {json.dumps(value)}\n'
 def write(folder, steps=STEPS):
     "The page, its questions, and the packed file: twice, since a page that is opened as a file may only load scripts."
     folder = Path(folder)
-    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns('.*'))
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns('.*', '*.safetensors'))
     torch.manual_seed(0)
     make_file(folder/'tiny.safetensors', steps)
     packed = base64.b64encode((folder/'tiny.safetensors').read_bytes()).decode()

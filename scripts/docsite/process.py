@@ -6,6 +6,7 @@ from project import CFG, NBS, PARTS, ROOT, module_of, name_of, notebooks, read_c
 import nbformat, yaml
 
 PROC = ROOT/'_proc'
+LIVE = 'live/index.html','A live model'   # the page that is no notebook: its address, and what links call it
 
 def html_name(name):
     "File of a notebook's page, as nbdev names it: `core/switching.html`."
@@ -28,7 +29,8 @@ def write_sidebar():
     "The sidebar for Quarto."
     def links(chapters): return [dict(text=text, href=name) for name,text in chapters]
     sections = [dict(section=part, contents=links(chapters)) for part,chapters in contents()]
-    sidebar = dict(website=dict(sidebar=dict(contents=[dict(text='Start here', href='index.ipynb'), *sections])))
+    live = dict(text=LIVE[1], href=LIVE[0])
+    sidebar = dict(website=dict(sidebar=dict(contents=[dict(text='Start here', href='index.ipynb'), live, *sections])))
     (NBS/'sidebar.yml').write_text(yaml.safe_dump(sidebar, sort_keys=False, allow_unicode=True), encoding='utf-8')
 
 def only_known_addresses():

@@ -6,7 +6,8 @@ from project import NBS, ROOT
 FOLDER = 'index_files'
 
 def plain(text, names):
-    "Markdown without divs, attributes and references."
+    "Markdown without divs, attributes and references, and without what is for the site alone."
+    text = re.sub(r'^::: \{\.site-only\}\n.*?^:::$\n?', '', text, flags=re.M|re.S)
     text = re.sub(r'^:::.*\n?', '', text, flags=re.M)
     text = re.sub(r'(?<=[\])$])[ ]?\{[#.][^}]*\}|[ ]\{[#.][^}]*\}$', '', text, flags=re.M)
     return re.sub(r'\[?@((?:fig|tbl|eq)-[\w-]+)\]?', lambda m: names.get(m[1], m[0]), text)

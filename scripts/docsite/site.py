@@ -1,7 +1,7 @@
 "The plain site: pages in a frame with navigation, search and two themes, in a folder that needs no server."
 import json, posixpath, re
 from pathlib import Path
-from docsite.process import PROC, contents, html_name
+from docsite.process import LIVE, PROC, contents, html_name
 from project import CFG
 
 from jinja2 import Environment, FileSystemLoader
@@ -19,7 +19,7 @@ def frame(page, parts):
     before = order[at-1] if at else None
     after = order[at+1] if at is not None and at+1<len(order) else None
     site = dict(title=CFG['title'], repo=CFG['git_url'], branch=CFG['branch'], copyright=f"© {CFG['copyright']}",
-                parts=parts)
+                parts=parts, live=LIVE)
     environment = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
     template = environment.get_template('page.html')
     return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after,
