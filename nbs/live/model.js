@@ -77,8 +77,9 @@ function wideDot(a, ai, b, bi, n) {   // of a float weight: four times sixteen l
   for (let i = 0; i < 16; i++) lanes[i] = f(lanes[i] + lanes[i + 16]) + f(lanes[i + 32] + lanes[i + 48])
   return sumLanes()
 }
-const [LOG2E, LN2_UPPER, LN2_LOWER, C7, C6, C5, C4, C3] = [1.44269504, .693359375, -2.1219444e-4, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6].map(f)
-const POWERS = Float64Array.from({length: 256}, (_, i) => 2 ** (i - 127)), [EXP_LEAST, EXP_MOST] = [-87.3, 88.7].map(f)
+const [LOG2E, LN2_UPPER, LN2_LOWER] = [1.44269504, .693359375, -2.1219444e-4].map(f)
+const [C7, C6, C5, C4, C3] = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6].map(f), [EXP_LEAST, EXP_MOST] = [-87.3, 88.7].map(f)
+const POWERS = Float64Array.from({length: 256}, (_, i) => 2 ** (i - 127))
 function exp(x) {   // a polynomial, times a power of two
   x = x < EXP_LEAST ? EXP_LEAST : x > EXP_MOST ? EXP_MOST : x
   const n = nearest(f(x * LOG2E)), r = f(f(x - n * LN2_UPPER) - n * LN2_LOWER)
@@ -194,13 +195,15 @@ class Layer {
   }
   row(o, bits) {   // of an embedding: the weight itself
     const {k} = this, w = this.codes(bits), G = this.step.length / this.n
-    return Float32Array.from({length: k}, (_, i) => w[o * k + i] / 2 * f(this.step[o * G + (G > 1 ? i / this.group | 0 : 0)] * 2 ** (8 - bits)))
+    const step = i => f(this.step[o * G + (G > 1 ? i / this.group | 0 : 0)] * 2 ** (8 - bits))
+    return Float32Array.from({length: k}, (_, i) => w[o * k + i] / 2 * step(i))
   }
   // y = x W + bias + the adapter, of m tokens; `b` has weight bits w, activation bits a (null for float), adapter's key.
   run(x, m, b) {
     const {n, k} = this, y = new Float32Array(m * n), out = new Float64Array(m * n)
     const turned = this.signs ? rotate(x, m, k, this.signs) : x
-    const range = b.a === null || this.perToken ? null : this.ranges[b.a] ?? refuse(`${this.name} was never calibrated for a${b.a}`)
+    const range = b.a === null || this.perToken ? null : this.ranges[b.a]
+    if (range === undefined) refuse(`${this.name} was never calibrated for a${b.a}`)
     const {codes, grids} = quantize(turned, m, k, {bits: b.a, symmetric: this.symmetric, range})
     if (this.group) this.groups(codes, grids, m, b, y)
     else {
@@ -226,7 +229,9 @@ class Layer {
       let sum = 0, total = 0
       for (let j = 0; j < G; j++) {
         let s = 0, all = 0
-        for (let i = j * group; i < Math.min(k, j * group + group); i++) { s += w[o * k + i] * (codes[t * k + i] + zx); all += w[o * k + i] }
+        for (let i = j * group; i < Math.min(k, j * group + group); i++) {
+          s += w[o * k + i] * (codes[t * k + i] + zx); all += w[o * k + i]
+        }
         sum = f(step[o * G + j] * f(s * unit) + sum)
         total = f(step[o * G + j] * f(all * unit) + total)
       }
@@ -283,7 +288,8 @@ class Model {
     if (d.model_class !== 'GPT2LMHeadModel') refuse(`it holds a ${d.model_class}: this page runs GPT-2's shape`)
     if (!['bits', 'shared', null].includes(d.route)) refuse(`its adapters are routed by '${d.route}': this page knows bits and shared`)
     if (!tensors.tokenizer) refuse('it has no tokenizer: freeze the model with tokenizer=...')
-    Object.assign(this, {d, tensors, blocks: [], dim: c.n_embd, heads: c.n_head, context: c.n_positions, eps: c.layer_norm_epsilon})
+    Object.assign(this, {d, tensors, blocks: [], dim: c.n_embd, heads: c.n_head, context: c.n_positions})
+    this.eps = c.layer_norm_epsilon
     this.tokenizer = new Tokenizer(tensors.tokenizer)
     const at = name => tensors[name] ?? refuse(`it has no ${name}`)
     const norm = name => [at(`${name}.weight`), at(`${name}.bias`)]
@@ -298,17 +304,20 @@ class Model {
     this.head = packed('lm_head') ?? tensors['lm_head.weight'] ?? at('transformer.wte.weight')
     this.positions = at('transformer.wpe.weight')
     this.vocabulary = d.layers.find(l => l.name === 'lm_head')?.shape[0] ?? this.head.shape[0]
-    const widths = d.layers.filter(l => l.fixed === null).map(l => d.route === 'bits' ? l.adapters.map(a => +a.key) : l.widths)
+    const routed = l => d.route === 'bits' && l.adapters.length
+    const widths = d.layers.filter(l => l.fixed === null).map(l => routed(l) ? l.adapters.map(a => +a.key) : l.widths)
     this.widths = widths.reduce((a, b) => a.filter(w => b.includes(w))).sort()   // that all layers have, 2 to 8
   }
   setting(bits, layer) {   // bits {w, a}, as the layer takes them
     if (bits.w > layer.stored) refuse(`w${bits.w}: ${layer.name} holds its first ${layer.stored} bits`)
     const key = this.d.route === 'shared' ? 'shared' : String(bits.w)
-    if (this.d.route === 'bits' && Object.keys(layer.adapters).length && !layer.adapters[key]) refuse(`w${bits.w}: no adapter of that width`)
+    const lost = this.d.route === 'bits' && Object.keys(layer.adapters).length && !layer.adapters[key]
+    if (lost) refuse(`w${bits.w}: ${layer.name} has no adapter of that width`)
     return {...bits, key}
   }
   profile(p) {   // a profile of the file, or such a mapping -> [block][site] -> {w, a}
-    const parse = s => { const m = /^(?:w(\d+))?(?:a(\d+))?$/.exec(s); return {w: m?.[1] ? +m[1] : null, a: m?.[2] ? +m[2] : null} }
+    const number = s => s === undefined ? null : Number(s)
+    const parse = s => { const m = /^(?:w(\d+))?(?:a(\d+))?$/.exec(s) ?? []; return {w: number(m[1]), a: number(m[2])} }
     return this.blocks.map((_, i) => Object.fromEntries(Object.keys(SITES).map(site => {
       let bits = p.default
       for (const r of p.rules ?? []) {
@@ -318,7 +327,10 @@ class Model {
       return [site, parse(bits)]
     })))
   }
-  start() { return this.blocks.map(() => ({keys: new Float32Array(this.context * this.dim), values: new Float32Array(this.context * this.dim)})) }
+  start() {   // an empty cache
+    const room = () => new Float32Array(this.context * this.dim)
+    return this.blocks.map(() => ({keys: room(), values: room()}))
+  }
   embed(ids, pos) {
     const {dim, embedding: e} = this, x = new Float32Array(ids.length * dim)
     ids.forEach((id, t) => {
@@ -337,7 +349,10 @@ class Model {
     for (let t = 0; t < m; t++) for (let h = 0; h < heads; h++) {
       const sees = pos + t + 1, at = h * hd, out = y.subarray(t * dim + at, t * dim + at + hd)
       let top = -Infinity
-      for (let s = 0; s < sees; s++) { p[s] = scale * dot(qkv, 3 * t * dim + at, keys, s * dim + at, hd); if (p[s] > top) top = p[s] }
+      for (let s = 0; s < sees; s++) {
+        p[s] = scale * dot(qkv, 3 * t * dim + at, keys, s * dim + at, hd)
+        if (p[s] > top) top = p[s]
+      }
       lanes.fill(0, 0, 16)
       for (let s = 0; s < sees; s++) { p[s] = exp(f(p[s] - top)); lanes[s & 15] += p[s] }
       const inverse = f(1 / sumLanes())
@@ -362,7 +377,8 @@ class Model {
   }
   // The likeliest tokens, one by one, until a line ends: [{id, probability, others: [[id, probability], ...]}].
   greedy(ids, bits, most = 10) {
-    const cache = this.start(), out = [], ends = i => this.tokenizer.words[i].includes('\n') || this.tokenizer.special.includes(this.tokenizer.words[i])
+    const cache = this.start(), out = [], {words, special} = this.tokenizer
+    const ends = i => words[i].includes('\n') || special.includes(words[i])
     let logits = this.forward(ids, bits, cache)
     for (let pos = ids.length; ; pos++) {
       const best = softmaxOf(logits)
@@ -374,8 +390,8 @@ class Model {
   // Bytes, and bit-operations of a token, as search/costs.ipynb counts them; a float number counts as 16 bits.
   cost(bits) {
     const FLOAT = 16, total = {bytes: 0, bops: 0, floatBytes: 0, floatBops: 0}
-    const packed = [[this.embedding, null], [this.head, null], ...this.blocks.flatMap((b, i) => Object.keys(SITES).map(s => [b[s], bits[i][s]]))]
-    const owners = new Set()
+    const inner = this.blocks.flatMap((b, i) => Object.keys(SITES).map(s => [b[s], bits[i][s]]))
+    const packed = [[this.embedding, null], [this.head, null], ...inner], owners = new Set()
     for (const [l, given] of packed) {
       if (!(l instanceof Layer)) continue
       const b = given ? this.setting(given, l) : {w: l.fixed, a: null}, lora = l.adapters[b.key]

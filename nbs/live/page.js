@@ -7,7 +7,7 @@ const NAMES = {attn_qkv: 'attention in', attn_out: 'attention out', mlp_in: 'MLP
 const SITE_NAMES = Object.keys(NAMES), ACTS = [2, 3, 4, 5, 6, 7, 8, null]
 const QUESTIONS = window.QUESTIONS ?? []
 
-let model, bits, best = {}, moved = {from: 0, to: 0}, at = 0, scheduled = false
+let model, bits, best = {}, moved = {from: 0, to: 0}, at = 0, scheduled = false, notice = ''
 try { best = JSON.parse(localStorage.getItem('live-best')) ?? {} } catch {}
 
 function say(text) { $('error').textContent = text; $('error').hidden = !text }
@@ -35,10 +35,12 @@ function fromAddress() {
   if (p.has('w')) {
     const w = p.get('w').split('.'), a = (p.get('a') ?? '').split('.')
     const read = (rows, i, j) => rows[i]?.[j] === 'f' ? null : Number(rows[i]?.[j])
-    const found = model.blocks.map((_, i) => Object.fromEntries(SITE_NAMES.map((s, j) => [s, {w: read(w, i, j), a: read(a, i, j)}])))
+    const cell = (i, j) => ({w: read(w, i, j), a: read(a, i, j)})
+    const found = model.blocks.map((_, i) => Object.fromEntries(SITE_NAMES.map((s, j) => [s, cell(i, j)])))
     if (w.length === found.length && fits(found)) wanted = found
   }
-  if ((p.has('w') || p.has('p')) && !wanted) say('The bits in this link do not fit the model: it starts at its first profile.')
+  const lost = (p.has('w') || p.has('p')) && !wanted
+  notice = lost ? 'The bits in this link do not fit the model: it starts at its first profile.' : ''
   bits = structuredClone(wanted ?? profiles()[0]?.[1] ?? refuse('none of its profiles has bits that this page can show'))
   const [a, b] = (p.get('layers') ?? '').split('-').map(x => x - 1)
   moved = a >= 0 && b >= a && b <= last ? {from: a, to: b} : {from: 0, to: last}
@@ -76,18 +78,23 @@ function answer(q, b) {   // {pieces, words: [[text, probability]], text, ms}
     if (text.startsWith(' ') || !words.length) words.push([text.trim(), t.probability])
     else words[words.length - 1] = [words[words.length - 1][0] + text, words[words.length - 1][1] * t.probability]
   }
-  return {pieces, words, text: words.map(w => w[0]).join(' '), ms: performance.now() - start, unknown: ids.includes(model.tokenizer.unknown)}
+  const unknown = ids.includes(model.tokenizer.unknown), text = words.map(w => w[0]).join(' ')
+  return {pieces, words, text, unknown, ms: performance.now() - start}
 }
 function showAnswer() {
   const q = asked(), a = answer(q, bits)
-  $('answer').replaceChildren(...a.words.flatMap(([text, p]) => [make('span', {className: `word ${level(p)}`}, text, ' ', make('small', {}, percent(p))), ' ']))
+  const word = ([text, p]) => make('span', {className: `word ${level(p)}`}, text, ' ', make('small', {}, percent(p)))
+  $('answer').replaceChildren(...a.words.flatMap(w => [word(w), ' ']))
   if (!a.words.length) $('answer').textContent = '(nothing)'
   const right = q.answer !== undefined && a.text === q.answer, v = $('verdict')
   v.className = q.answer === undefined ? '' : right ? 'right' : 'wrong'
-  v.textContent = q.answer === undefined ? (a.unknown ? 'Some letters are unknown to the model.' : '') : right ? '✓ Right.' : `✗ Wrong: it is ${q.answer}.`
-  $('pieces').tBodies[0].replaceChildren(...a.pieces.map(t => make('tr', {}, make('th', {scope: 'row'}, make('span', {className: `word ${level(t.probability)}`}, piece(t.id))),
-    make('td', {className: 'number'}, `${percent(t.probability)}, ${level(t.probability)}`),
-    make('td', {}, t.others.filter(o => o[1] >= .005).map(([i, p]) => `${piece(i)} ${percent(p)}`).join(', ') || 'nothing'))))
+  if (q.answer === undefined) v.textContent = a.unknown ? 'Some letters are unknown to the model.' : ''
+  else v.textContent = right ? '✓ Right.' : `✗ Wrong: it is ${q.answer}.`
+  const row = ({id, probability: p, others}) => make('tr', {},
+    make('th', {scope: 'row'}, make('span', {className: `word ${level(p)}`}, piece(id))),
+    make('td', {className: 'number'}, `${percent(p)}, ${level(p)}`),
+    make('td', {}, others.filter(o => o[1] >= .005).map(([i, p]) => `${piece(i)} ${percent(p)}`).join(', ') || 'nothing'))
+  $('pieces').tBodies[0].replaceChildren(...a.pieces.map(row))
   $('time').textContent = `Answered in ${Math.max(1, Math.round(a.ms))} ms on this machine.`
   return right
 }
@@ -107,7 +114,8 @@ function slider(id, text, options, kind, sites) {
   }
   const row = make('div', {className: `slider ${id}`}, make('label', {htmlFor: id}, text), input, make('output', {htmlFor: id}))
   row.update = () => {
-    const values = bits.slice(moved.from, moved.to + 1).flatMap(b => sites.map(s => b[s][kind])), words = span(values)
+    const values = bits.slice(moved.from, moved.to + 1).flatMap(b => sites.map(s => b[s][kind]))
+    const words = span(values)
     input.value = Math.max(...values.map(v => options.indexOf(v)))
     input.setAttribute('aria-valuetext', words); row.lastChild.textContent = words
   }
@@ -115,11 +123,13 @@ function slider(id, text, options, kind, sites) {
 }
 function build() {
   $('question').replaceChildren(...QUESTIONS.map((q, i) => make('option', {value: i}, `${i + 1}. ${q.question}`)))
-  $('profile').replaceChildren(...profiles().map(([name]) => make('option', {value: name}, name)), make('option', {value: ''}, 'your own mix'))
+  const names = [...profiles().map(([name]) => [name, name]), ['', 'your own mix']]
+  $('profile').replaceChildren(...names.map(([value, text]) => make('option', {value}, text)))
   for (const id of ['from', 'to']) $(id).replaceChildren(...model.blocks.map((_, i) => make('option', {value: i}, i + 1)))
   $('sliders').replaceChildren(slider('all', 'all weights', model.widths, 'w', SITE_NAMES),
     ...SITE_NAMES.map(s => slider(s, NAMES[s], model.widths, 'w', [s])), slider('act', 'activations', ACTS, 'a', SITE_NAMES))
-  $('map').tHead.replaceChildren(make('tr', {}, make('th', {scope: 'col'}, 'layer'), ...SITE_NAMES.map(s => make('th', {scope: 'col'}, NAMES[s]))))
+  const heads = ['layer', ...SITE_NAMES.map(s => NAMES[s])]
+  $('map').tHead.replaceChildren(make('tr', {}, ...heads.map(text => make('th', {scope: 'col'}, text))))
 }
 function showBits() {
   $('profile').value = named() ?? ''; $('from').value = moved.from; $('to').value = moved.to
@@ -139,8 +149,10 @@ function showBits() {
 const shareOf = b => { const c = model.cost(b); return c.bops / c.floatBops }
 function showCost() {
   const c = model.cost(bits), bytes = c.bytes / c.floatBytes, bops = c.bops / c.floatBops
-  $('bytes-text').textContent = `Memory: ${(c.bytes / 1e6).toFixed(2)} MB, ${percent(bytes)} of float's ${(c.floatBytes / 1e6).toFixed(2)} MB`
-  $('bops-text').textContent = `Work: ${(c.bops / 1e6).toFixed(1)} million bit-operations per token, ${percent(bops)} of float's ${(c.floatBops / 1e6).toFixed(0)}`
+  const millions = (x, digits) => (x / 1e6).toFixed(digits)
+  const memory = `${millions(c.bytes, 2)} MB, ${percent(bytes)} of float's ${millions(c.floatBytes, 2)} MB`
+  const work = `${millions(c.bops, 1)} million bit-operations per token, ${percent(bops)} of float's ${millions(c.floatBops, 0)}`
+  $('bytes-text').textContent = `Memory: ${memory}`; $('bops-text').textContent = `Work: ${work}`
   $('bytes-bar').style.width = `${100 * bytes}%`; $('bops-bar').style.width = `${100 * bops}%`
 }
 const key = () => $('own').open ? null : `${model.mark} ${QUESTIONS[at].context} ${QUESTIONS[at].question}`
@@ -159,7 +171,8 @@ function play(right) {
   $('back').disabled = !k || !best[k] || equal(best[k].bits, bits)
 }
 async function par() {   // the same bits for all layers, the cheapest first
-  const q = asked(), all = model.widths.flatMap(w => ACTS.map(a => model.blocks.map(() => Object.fromEntries(SITE_NAMES.map(s => [s, {w, a}])))))
+  const everywhere = b => model.blocks.map(() => Object.fromEntries(SITE_NAMES.map(s => [s, b])))
+  const q = asked(), all = model.widths.flatMap(w => ACTS.map(a => everywhere({w, a})))
   all.sort((x, y) => shareOf(x) - shareOf(y))
   $('par').disabled = true
   for (const [i, b] of all.entries()) {
@@ -168,7 +181,8 @@ async function par() {   // the same bits for all layers, the cheapest first
     if (!equal(asked(), q)) { $('par-text').textContent = ''; break }
     if (answer(q, b).text !== q.answer) continue
     const {w, a} = b[0].mlp_in
-    $('par-text').textContent = `The same bits everywhere answer from w${w}${a === null ? '' : `a${a}`} on: ${tenths(shareOf(b))} of float's. A mix may do with less.`
+    const name = a === null ? `w${w}` : `w${w}a${a}`
+    $('par-text').textContent = `The same bits everywhere answer from ${name} on: ${tenths(shareOf(b))} of float's. A mix may do with less.`
     break
   }
   $('par').disabled = false
@@ -180,13 +194,14 @@ async function par() {   // the same bits for all layers, the cheapest first
 function update() {
   scheduled = false
   showBits(); showCost()
-  try { play(showAnswer()); say('') }
+  try { play(showAnswer()); say(notice) }
   catch (e) { say(e.message); $('answer').textContent = '–'; $('verdict').textContent = ''; $('pieces').tBodies[0].replaceChildren() }
   toAddress()
   $('par').disabled = $('own').open
   performance.mark('answered')   // what the test waits for
 }
-function change() { if (!scheduled) { scheduled = true; setTimeout(update) } }
+function later() { if (!scheduled) { scheduled = true; setTimeout(update) } }
+function change() { notice = ''; later() }
 
 async function bytesOfModel() {   // a page that was opened as a file may not fetch, only load scripts
   if (location.protocol !== 'file:') {
@@ -194,7 +209,10 @@ async function bytesOfModel() {   // a page that was opened as a file may not fe
     if (!r.ok) refuse(`tiny.safetensors: the server says ${r.status}`)
     return r.arrayBuffer()
   }
-  await new Promise((done, failed) => document.head.append(make('script', {src: 'tiny.js', onload: done, onerror: () => failed(new Error('tiny.js is not there'))})))
+  await new Promise((done, failed) => {
+    const lost = () => failed(new Error('tiny.js is not there'))
+    document.head.append(make('script', {src: 'tiny.js', onload: done, onerror: lost}))
+  })
   return Uint8Array.from(atob(window.PACKED), c => c.charCodeAt(0)).buffer
 }
 function open(buffer, name) {
@@ -205,7 +223,8 @@ function open(buffer, name) {
     fromAddress()
   } catch (e) { model = before; throw e }
   build(); showQuestion(); fromAddress()
-  $('status').textContent = `${name}: ${(buffer.byteLength / 1e6).toFixed(1)} MB, ${model.blocks.length} layers, weights of ${model.widths.join(', ')} bits, read in ${Math.round(performance.now() - start)} ms.`
+  const size = (buffer.byteLength / 1e6).toFixed(1), ms = Math.round(performance.now() - start), widths = model.widths.join(', ')
+  $('status').textContent = `${name}: ${size} MB, ${model.blocks.length} layers, weights of ${widths} bits, read in ${ms} ms.`
   $('app').hidden = false
   update()
   unpackAll(model)
@@ -222,7 +241,7 @@ async function begin() {
   try { open(await bytesOfModel(), 'tiny.safetensors') }
   catch (e) {
     $('status').textContent = ''
-    say(`The model could not be loaded: ${e.message}. The file is made with the site, by scripts/build_docs.py; or open a packed file of your own below.`)
+    say(`The model could not be loaded: ${e.message}. scripts/build_docs.py makes it with the site; or open a file of your own below.`)
     $('other').open = true
   }
 }
@@ -235,7 +254,11 @@ $('theme').onclick = () => {
 $('question').onchange = e => choose(Number(e.target.value))
 $('before').onclick = () => choose(at - 1)
 $('next').onclick = () => choose(at + 1)
-$('profile').onchange = e => { const p = profiles().find(([name]) => name === e.target.value); if (p) bits = structuredClone(p[1]); change() }
+$('profile').onchange = e => {
+  const p = profiles().find(([name]) => name === e.target.value)
+  if (p) bits = structuredClone(p[1])
+  change()
+}
 $('from').onchange = e => { moved.from = Number(e.target.value); moved.to = Math.max(moved.to, moved.from); change() }
 $('to').onchange = e => { moved.to = Number(e.target.value); moved.from = Math.min(moved.to, moved.from); change() }
 $('own').ontoggle = () => { if (model) change() }
@@ -245,8 +268,8 @@ $('par').onclick = par
 $('file').onchange = async e => {
   const file = e.target.files[0]
   if (!file) return
-  try { open(await file.arrayBuffer(), file.name); say('') }
+  try { open(await file.arrayBuffer(), file.name) }
   catch (err) { say(`${file.name}: ${err.message}.${model ? ' The model before it is still here.' : ''}`) }
 }
-window.onhashchange = () => { if (model) { fromAddress(); change() } }
+window.onhashchange = () => { if (model) { fromAddress(); later() } }
 begin()
