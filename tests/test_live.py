@@ -15,7 +15,7 @@ from docsite import live, readme
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium is installed')
 TURNED = sl.QuantConfig(act='per_token', rotate=True, weight='per_group', group_size=32)
-MIXES = dict(plain=('bw8', 'bw6', 'w4a8', 'mixed8648', 'ends8', 'w3a6'), turned=('bw8', 'w4a8', 'ends8'))
+MIXES = dict(plain=('bw8', 'bw6', 'w4a8', 'mixed8648', 'ends8', 'w3a6', 'w2a8'), turned=('bw8', 'w4a8', 'ends8', 'w2a8'))
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -323,7 +323,7 @@ def test_names_and_keyboard(browser, address):
             reached.append(p.js('document.activeElement.id || document.activeElement.tagName'))
             outline = p.js('getComputedStyle(document.activeElement).outlineStyle')
             assert outline!='none' or reached[-1]=='BODY', reached[-1]
-        assert {'question','before','next','own-context','own-question','par','profile','from','to','all','attn_qkv','attn_out',
+        assert {'question','before','next','own-context','own-question','profile','from','to','all','attn_qkv','attn_out',
                 'mlp_in','mlp_out','act','file'} <= {*reached}
         assert p.js('getComputedStyle($("answer")).display')!='none' and p.page.get_by_role('status').count()>=2
         assert 'sure' in p.text('pieces')   # in words, not by colour alone

@@ -177,25 +177,26 @@ class Layer {
     if (this.group % 16) refuse(`groups of ${this.group} inputs: this page reads multiples of 16`)
     this.signs = l.rotated ? rotationSigns(k) : null
   }
-  // Twice the distance of each code from zero: a whole number. Sixteen outputs and four inputs lie together; a unit of
-  // sixteen inputs takes 128 bytes of the high plane, which has four bits of a code, and 64 of each of the others.
+  // Twice the distance from zero of each code, in steps of the eight-bit one: a whole number, whatever the width. Sixteen
+  // outputs and four inputs lie together; a unit of sixteen inputs takes 128 bytes of the high plane, which has four bits
+  // of a code, and 64 of each of the others.
   codes(bits) {
     if (this.held.has(bits)) return this.held.get(bits)
-    const {n, k, high, middle, low} = this, units = Math.ceil(k / 64) * 4, zero = 240 / 2 ** (8 - bits) - 1
+    const {n, k, high, middle, low} = this, units = Math.ceil(k / 64) * 4, zero = 240 - 2 ** (8 - bits)
     const w = new Float64Array(n * k)
     for (let o = 0, at = 0; o < n; o++) for (let i = 0; i < k; i++, at++) {
       const u = (o >> 4) * units + (i >> 4), v = i >> 2 & 3, place = (o & 15) * 4 + (i & 3)
       let c = (high[u * 128 + (v >> 1) * 64 + place] >> (v & 1) * 4 & 15) << 4
       if (bits > 4) c |= (middle[u * 64 + place] >> 2 * v & 3) << 2
       if (bits > 6) c |= low[u * 64 + place] >> 2 * v & 3
-      w[at] = 2 * (c >> 8 - bits) - zero
+      w[at] = 2 * (c >> 8 - bits << 8 - bits) - zero
     }
     this.held.set(bits, w)
     return w
   }
   row(o, bits) {   // of an embedding: the weight itself
     const {k} = this, w = this.codes(bits), G = this.step.length / this.n
-    const step = i => f(this.step[o * G + (G > 1 ? i / this.group | 0 : 0)] * 2 ** (8 - bits))
+    const step = i => this.step[o * G + (G > 1 ? i / this.group | 0 : 0)]
     return Float32Array.from({length: k}, (_, i) => w[o * k + i] / 2 * step(i))
   }
   // y = x W + bias + the adapter, of m tokens; `b` has weight bits w, activation bits a (null for float), adapter's key.
@@ -209,7 +210,7 @@ class Layer {
     else {
       multiply(this.codes(b.w), codes, n, k, m, out, b.a === null ? Infinity : 2 ** b.a)
       for (let t = 0; t < m; t++) for (let o = 0; o < n; o++) {
-        const scale = f(this.step[o] * 2 ** (8 - b.w)) / 2 * grids[t].step
+        const scale = this.step[o] / 2 * grids[t].step
         y[t * n + o] = scale * out[t * n + o] + (this.bias?.[o] ?? 0)
       }
     }
@@ -223,7 +224,7 @@ class Layer {
   // Where inputs in groups have steps of their own: the sum of a group is exact, its product with the step a float32. The
   // kernels take the zero point of the activations out at the end, so its part is added here and taken out likewise.
   groups(codes, grids, m, b, y) {
-    const {n, k, group, step} = this, G = Math.ceil(k / group), w = this.codes(b.w), unit = 2 ** (8 - b.w) / 2
+    const {n, k, group, step} = this, G = Math.ceil(k / group), w = this.codes(b.w)
     for (let o = 0; o < n; o++) for (let t = 0; t < m; t++) {
       const g = grids[t], off = !this.symmetric && b.a === 8 ? 128 : 0, zx = b.a === null ? 0 : g.zero - off
       let sum = 0, total = 0
@@ -232,8 +233,8 @@ class Layer {
         for (let i = j * group; i < Math.min(k, j * group + group); i++) {
           s += w[o * k + i] * (codes[t * k + i] + zx); all += w[o * k + i]
         }
-        sum = f(step[o * G + j] * f(s * unit) + sum)
-        total = f(step[o * G + j] * f(all * unit) + total)
+        sum = f(step[o * G + j] * f(s / 2) + sum)
+        total = f(step[o * G + j] * f(all / 2) + total)
       }
       y[t * n + o] = f(g.step) * f(sum - zx * total) + (this.bias?.[o] ?? 0)
     }
