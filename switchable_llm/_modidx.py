@@ -2862,6 +2862,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                         'switchable_llm/server/cluster.py'),
                                                'switchable_llm.server.cluster.Front.__init__': ( 'server/cluster.html#front.__init__',
                                                                                                  'switchable_llm/server/cluster.py'),
+                                               'switchable_llm.server.cluster.Front._own': ( 'server/cluster.html#front._own',
+                                                                                             'switchable_llm/server/cluster.py'),
                                                'switchable_llm.server.cluster.RemoteAnswer': ( 'server/cluster.html#remoteanswer',
                                                                                                'switchable_llm/server/cluster.py'),
                                                'switchable_llm.server.cluster.RemoteAnswer.cancel': ( 'server/cluster.html#remoteanswer.cancel',

@@ -43,48 +43,59 @@ class Stream:   # what a handle gives, of a replica in this process
     def __aiter__(self): return self.made
     def cancel(self): pass
 
+@pytest.fixture
+def stalled(file):
+    "A replica with one place whose engine's thread waits, what lets it go on, and a front's engine before it."
+    goes_on = threading.Event()
+    def made(waiting):
+        made.replica = replica = Replica(str(file), waiting=waiting, most=1, gain=0)
+        replica.service.engine.submit(Request([5], 2, 'bw8'), lambda token: goes_on.wait(60))
+        while not replica.service.engine.stats()['running']: time.sleep(.01)
+        return replica.service.engine, goes_on, RemoteEngine(Stream(replica), replica.facts(), waiting=9)
+    yield made
+    goes_on.set(); made.replica.service.engine.close(0)
+
 @pytest.mark.parametrize('frees', [False, True])
-def test_a_full_replica_is_asked_again_and_then_says_that_it_is_full(file, frees):
+def test_a_full_replica_is_asked_again_and_then_says_that_it_is_full(stalled, frees):
     "As `refused`, of which the front makes a 429."
-    replica,goes_on = Replica(str(file), waiting=1, most=1, gain=0),threading.Event()
-    engine = replica.service.engine
+    engine,goes_on,remote = stalled(1)
+    engine.submit(Request([5], 2, 'bw8'))
     async def ask():
-        remote = RemoteEngine(Stream(replica), replica.facts(), waiting=9)
-        engine.submit(Request([5], 2, 'bw8'), lambda token: goes_on.wait(60))   # the engine's thread waits here
-        while not engine.stats()['running']: await asyncio.sleep(.01)
-        engine.submit(Request([5], 2, 'bw8'))
         answer = remote.submit(Request([5], 2))
         while not remote.retried: await asyncio.sleep(.01)
         if frees: goes_on.set()
         while not answer.done.is_set(): await asyncio.sleep(.01)
         return answer
-    try:
-        answer = asyncio.run(ask())
-        if frees: assert len(answer.wait(1))==2
-        else:
-            assert answer.reason=='refused'
-            with pytest.raises(Failed, match='wait already'): answer.wait(1)
-    finally: goes_on.set(); engine.close(0)
+    answer = asyncio.run(ask())
+    if frees: assert len(answer.wait(1))==2
+    else:
+        assert answer.reason=='refused'
+        with pytest.raises(Failed, match='wait already'): answer.wait(1)
 
-def test_who_cancels_is_not_written_for(file):
+def test_who_cancels_is_not_written_for(stalled):
     "Neither what is written nor what waits at the replica, and not only with the next token."
-    replica,goes_on = Replica(str(file), waiting=9, most=1, gain=0),threading.Event()
-    engine = replica.service.engine
+    engine,goes_on,remote = stalled(9)
     async def ask():
-        remote = RemoteEngine(Stream(replica), replica.facts(), waiting=9)
-        engine.submit(Request([5], 2, 'bw8'), lambda token: goes_on.wait(60))   # the engine's thread waits here
         answers = [remote.submit(Request([5], 250)) for _ in range(3)]
         while engine.stats()['waiting']<3: await asyncio.sleep(.01)
         for a in answers: a.cancel()
         while remote.open: await asyncio.sleep(.01)
         return answers
-    try:
-        answers = asyncio.run(asyncio.wait_for(ask(), 30))
-        assert all(a.reason=='cancelled' for a in answers)
-        goes_on.set()
-        while (s := engine.stats())['running']+s['waiting']: time.sleep(.01)
-        assert s['new_tokens']==2
-    finally: goes_on.set(); engine.close(0)
+    answers = asyncio.run(asyncio.wait_for(ask(), 30))
+    assert all(a.reason=='cancelled' for a in answers)
+    goes_on.set()
+    while (s := engine.stats())['running']+s['waiting']: time.sleep(.01)
+    assert s['new_tokens']==2
+
+def test_a_profile_that_a_request_brings_along(at):
+    "The replica serves it, or says why it cannot: a 400, whole or as a stream."
+    client = openai.OpenAI(base_url=at, api_key='none', max_retries=0, timeout=120)
+    def ask(default, **kw):
+        own = dict(name='mine', default=default, rules=[dict(bits='w4a8', layers='0-1')])
+        return client.completions.create(model='tiny', prompt='question:', max_tokens=2, extra_body=dict(profile=own), **kw)
+    assert ask('w8a8').model=='tiny:mine'
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="adapter '3'"): ask('w3a8', stream=stream)
 
 def wait_for_work_on(node):
     "Until the replica of a machine is writing."

@@ -165,6 +165,8 @@ class Front(Service):
         self.engine = RemoteEngine(handle, facts, waiting)
         self.metrics,self.since = Metrics(self.engine),int(time.time())
 
+    def _own(self, p): return p   # a replica says whether its file can do it
+
 # %% ../../nbs/server/cluster.ipynb #8ba49dc5
 class ClusterArgs(BaseModel):
     "What a configuration says."
