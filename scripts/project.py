@@ -32,7 +32,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('formats', 'Formats', 'files for other programs', 'torchao gguf_blocks gguf_words gguf_file'),
     ('study', 'Study', 'runs and their records', 'records figures statistics runs methods experiments arms robustness searches'),
     ('findings', 'Findings', 'records to pictures and sentences',
-        'plots comparisons ablation arms choices defences verdicts reasons earlier'),
+        'plots comparisons ablation arms choices defences verdicts answers earlier'),
     ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands packing asking harness studying tools'),
     ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
 

@@ -1,14 +1,15 @@
 "The report's sentences, tables and figures follow the records: copies of the real ones, changed, taken away, and cut off."
-import json, shutil
+import json, re, shutil
 import numpy as np, pytest
 from conftest import ROOT
 from switchable_llm.study.statistics import read
 from switchable_llm.findings.arms import OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_routes
 from switchable_llm.findings.earlier import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
-from switchable_llm.report import (
-    QUESTIONS, abstract, answers, as_markdown, load_benchmarks, missing_records, open_questions, open_table,
-    records_table, speed_table, study_findings)
+from switchable_llm.findings.answers import (
+    ONE_MINUTE, QUESTIONS, answers, as_list, leads, methods, minute, missing_records, open_questions, open_table, records_table,
+    study_findings)
+from switchable_llm.report import load_benchmarks, speed_table
 from switchable_llm.findings.verdicts import PRESET_NAMES, Study, load_study
 
 RESULTS = ROOT/'results'
@@ -40,14 +41,9 @@ def line(text, preset):   # of one preset, with its sub-items
     title = PRESET_NAMES[preset][0].upper()+PRESET_NAMES[preset][1:]
     return text.split(f'- **{title}.**', 1)[1].split('\n- **', 1)[0]
 
-def brief(study, topic, preset):   # of one preset, in the abstract
-    title = PRESET_NAMES[preset][0].upper()+PRESET_NAMES[preset][1:]
-    return abstract(study)[topic].split(f'*{title}*: ', 1)[1].split('\n', 1)[0]
-
 QS = list(QUESTIONS)
 ACCURACY,BITS,OBJECTIVES,CPT,ATTACKS,DIRECTIONS = QS
-ONE_MINUTE = ('One checkpoint, many precisions', 'Bits chosen per layer', 'What to train with', 'Cyclic precision',
-              'Random precision at inference')
+COST,ROUTES,LAYERS,TEACHERS,CYCLES,CHANCE = ONE_MINUTE
 
 def asked(study, question, preset):   # the answer to one question for one model
     return line(answers(study)[question], preset)
@@ -64,8 +60,8 @@ def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
                 assert f.verdict==full=='refuted', (p, topic, f)
 
 def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
-    text = as_markdown(abstract(real), True)+''.join(answers(real).values())
-    for twice in ('Not decided. **undecided**', 'Open. open', '**Open.** Open', 'No verdict. No verdict', '..', '.**.'):
+    text = as_list(minute(real))+''.join(answers(real).values())
+    for twice in ('Not decided. **undecided**', 'Open. open', '**Open.** Open', 'No verdict. No verdict', '..', '.**.', '::'):
         assert twice not in text, twice
     assert 'not decided' not in text.lower()
 
@@ -79,8 +75,9 @@ def test_chosen_bits_are_praised_only_where_they_won(factor, says, real, folder)
             if p['kind']=='searched' and says: p['nll'] = [1+factor*x for x in simple[0]] if factor>1 else [0*x for x in simple[0]]
             elif says: p['nll'] = [1+x for x in p['nll']]
     assert change(folder, 'tiny', 'allocation', scale)
-    said = brief(load_study(folder), ONE_MINUTE[1], 'tiny')
-    if says: assert says in said.split('**')[1] and ('lose more' in said)==(factor>1)
+    study = load_study(folder)
+    said,longer = minute(study)[LAYERS],asked(study, BITS, 'tiny')
+    if says: assert says in said.split('**')[1] and ('lose more' in longer)==(factor>1)
     else: assert 'every' not in said.split('**')[1]
 
 # --- arms: planted, so that what they should say is known ---------------------------------------------------------------
@@ -111,7 +108,7 @@ def test_each_of_the_four_outcomes_is_said_in_its_own_words(loss, says):
     study = arms(static_high=0., cyclic=loss)
     f, = arm_findings(study.of('tiny', 'arms'), 'cycles')
     assert outcome(f)==says and f.examples==10
-    for said in (asked(study, CPT, 'tiny'), brief(study, ONE_MINUTE[3], 'tiny')):
+    for said in (asked(study, CPT, 'tiny'), minute(study)[CYCLES]):
         lead = said.split('**')[1]
         assert OUTCOMES[says] in lead
         assert not any(w in lead for k,w in OUTCOMES.items() if k!=says and w not in OUTCOMES[says]), lead
@@ -150,7 +147,7 @@ def test_arms_on_other_questions_are_not_paired():
     for r in study.records['tiny']['arms']:
         if r['name']=='float': r['ids'] = ['x'+i for i in r['ids']]
     assert 'scored on other examples' in asked(study, ACCURACY, 'tiny')
-    assert 'scored on other examples' in brief(study, ONE_MINUTE[0], 'tiny')
+    assert 'scored on other examples' in minute(study)[COST]
 
 def test_table_and_picture_hold_what_was_scored():
     study = arms(shared=0., bits=.1, float=0., untrained=1.)
@@ -162,6 +159,20 @@ def test_table_and_picture_hold_what_was_scored():
     assert {'f1-shared-bw8','answer-bits-bw4','f1-float','answer-untrained-bw6'}<=drawn
     assert arm_answer(Study({}), 'tiny', 'cycles').startswith('Open: there is no record')
 
+def test_one_minute_is_six_sentences_with_a_number_each_of_the_real_model_where_it_has_records(real):
+    said = minute(real)
+    assert len(said)==6
+    for topic,text in said.items():
+        assert text.startswith('**') and text.count('**')==2 and len(re.findall(r'\[[-\d., ]+\]', text))<=1, text
+        assert len(text.split())<=60, text
+    assert said[COST].endswith('(SmolLM2-135M).') if real.of('smollm2', 'arms') else said[COST].endswith('(embedded model).')
+
+def test_the_number_of_the_minute_is_that_of_the_best_or_the_worst_comparison():
+    said = minute(arms(5, shared=dict(bw8=.0, bw6=.1, bw4=.02), float=0., bits=dict(bw8=.2, bw6=.1, bw4=-.2)))
+    assert 'where it does worst (`bw6`), the loss moves by +0.1' in said[COST]
+    assert 'where it does best (`bits` at bw4), the loss moves by -0.' in said[ROUTES]
+    assert said[CHANCE]==said[CYCLES]=='No record yet.'
+
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('experiment,question', [
@@ -172,14 +183,13 @@ def test_a_missing_record_is_missed_where_it_is_needed(folder, experiment, quest
     for p in PRESET_NAMES: assert 'Open: there is no record; `switchable-llm' in line(said[question], p).split('\n')[0]
     verb = 'routes' if experiment=='arms' else experiment
     assert len([c for c in missing_records(study) if c.split(' --preset')[0].endswith(verb)])==len(PRESET_NAMES)
-    abstract(study); open_table(study); statements_table(study)
+    minute(study); open_table(study); statements_table(study)
 
 def test_an_empty_folder_says_so_everywhere(tmp_path):
     study = load_study(tmp_path)
     for text in answers(study).values(): assert text.count('there is no record')==len(PRESET_NAMES)
-    said = abstract(study)
-    assert said['What it rests on']=='There is no record yet.' and said['Open']=='Nothing was tested yet.'
-    for t in ONE_MINUTE: assert said[t].count('No record yet')==len(PRESET_NAMES)
+    assert set(minute(study).values())=={'No record yet.'} and leads(study)=='*No record yet.*'
+    assert methods(study)=='There is no record yet.'
     tables = [records_table(study), speed_table(load_benchmarks(tmp_path)), open_table(study)]
     assert open_questions(study)==[] and tables==['*No record yet.*']*3
     for draw in (plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos):

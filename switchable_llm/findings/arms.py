@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SCORES', 'FEWEST', 'FEW', 'DEFAULT', 'QUESTIONS', 'outcome', 'by_arm', 'level', 'against', 'arm_findings',
-           'said', 'plot_routes', 'cost_table', 'arm_table', 'in_a_word', 'arm_answer', 'route_said', 'arm_brief',
-           'plot_claims']
+           'said', 'plot_routes', 'cost_table', 'arm_table', 'score_table', 'in_a_word', 'arm_answer', 'route_said',
+           'arm_brief', 'plot_claims']
 
 # %% ../../nbs/findings/arms.ipynb #4e354289
 import math
@@ -204,6 +204,23 @@ def arm_table(
                 rs[0]['steps'], steps, len(rs)]
     heads = ['arm','profile','answer, nats','text, nats','F1 %','EM %','steps','steps of its adapters','seeds']
     return markdown_table([heads, *(row(a, rs, p) for a,rs in runs.items() for p in rs[0]['scores'])], _note(runs))
+
+def score_table(
+    records:Iterable[dict], # Of `run_arms`, of one preset
+    arms:Iterable[str],     # Which, in this order
+    score:str='f1',         # One of `SCORES`
+)->str: # In Markdown
+    "One score, a row for each profile and a column for each arm; float's stands in its column's head."
+    runs = {n:rs for n,rs in by_arm(records).items() if n in set(arms)}
+    names = [n for n in arms if n in runs and n!='float']
+    if not names: return '*No record yet.*'
+    factor = 100 if score=='f1' else 1
+    def shown(arm, p): return level(runs[arm], p, score).show(factor) if p in runs[arm][0]['scores'] else ''
+    profiles = list(dict.fromkeys(p for n in names for p in runs[n][0]['scores']))
+    rows = [[f'`{p}`', *(shown(n, p) for n in names)] for p in profiles]
+    if 'float' in runs: rows = [['float, trained alike', shown('float', 'float'), *['']*(len(names)-1)], *rows]
+    unit = 'F1 %' if score=='f1' else 'nats per token'
+    return markdown_table([[unit, *(f'`{n}`' for n in names)], *rows], _note(runs))
 
 def _note(runs):
     r = next(iter(runs.values()))[0]
