@@ -4,7 +4,7 @@ A name is `core/switching`. Cells that tests skip (`#| slow`, `#| gpu`, `#| eval
 outputs they have. What a cell writes to stderr (progress bars, warnings with paths of this machine) is shown here and
 not saved, nor are widgets, which are empty boxes on a page. Figures are saved as SVG, with the same bytes each time; a
 large one as PNG. A notebook that fails is left as it was."""
-import os, subprocess, sys, tempfile, time
+import os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -12,7 +12,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from project import ROOT, name_of, notebooks, offline_env, skipped
 
 CELL_TIMEOUT = 900      # seconds
-LARGEST_SVG = 300_000   # bytes
+LARGEST_SVG = 90_000    # bytes
 # A figure is laid out in the first of these fonts; a reader's machine has one of them.
 FONTS = ['DejaVu Sans', 'Verdana', 'Arial', 'Helvetica', 'sans-serif']
 
@@ -59,9 +59,24 @@ def drop_unsaved(nb):
             c.outputs.remove(o)
     nb.metadata.pop('widgets', None)
 
+def plain_svg(svg):
+    "A figure without metadata, to a hundredth of a point, and styles as attributes: GitHub leaves out what a `style` says."
+    def attributes(m):
+        pairs = (part.partition(':') for part in m[1].split(';') if part.strip())
+        return ' '.join(f'{k.strip()}="{v.strip()}"' for k,_,v in pairs)
+    def short(m): return re.sub(r'\d+\.\d{3,}', lambda n: f'{float(n[0]):.2f}', ' '.join(m[0].split()))
+    svg = re.sub(r'\s*<metadata>.*?</metadata>', '', svg, flags=re.S)
+    svg = re.sub(r'\bstyle="([^"]*)"', attributes, svg)
+    svg = re.sub(r'\b(?:d|points|transform|x|y|width|height|viewBox)="[^"]*"', short, svg)
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', '', svg)   # matplotlib's counters, to which nothing refers
+    fonts = re.findall(r' font-family="[^"]*"', svg)
+    if len(set(fonts))==1: svg = svg.replace(fonts[0], '').replace('<svg', f'<svg{fonts[0]}', 1)
+    return re.sub(r'>\n\s*<', '><', svg)
+
 def one_format(nb):
     "Of each figure keep the SVG, or the PNG where the SVG is large."
     for o in (o for c in nb.cells for o in c.get('outputs', []) if 'image/svg+xml' in o.get('data', {})):
+        o.data['image/svg+xml'] = plain_svg(o.data['image/svg+xml'])
         large = len(o.data['image/svg+xml'].encode())>LARGEST_SVG and 'image/png' in o.data
         gone = 'image/svg+xml' if large else 'image/png'
         o.data.pop(gone, None); o.metadata.pop(gone, None)

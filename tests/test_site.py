@@ -191,6 +191,15 @@ def test_readme_is_plain_markdown_with_its_pictures():
 
 # --- figures in notebooks -------------------------------------------------------------------------------------------
 
+def test_a_saved_svg_has_its_colours_in_attributes_and_its_words_untouched():
+    import execute_notebooks
+    svg = ('<svg width="9.12345pt"><metadata>\n x</metadata>\n <g id="text_1">\n  <path id="m1" d="M 1.23456 2 \nL 3 4.9999" '
+           'style="fill: none; stroke: #365e89"/>\n  <text style="font-family: \'A\', serif" x="1">0.12345 and  two</text>\n </g>\n</svg>')
+    said = execute_notebooks.plain_svg(svg)
+    assert 'style=' not in said and 'metadata' not in said and 'fill="none" stroke="#365e89"' in said
+    assert 'd="M 1.23 2 L 3 5.00"' in said and '>0.12345 and  two<' in said and said.startswith("<svg font-family=\"'A', serif\"")
+    assert 'id="m1"' in said and 'text_1' not in said and execute_notebooks.plain_svg(said)==said
+
 def test_of_two_formats_the_small_svg_or_the_png_stays():
     big = SVG+'<!-- '+'x'*execute_notebooks.LARGEST_SVG+' -->'
     both = [{'image/svg+xml': s, 'image/png': PNG, 'text/plain': 'F'} for s in (SVG, big)]
