@@ -266,8 +266,9 @@ def methods(
 def leads(
     study:Study, # All records
 )->str: # A list in Markdown
-    "Of each sentence of the minute, only what is bold."
-    said = (re.search(r'\*\*(.+?)\*\*', told) for told in minute(study).values())
+    "What is bold in the sentences on the first model."
+    first = next(iter(PRESET_NAMES))
+    said = (re.search(r'\*\*(.+?)\*\*', tried(make, study, first) or '') for make in ONE_MINUTE.values())
     return '\n'.join(f'- {m[1]}.' for m in said if m) or '*No record yet.*'
 
 def as_list(
