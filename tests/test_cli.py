@@ -121,10 +121,10 @@ def options(command): return {a.option_strings[0] for a in COMMANDS[command]._ac
 
 def test_train_has_few_options_and_the_study_has_all():
     "What a person sets; the rest stands in a preset, and can be changed where the study is run."
-    asked = ('out adapters-only model data profiles preset steps batch-size lr r max-length train-n act dtype seed policy '
+    asked = ('out adapters-only model data profiles preset steps batch-size lr r route max-length train-n act dtype seed policy '
              'device quiet debug')
     own = 'task column config split validation by chat-template'
-    assert options('train')=={'-h', *('--'+o for o in f'{asked} {own}'.split())} and len(options('train'))<=27
+    assert options('train')=={'-h', *('--'+o for o in f'{asked} {own}'.split())} and len(options('train'))<=28
     every = {'--'+f.name.replace('_','-') for f in fields(Preset) if f.name!='name'}
     for c in ('run','experiment'): assert every<=options(c)
     assert '--objective' in options('run')

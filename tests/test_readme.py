@@ -13,12 +13,12 @@ def blocks(language, text=README): return re.findall(rf'^```{language}\n(.*?)^``
 
 def commands(): return [shlex.split(l.split('  #')[0]) for b in blocks('sh') for l in b.splitlines()]
 
-def test_it_is_short(): assert len(README.split())<=1000
+def test_it_is_short(): assert len(README.split())<=900
 
 def test_first_screen():
     "A sentence, a picture, how to install, lines of code that show the switch, three numbers with their machine."
     start = README[:README.index('## Keep it')]
-    picture = re.search(r'!\[[^\]]{20,}\]\((index_files/[\w-]+\.svg)\)', start)
+    picture = re.search(r'!\[[^\]]{20,}\]\((nbs/live/live\.gif)\)', start)
     assert picture and (ROOT/picture[1]).is_file() and 'pip install' in start
     assert 'use_profile' in ''.join(blocks('python', start)) and len(''.join(blocks('python', start)).splitlines())<=8
     numbers = start[start.index('## Three numbers'):]
@@ -56,19 +56,15 @@ def test_commands_run_in_their_order(tmp_path, child_env):
     (tmp_path/'my_mix.yaml').write_text(blocks('yaml')[0])
     questions = tiny_squad(600)
     (tmp_path/'corpus.txt').write_text('\n\n'.join(q['context'] for q in questions))
-    talks = ([dict(role='user', content=q['question']), dict(role='assistant', content=q['answers']['text'][0])]
-             for q in questions)
-    (tmp_path/'talks.jsonl').write_text('\n'.join(json.dumps(dict(messages=t)) for t in talks))
     ours = [c[1:] for c in commands() if c[0]=='switchable-llm']
-    assert len(ours)>=7
+    assert len(ours)>=6
     for argv in ours:
         make_parser().parse_args(argv)   # ends the process where an option is unknown
         if argv[0] in ('explore','serve'): continue
         p = subprocess.run([*COMMAND, *argv], cwd=tmp_path, env=child_env, capture_output=True, text=True, timeout=1800)
         assert p.returncode==0, f'{argv}: {p.stderr[-2000:]}'
-    for folder in ('my-text','my-chat','my_model','my-codes'): assert AutoConfig.from_pretrained(tmp_path/folder).quantization_config
+    for folder in ('my-text','my_model'): assert AutoConfig.from_pretrained(tmp_path/folder).quantization_config
     assert (tmp_path/'my_model.gguf').is_file() and (tmp_path/'my_model.lora.gguf').is_file()
-    assert (tmp_path/'merged'/'config.json').is_file() and (tmp_path/'my_model.safetensors').is_file()
 
 def test_targets_of_make_exist():
     rules,targets = (ROOT/'Makefile').read_text(encoding='utf-8'),[c[1] for c in commands() if c[0]=='make']

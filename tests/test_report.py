@@ -1,9 +1,11 @@
 "The report's sentences, tables and figures follow the records: copies of the real ones, changed, taken away, and cut off."
-import json, re, shutil
+import inspect, json, re, shutil
 import numpy as np, pytest
 from conftest import ROOT
+import switchable_llm as sl
+from switchable_llm.apps.cli import make_parser
 from switchable_llm.study.statistics import read
-from switchable_llm.findings.arms import OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_routes
+from switchable_llm.findings.arms import DEFAULT, OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_routes
 from switchable_llm.findings.earlier import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
 from switchable_llm.findings.answers import (
@@ -125,6 +127,12 @@ def test_a_route_that_serves_better_is_said_to_help():
     told = asked(study, ACCURACY, 'tiny')
     assert 'helps in 1, does not help by more than the margin in 1, hurts in 1 of 3 comparisons' in told
     assert 'helps: `bits` at bw4 (-0.1' in told and 'hurts: `bits` at bw8 (0.1' in told
+
+def test_the_default_route_follows_the_answer(real):
+    found = arm_findings(real.of('smollm2', 'arms'), 'routes')
+    assert found and not any(outcome(f)=='helps' for f in found)
+    assert inspect.signature(sl.make_switchable).parameters['route'].default==DEFAULT
+    assert make_parser().parse_args(['train', '--out', 'x']).route==DEFAULT
 
 def test_one_seed_is_called_one_seed_and_few_articles_are_no_sample():
     assert 'one seed' in asked(arms(1, static_high=0., cyclic=.1), CPT, 'tiny').lower()

@@ -19,7 +19,7 @@ def make_file(path, steps=STEPS, cfg=None):
     "Train the adapters of all widths together on the embedded task, and freeze the model with its tokenizer."
     model,tokenizer = sl.load('tiny')
     profiles = [sl.PROFILES[p] if isinstance(p, str) else sl.Profile.from_dict(p) for p in PROFILES]
-    sl.make_switchable(model, profiles, cfg or sl.QuantConfig(act='per_token'), r=4, alpha=8)
+    sl.make_switchable(model, profiles, cfg or sl.QuantConfig(act='per_token'), r=4, alpha=8, route='bits')   # one for each width
     sl.train(model, tokenizer, sl.squad('tiny', n=max(100, 8*steps)), steps=steps, batch_size=8, lr=3e-3, progress=False)
     sl.freeze(model, path, tokenizer=tokenizer)
 

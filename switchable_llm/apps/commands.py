@@ -24,6 +24,7 @@ from ..models.loading import is_saved
 from ..models.pretrained import check_model_target
 from ..study.records import PRESETS, Preset, save_record, check_name, free_name, record_target
 from ..data.chat import find_template
+from ..lora_routing import ROUTES
 from ..data.squad import load_squad
 from ..joint_training import high_to_low
 from ..training.resuming import checkpoints
@@ -150,6 +151,7 @@ def _train_options(parser):
     add_task(parser)
     add_preset_options(parser, only=TRAIN)
     add_policy(parser)
+    _add_route(parser)
     add_device(parser, 'an accelerator where there is one, else cpu')
     output = parser.group('output')
     output.add_argument('--out', required=True, help='the model, a folder that transformers opens')
@@ -163,6 +165,10 @@ def add_policy(
     said = f"which profiles a step trains (default: random_profile): {', '.join(POLICIES)}"
     how_long = parser.group('how long to train')
     how_long.add_argument('--policy', choices=list(POLICIES), metavar='POLICY', default='random_profile', help=said)
+
+def _add_route(parser):
+    said = f"which adapter a layer uses (default: shared): {', '.join(ROUTES)}"
+    parser.group('adapters').add_argument('--route', choices=list(ROUTES), metavar='ROUTE', default='shared', help=said)
 
 def _examples(preset, corpus, model, tokenizer):   # to train on, what is learnt of them, and both in words
     if corpus:
@@ -190,8 +196,8 @@ def _train(args):
     with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
     calibrate_(model, batches)
     with training_on(device):
-        fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training',
-            progress=not args.quiet)
+        fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training', progress=not args.quiet,
+            adapters=dict(route=args.route, r=preset.r, alpha=preset.alpha))
     switch_of(model).profile = high_to_low(model, (n for n in switch_of(model).profiles if n!='float'))[0]   # live at first
     if args.adapters_only: save_switchable(model, out, base=preset.model)
     else:

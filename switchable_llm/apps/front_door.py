@@ -59,12 +59,12 @@ def make_switchable(
     cfg:QuantConfig=QuantConfig(act='per_token'), # How layers quantize
     r:int=8,                 # Rank of the adapters
     alpha:float=16,          # Their scaling is `alpha/r`
-    route:str='bits',        # Which adapter a layer uses: that of its 'bits', of the 'profile', one that is 'shared', or 'shared+bits'
+    route:str='shared',      # Which adapter a layer uses: one that is 'shared', that of its 'bits', of the 'profile', or 'shared+bits'
     sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names, for a family that FAMILIES lacks
     experts:str='quantized', # What a mixture's experts are: 'quantized', or 'float' as they are
     seed:int=0,              # Of the numbers that adapters begin with
 )->list[str]: # Names of the layers that became switchable
-    "Give every layer switchable bits, and adapters that are found by them; the base is frozen."
+    "Give every layer switchable bits, and adapters: by default one for all widths, which [the study](../06_report.ipynb) found best."
     if fault := lora_fault(r, alpha, 0.): raise ValueError(fault)   # before the model is touched
     one_of('route', route, ROUTES)
     profiles = [as_profile(p) for p in profiles]

@@ -272,13 +272,13 @@ def route_said(
     study:Study,  # All records
     preset:str,   # Name of a preset
 )->str: # A sentence; empty where there is no record
-    "What follows for the library's default, which is the route by bits."
+    "What follows for the library's default, which is the route that the others are compared to."
     found = arm_findings(study.of(preset, 'arms'), 'routes')
     better = list(dict.fromkeys(f.claim.split('`')[1] for f in found if outcome(f)=='helps'))
     if not found: return ''
     if better: return f"{capital(listed([f'`{b}`' for b in better]))} helps somewhere: look there before you take a route."
-    return ('No route is better by the margin anywhere, so the default stays `bits`: with it a width can be added or trained anew '
-            'later, and the others do not move.')
+    return (f"No other route is better by the margin anywhere, so the library's default is `{DEFAULT}`. With `bits` a width can be "
+            'added or trained anew later, and the others do not move.')
 
 def _numbers(findings, factor=1):   # all, or where they end
     if len(findings)<=FEW: return said(findings, factor)
