@@ -547,7 +547,9 @@ def test_the_command_line_says_its_own_way_out(cli, refused, mine, tmp_path):
     again = ['quantize', 'made', *quantize[2:-1], 'other']
     refused(*again, '--rotate', says='--rotate: made is switchable already and says so itself: leave the option out')
     says = "needs adapter '3'",'choose a profile of the widths that are there','among --profiles'
-    refused('generate', 'made', '--prompt', 'Who', '--profile', 'w3a8', says=says)
+    own = ['train', '--steps', 1, '--batch-size', 2, '--train-n', 8, '--profiles', 'bw8', '--route', 'bits', '--quiet', '--out', 'own']
+    assert cli(*own)[0]==cli('generate', 'made', '--prompt', 'Who', '--profile', 'w3a8')[0]==0   # one adapter serves all widths
+    refused('generate', 'own', '--prompt', 'Who', '--profile', 'w3a8', says=says)
     assert cli(*quantize[:-1], 'turned', '--rotate', '--profiles', 'bw8')[0]==0
     refused('export', 'turned', *export, 'bw8', says='quantize the base again without --rotate,')
     refused('export', 'tiny', *export, 'bw8', says='tiny: missing; give a folder that `train`, `quantize` or `run` wrote')

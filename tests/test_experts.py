@@ -356,7 +356,7 @@ def test_other_forms_of_experts(kind, first):
 
 def test_the_front_door():
     model = toy('qwen3_moe')
-    names = sl.make_switchable(model, ['bw8','w4a8'])
+    names = sl.make_switchable(model, ['bw8','w4a8'], route='bits')
     assert len(names)==24 and len(adapter_params(model))==2*2*24
     assert len(sl.make_switchable(toy('qwen3_moe'), ['bw8'], experts='float'))==8
 

@@ -1,6 +1,6 @@
 """The live page: the same tokens as the library's, from the same file; and what a person does with the page. The packed
 files are trained for a few steps: enough for adapters that are not zero."""
-import functools, http.server, shutil, sys, threading, urllib.parse
+import functools, http.server, json, shutil, sys, threading, urllib.parse
 import pytest, torch
 from conftest import ROOT
 import switchable_llm as sl
@@ -338,9 +338,36 @@ def test_the_start_page_links_to_it():
     assert 'live/index.html' in (ROOT/'nbs/index.ipynb').read_text() and (ROOT/'nbs/live/index.html').is_file()
     assert 'live/index.html' not in (ROOT/'README.md').read_text()
 
+def test_the_real_model_answers_from_its_record(address, browser):
+    "Every question has an answer at every profile, with words that say how sure; the counts are the record's."
+    record = json.loads(live.RECORD.read_text())
+    p = Page(browser, address)
+    assert p.page.is_visible('#real') and p.page.locator('#real-question option').count()==len(record['questions'])==30
+    for i in (0, 29):
+        p.page.select_option('#real-question', str(i))
+        q,rows = record['questions'][i],p.page.locator('#real-answers tbody tr')
+        assert p.page.inner_text('#real-context')==q['context'] and rows.count()==len(record['costs'])
+        for k in range(rows.count()):
+            name,said,verdict,_,_,right = rows.nth(k).locator('th, td').all_inner_texts()
+            words = ' '.join(''.join(w for w,_ in q['said'][name]['words']).split())
+            assert all(w in said for w in words.split()) and ('%' in said)==bool(words)
+            assert ('✓' in verdict)==bool(q['said'][name]['em'])
+            assert right==f"{sum(x['said'][name]['em'] for x in record['questions']):.0f} of 30"
+    p.page.click('#real-next')
+    assert p.page.input_value('#real-question')=='0' and not p.errors
+    p.context.close()
+
+def test_without_a_record_the_real_model_is_not_shown(site, browser, tmp_path):
+    folder = tmp_path/'live'
+    shutil.copytree(site/'live', folder)
+    (folder/'answers.js').write_text('window.ANSWERS = null')
+    p = Page(browser, (folder/'index.html').as_uri())
+    assert not p.page.is_visible('#real') and not p.errors
+    p.context.close()
+
 def test_the_page_is_small_and_plain():
     "A few hundred lines that a person can read, and nothing from elsewhere."
-    for f in live.FOLDER.iterdir():
+    for f in (f for f in live.FOLDER.iterdir() if f.suffix in ('.html','.js','.css')):
         lines = f.read_text(encoding='utf-8').splitlines()
         assert len(lines)<500 and not [l for l in lines if len(l)>140], f.name
         assert not [l for l in lines if 'http:' in l or 'https:' in l], f.name

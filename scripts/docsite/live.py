@@ -28,14 +28,27 @@ def questions(n=40):
     return [dict(question=q['question'], context=q['context'], answer=q['answers']['text'][0])
             for q in sl.squad('tiny', 'validation', n)]
 
+RECORD = ROOT/'results'/'smollm2'/'live'/'shared-s0.json'   # of scripts/live_answers.py
+
+def answers():
+    "What the page shows of the real model; nothing without its record."
+    if not RECORD.is_file(): return None
+    r = json.loads(RECORD.read_text(encoding='utf-8'))
+    preset = r['config']['preset']
+    how = (f"SmolLM2-135M, {preset['steps']} steps of {preset['batch_size']} on SQuAD's questions, one adapter for all widths, one seed. "
+           f"{len(r['questions'])} questions about paragraphs that were written for this page: the answers stand in a record of the study, "
+           'and nothing is computed here. float is the model before training.')
+    return dict(how=how, costs=r['costs'], questions=[{k:q[k] for k in ('question','context','answers','said')} for q in r['questions']])
+
 def script(name, value): return f'window.{name} = {json.dumps(value)}\n'
 
 def write(folder, steps=STEPS):
     "The page, its questions, and the packed file: twice, since a page that is opened as a file may only load scripts."
     folder = Path(folder)
-    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns('.*', '*.safetensors'))
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns('.*', '*.safetensors', '*.json'))
     torch.manual_seed(0)
     make_file(folder/'tiny.safetensors', steps)
     packed = base64.b64encode((folder/'tiny.safetensors').read_bytes()).decode()
     (folder/'tiny.js').write_text(script('PACKED', packed), encoding='utf-8')
     (folder/'questions.js').write_text(script('QUESTIONS', questions()), encoding='utf-8')
+    (folder/'answers.js').write_text(script('ANSWERS', answers()), encoding='utf-8')
