@@ -34,7 +34,7 @@ from ..profiles_eval import answer, scoring_mode
 from ..study.runs import fit, study_data, study_model
 from ..apps.commands import load_checkpoint
 from ..data.embedded import tiny_squad, tiny_tokenizer
-from ..system.progress import say
+from ..system.progress import is_heard, say
 
 # %% ../../nbs/explorer/exploration.ipynb #32cae7b2
 class Source(NamedTuple):
@@ -94,7 +94,7 @@ def train_adapters(
     preset = replace(source.preset, steps=steps, dropout=0., train_n=min(source.preset.train_n or 2000, 2000))
     new = open_model(preset.name, preset.model)
     data,_,_ = study_data(replace(preset, eval_n=1), new.tokenizer)
-    fit(preset, new.model, new.tokenizer, data, progress=False)
+    fit(preset, new.model, new.tokenizer, data, progress=is_heard())
     new.model.eval()
     how = f'with adapters trained for {steps} steps on all profiles together'
     return new._replace(note=f'{_base(preset)} {how}; activation ranges per token')
@@ -130,7 +130,7 @@ class ProfileView:
     kl_text:float                 # Mean over the prompt, nats
     error:dict[str,float]|None    # Layer -> relative error alone; `None` where there are no float weights
     drift:dict[str,float]         # Layer -> relative difference from the reference run
-    token_seconds:float|None      # Median time of a generated token but the first; `None` where there was no other
+    token_seconds:float|None      # Time of a generated token but the first, lower quartile; `None` where there was no other
     seconds:float                 # Time of all of this
 
 TOKENS = 128   # of a prompt, the last ones, whose layer outputs are compared
@@ -214,7 +214,7 @@ class Prompt:
                 said, = answer(self.model, self.tokenizer, [self.encoded], max_new_tokens=self.max_new_tokens)
         kl = (self._log_p.exp()*(self._log_p-log_p)).sum(-1).clamp_min(0)
         drift = {n:_relative(y, self._outputs[n]) for n,y in outputs.items()}
-        token = float(np.median(np.diff(ends))) if len(ends)>1 else None   # a pause of the machine is no slow token
+        token = float(np.quantile(np.diff(ends), .25)) if len(ends)>1 else None   # a pause of the machine is no slow token
         cost = profile_cost(self.model, profile)
         return ProfileView(profile, cost, said, log_p[-1].exp(), kl[-1].item(), kl.mean().item(), errors, drift, token,
                            time.perf_counter()-start)
@@ -365,14 +365,14 @@ def plot_tokens(
 )->Figure: # A row for each token
     "Probabilities of the candidates for the first token of the answer."
     rows = e.tokens(k)
-    with panels(1, 1, 6.4, 1.1+len(rows)*max(.32, .085*len(e.views))) as (fig,(ax,)):
+    with panels(1, 1, 4.6, 1.2+len(rows)*max(.32, .085*len(e.views))) as (fig,(ax,)):
         for i,v in enumerate(e.views):
             name,s,y = v.profile.name,profile_style(v.profile.name),np.arange(len(rows))+.72*((i+.5)/len(e.views)-.5)
             fill = 'none' if i==0 else s.color
             ax.plot([p[i] for _,p in rows], y, s.marker, c=s.color, ms=6.5, mfc=fill, label=name, gid=f'tokens-{name}')
         ax.set_yticks(range(len(rows)), [t.replace('$', r'\$') for t,_ in rows], family='monospace')
         ax.set(xlim=(-.02, 1.02), ylim=(len(rows)-.5, -.5), xlabel='probability of the next token')
-        fig.legend(loc='outside lower center', ncols=min(5, len(e.views)))
+        fig.legend(loc='outside lower center', ncols=min(4, len(e.views)))
     return fig
 
 _error_cmap = LinearSegmentedColormap.from_list('error', ['#F3E7B3','#E2A15C','#B5485E','#3B1B4F'])

@@ -32,7 +32,7 @@ def _field(kind, description, width='33rem', **kw):
     return field
 
 def _button(description, tooltip):
-    return Button(description=description, layout=Layout(width='auto', flex='0 0 auto'), tooltip=tooltip)
+    return Button(description=description, layout=Layout(width='auto', flex='0 0 auto', align_self='flex-start'), tooltip=tooltip)
 
 _whole = dict(max_width='100%')
 def _part(title, *inside, **kw): return VBox([HTML(f'<h2>{title}</h2>'), *inside], layout=Layout(**_whole, **kw))
@@ -68,7 +68,7 @@ class Explorer(VBox):
         self.steps = _field(BoundedIntText, 'Steps', '12rem', value=100, min=1, max=2000)
         self.example = _field(Dropdown, 'Example')
         self.question = _field(Text, 'Question', continuous_update=False)
-        self.context = _field(Textarea, 'Context', continuous_update=False, rows=3)
+        self.context = _field(Textarea, 'Context', continuous_update=False, rows=4)
         self.ask = _button('Ask', 'Ask the question at the profiles that are switched on')
         self.toggles,self.grid,self.cells = {},None,{}
         self.ranges = _field(Text, 'Layer ranges', continuous_update=False)
@@ -154,7 +154,8 @@ def _put(self:Explorer,
 ):
     switch = switch_of(source.model)
     on = {n for n,t in self.toggles.items() if t.value} if keep else set()
-    first = [n for n in ('float','bw8','bw4','w2a8') if n in switch.profiles] or list(switch.profiles)[:3]
+    known = [n for n in ('float','bw8','bw4','w2a8') if n in switch.profiles]
+    first = known if len(known)>2 else list(switch.profiles)[:4]
     self.source,self.prompt = source,None
     self.about.value = f'<p class="sl-note"><b>{html.escape(source.name)}</b>: {html.escape(source.note)}.</p>'
     with self._changing():
@@ -258,9 +259,9 @@ def _show(self:Explorer):
         asked = self.question.value.strip(),self.context.value.strip()
         chosen = [self.grid_profile() if n=='custom' else n for n,t in self.toggles.items() if t.value]
         self.message.step('asks the question')
+        known = set(self.prompt.views if self.prompt else ())
         if self.prompt is None or asked!=(self.prompt.question, self.prompt.context):
-            self.prompt = Prompt(self.source.model, self.source.tokenizer, *asked)
-        known = set(self.prompt.views)
+            self.prompt,known = Prompt(self.source.model, self.source.tokenizer, *asked),set()
         self.exploration = side_by_side(self.prompt, chosen)
         self._draw_answers(); self._draw_tokens(); self._draw_errors()
         took = [f'{v.profile.name} took {duration(v.seconds)}' for v in self.exploration.views if v.profile not in known]
@@ -275,7 +276,7 @@ def _draw_answers(self:Explorer):
     caption = f'Underlined: words that {ref} did not say. Memory is that of the model with the adapters of the profile.'
     more = [[r[0], *r[6:]] for r in (heads, *rows)]
     self.table.value = ''.join((
-        html_table([heads[:6], *shown], caption, 3, stacked=True), f'<p class="sl-note">{html.escape(self._speed())}</p>',
+        html_table([heads[:6], *shown], caption, 3, stacked=True), f'<p class="sl-note">{self._speed()}</p>',
         '<details><summary>More numbers</summary>',
         html_table(more, f'Bits, and distance from {ref}: of the next token (KL) and of what the layers put out'), '</details>'))
 
@@ -284,8 +285,9 @@ def _speed(self:Explorer):   # what the speed in the table is that of
     status = getattr(self.source.model, 'native_status', None)
     if status is None:
         return ('Speed is that of layers made for training, where fewer bits are no faster: '
-                '`switchable-llm freeze` writes a packed file, where they are.')
-    if status.obstacle or status.modules: return f'Speed is without native steps: {"; ".join(filter(None, [status.obstacle, *status.reasons]))}.'
+                '<code>switchable-llm freeze</code> writes a packed file, where they are.')
+    why = '; '.join(filter(None, [status.obstacle, *status.reasons]))
+    if why: return f'Speed is without native steps: {html.escape(why)}.'
     return 'Speed is that of native steps, as a server has it.'
 
 @patch
@@ -310,7 +312,7 @@ def _draw_errors(self:Explorer):
         for site,block in next(iter(maps.values())):
             place = f"{site}, {'–' if block is None else block}"
             rows.append([place, *(percent(m[site, block]) for m in maps.values())])
-        picture = svg_picture(plot_errors(e, what), f'Heat maps, a panel for each profile: {title}')
+        picture = svg_picture(plot_errors(e, what), f'Heat maps, a panel for each profile: {title}', wide=True)
         self.errors.value = picture+_numbers(rows, f'Relative error: {title}')
 
 @patch

@@ -65,12 +65,13 @@ def marked(
 def svg_picture(
     fig:Figure, # A figure
     alt:str,    # What it shows
+    wide:bool=False, # Whether a phone scrolls it rather than make it small
 )->str: # HTML
     "A figure as a picture in a page; it has no background, so it goes with light and dark."
     buffer = io.BytesIO()
     with figure_style(): fig.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None))
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="sl-figure" alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+    return f'<img class="sl-figure{" sl-wide"*wide}" alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 
 def html_table(
     rows:list[list[str]], # The first holds the heads, the first of each row names it; text is escaped, `Html` is not
@@ -93,14 +94,18 @@ def html_table(
             f'<tbody role="rowgroup">{lines}</tbody></table></div>')
 
 # %% ../../nbs/explorer/looks.ipynb #fe6b30c5
+_ARROW = '''<style>.sl-app { --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
+viewBox='0 0 18 18'%3E%3Cpath fill='none' stroke='%237f7f7f' stroke-width='2' d='M5 7l4 4 4-4'/%3E%3C/svg%3E"); }</style>'''
+
 STYLE = '''<style>
 .sl-app { max-width: 78rem; padding: .4rem 1rem 2rem; box-sizing: border-box; color: var(--jp-ui-font-color1); }
 .sl-app h1, .sl-app h2 { font-weight: 600; line-height: 1.3; margin: .9rem 0 .3rem; }
 .sl-app h1 { font-size: 1.4rem; } .sl-app h2 { font-size: 1.05rem; }
-.sl-app p { margin: .2rem 0; max-width: 62rem; line-height: 1.45; } .sl-note { color: var(--jp-ui-font-color2); }
+.sl-app p { margin: .2rem 0; max-width: 62rem; line-height: 1.45; } .sl-note { color: var(--jp-ui-font-color2); overflow-wrap: anywhere; }
 .sl-app .widget-label { color: var(--jp-ui-font-color1); } .sl-app .widget-html-content { overflow-x: auto; }
 .sl-app .widget-html, .sl-app .widget-box { max-width: 100%; min-width: 0; }
 .sl-scroll { overflow-x: auto; max-width: 100%; } .sl-figure { max-width: 100%; height: auto; }
+details .sl-scroll { max-height: 24rem; overflow-y: auto; }
 .sl-table { border-collapse: collapse; font-size: .88rem; line-height: 1.35; margin: .2rem 0; }
 .sl-table { color: var(--jp-ui-font-color1); } .sl-table thead th { max-width: 8.5rem; font-weight: 600; }
 .sl-table caption { text-align: left; padding: .2rem 0; color: var(--jp-ui-font-color2); }
@@ -123,21 +128,19 @@ STYLE = '''<style>
 .sl-app .jupyter-button.sl-fold { color: var(--jp-ui-font-color1); white-space: normal; font-size: 1rem; }
 .sl-app .sl-fold::before { content: '▸' / 'open'; display: inline-block; width: 1.2em; }
 .sl-app .sl-fold.mod-active::before { content: '▾' / 'close'; }
-.sl-error, .sl-done, .sl-wait { border-left: 4px solid #7f7f7f; padding: .35rem .7rem; }
-.sl-error { border-color: #C0392B; font-weight: 600; } .sl-wait { font-weight: 600; }
-.sl-more { padding: 0 .7rem; color: var(--jp-ui-font-color2); } .sl-more progress { width: 16rem; max-width: 90%; }
 .sl-app details summary { cursor: pointer; padding: .3rem 0; }
 .sl-cell > label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .sl-app .sl-cell select { width: 100%; }
 @media (max-width: 640px) {
-  .sl-app { padding: .4rem .3rem 2rem; } .sl-figure { max-width: none; }
-  .sl-app .sl-field { flex-wrap: wrap; height: auto; } .sl-app .sl-field > label { width: 100% !important; text-align: left; }
+  .sl-app { padding: .4rem .3rem 2rem; } .sl-wide { max-width: none; }
+  .sl-app .sl-field { flex-wrap: wrap; height: auto; max-width: calc(100% - 4px) !important; }
+  .sl-app .sl-field > label { width: 100% !important; text-align: left; } .sl-app .sl-field > select { min-height: 2rem; }
   .sl-stacked, .sl-stacked caption, .sl-stacked tbody { display: block; }
   .sl-stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .sl-stacked tr { display: grid; grid-template-columns: 1fr 1fr; padding: .4rem 0; }
+  .sl-stacked tr { display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: .5rem 0; }
   .sl-stacked tr { border-bottom: 1px solid var(--jp-border-color2, #bbb); }
   .sl-stacked th, .sl-stacked td { border: 0; padding: .1rem 0; text-align: left; }
-  .sl-stacked th { grid-column: 1/-1; } .sl-stacked td.sl-text { grid-column: 1/-1; font-size: 1rem; }
+  .sl-stacked td:nth-child(n+4) { order: 2; } .sl-stacked td:nth-child(2) { order: 1; flex: 0 0 100%; font-size: 1.05rem; }
   .sl-stacked td.sl-number::before { content: attr(data-head) ': ' / ''; color: var(--jp-ui-font-color2); }
 }
-</style>'''
+</style>'''+_ARROW

@@ -8,15 +8,21 @@ __all__ = ['Waiting']
 # %% ../../nbs/explorer/waiting.ipynb #79401e0b
 import html, threading, time
 from contextlib import contextmanager
-from ipywidgets import HTML, VBox
+from ipywidgets import HTML, Layout, VBox
 from ..system.progress import listening
 
 # %% ../../nbs/explorer/waiting.ipynb #abcddd51
+_STYLE = '''<style>
+.sl-error, .sl-done, .sl-wait { border-left: 4px solid #7f7f7f; padding: .35rem .7rem; }
+.sl-error { border-color: #C0392B; font-weight: 600; } .sl-wait { font-weight: 600; }
+.sl-more { padding: 0 .7rem; color: var(--jp-ui-font-color2); } .sl-more progress { width: 16rem; max-width: 90%; }
+</style>'''
+
 class Waiting(VBox):
     "What is being done, for whoever waits; then what came of it."
     def __init__(self):
         self.line,self.more = HTML(),HTML()   # the first is read aloud, the second changes every second
-        super().__init__([self.line, self.more])
+        super().__init__([HTML(_STYLE, layout=Layout(display='none')), self.line, self.more])
         self.of,self.at,self.inside,self.start = 0,0,('', None, None),0.
 
     @contextmanager

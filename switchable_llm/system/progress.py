@@ -100,11 +100,11 @@ class Heard(Lines):
     "Progress for a listener. Takes what tqdm takes."
     seconds = .2
     def __iter__(self):
-        say(self.desc, self.n, self.total)
+        if not self.disable: say(self.desc, self.n, self.total)
         return super().__iter__()
     def _tell(self):
         self.told,self.last = self.n,time.monotonic()
-        say(self.desc+self.postfix, self.n, self.total)
+        if not self.disable: say(self.desc+self.postfix, self.n, self.total)
 
 
 # %% ../../nbs/system/progress.ipynb #0fa3bc07
