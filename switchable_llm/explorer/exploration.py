@@ -184,6 +184,7 @@ class Prompt:
         self._outputs = {}
         say(f'reads the question at {self.reference.name}')
         with use_profile(model, self.reference): self._log_p = self._run(self._outputs, None)
+        say(f'asks at {self.reference.name}')
         self.view(self.reference)
 
     @torch.no_grad()
@@ -201,9 +202,7 @@ class Prompt:
     )->ProfileView: # Kept for the next time
         "Run a profile, or look it up; whatever happens, the model is as it was."
         if isinstance(profile, str): profile = switch_of(self.model).profiles.get(profile) or as_profile(profile)
-        if profile not in self.views:
-            say(f'asks at {profile.name}')
-            self.views[profile] = self._view(profile)
+        if profile not in self.views: self.views[profile] = self._view(profile)
         return self.views[profile]
 
     def _view(self, profile):
@@ -301,6 +300,7 @@ class Exploration:
         ref = self.views[0].profile.name
         note = '; '.join([f'{ref} is what the others are compared with; memory with adapters', *self.notes])
         return '\n'.join([heads, '|:--|:--|:--'+'|--:'*(len(self.table()[0])-3)+'|', *rows, '', f'*{note}.*'])
+
     def __repr__(self): return f"Exploration({self.question!r}, {', '.join(v.profile.name for v in self.views)})"
 
 def _row(v, beside):   # a view as the table shows it
@@ -353,7 +353,10 @@ def side_by_side(
     profiles:Iterable, # Profiles, or names
 )->Exploration: # The reference first
     "Views of a prompt, those that are there already not run again."
-    views = dict.fromkeys([prompt.view(prompt.reference), *map(prompt.view, profiles)])
+    profiles,views = list(profiles),{prompt.view(prompt.reference):None}
+    for i,p in enumerate(profiles):
+        say(f'asks at {getattr(p, "name", p)}', i, len(profiles))
+        views[prompt.view(p)] = None
     sites = switch_of(prompt.model).sites
     def decode(token): return prompt.tokenizer.decode([token])
     return Exploration(prompt.question, prompt.context, tuple(views), tuple(sites), tuple(prompt.notes), decode)
@@ -400,7 +403,8 @@ def plot_errors(
         for ax in axs.ravel()[len(maps):]: ax.axis('off')
         for ax,(name,cells) in zip(axs.ravel(), maps.items()):
             _draw_cells(ax, {(blocks.index(b), sites.index(s)):100*v for (s,b),v in cells.items()}, len(blocks)<=8)
-            ax.set(title=name, xlim=(-.5, len(blocks)-.5), ylim=(len(sites)-.5, -.5))
+            ax.set_title(name, loc='left')   # in sight where a phone shows the left of the picture
+            ax.set(xlim=(-.5, len(blocks)-.5), ylim=(len(sites)-.5, -.5))
             ax.grid(visible=False)
             ax.set_yticks(range(len(sites)), sites)
             every = 1 if len(blocks)<=16 else 5
