@@ -34,7 +34,7 @@ PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,r
     ('findings', 'Findings', 'records to pictures and sentences',
         'plots comparisons ablation arms choices defences verdicts answers earlier'),
     ('apps', 'Apps', 'six lines, the command', 'front_door cli options commands packing asking harness studying tools'),
-    ('explorer', 'Explorer', 'a page in the browser', 'page exploration explorer'))]
+    ('explorer', 'Explorer', 'a page in the browser', 'page exploration grid looks waiting explorer opening'))]
 
 
 def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switching.ipynb

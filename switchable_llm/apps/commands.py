@@ -7,7 +7,7 @@ __all__ = ['TRAIN', 'COMMANDS', 'layer_table', 'each_file', 'only_files', 'add_p
            'open_model', 'at_profile', 'add_checkpoint', 'add_profiles', 'page_code']
 
 # %% ../../nbs/apps/commands.ipynb #c35141d1
-import os, tempfile
+import os, socket, tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib import import_module, util
@@ -329,8 +329,7 @@ def page_code(
     "What the explorer's page runs."
     def here(p): return str(Path(p).resolve()) if p and p not in PRESETS and Path(p).exists() else p
     return '\n'.join((
-        'from transformers.utils import logging', 'from switchable_llm.explorer.explorer import explorer',
-        'logging.set_verbosity_error(); logging.disable_progress_bar()',
+        'from switchable_llm.explorer.opening import explorer',
         f'explorer({here(source)!r}, {here(model)!r}, {list(map(here, more))!r})'))
 
 def _explore_options(parser):
@@ -352,14 +351,21 @@ def _explore_options(parser):
     page.add_argument('--theme', choices=('light','dark'), default='light', help='of the page (default: light)')
     page.add_argument('--no-browser', action='store_true', help='do not open a browser')
 
+def _check_port(port):   # before anything takes seconds
+    with socket.socket() as s:
+        if s.connect_ex(('127.0.0.1', port))==0:
+            raise OSError(f'port={port}: another program answers there; choose another with --port')
+
 def _explore(args):
     for c in args.checkpoint: check_readable(c)
     for m in ('voila','ipykernel','ipywidgets','matplotlib'):   # the page's own process would tell nobody
         if not util.find_spec(m): raise ModuleNotFoundError(f'No module named {m!r}', name=m)
+    _check_port(args.port)
+    teller(args)('starts the server of the explorer …')
     page,first = import_module('switchable_llm.explorer.page'),args.checkpoint or [args.preset]
     def tell(address):
         print(address, flush=True)
-        teller(args)(f'shows the explorer, in at most {args.max_sessions} pages at a time; Ctrl-C ends it')
+        teller(args)(f'listens there: shows the explorer, in at most {args.max_sessions} pages at a time; Ctrl-C ends it')
     with tempfile.TemporaryDirectory() as tmp:
         os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, [tmp, os.environ.get('JUPYTER_PATH')]))
         written = page.write_page(tmp, page_code(first[0], args.model, first[1:]))

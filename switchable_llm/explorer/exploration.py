@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TWO_BITS', 'EXAMPLES', 'TOKENS', 'Source', 'open_model', 'has_float', 'reference_profile', 'train_adapters',
-           'examples_for', 'ProfileView', 'Prompt', 'Exploration', 'explore', 'side_by_side', 'plot_tokens',
-           'plot_errors', 'svg_picture', 'html_table']
+           'examples_for', 'ProfileView', 'Prompt', 'Difference', 'difference', 'Exploration', 'digits', 'percent',
+           'duration', 'explore', 'side_by_side', 'plot_tokens', 'plot_errors']
 
 # %% ../../nbs/explorer/exploration.ipynb #b49d16cf
-import time, torch, base64, html, io
+import math, time, torch
 import matplotlib.pyplot as plt
 import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 from matplotlib.cm import ScalarMappable
@@ -33,6 +34,7 @@ from ..profiles_eval import answer, scoring_mode
 from ..study.runs import fit, study_data, study_model
 from ..apps.commands import load_checkpoint
 from ..data.embedded import tiny_squad, tiny_tokenizer
+from ..system.progress import is_heard, say
 
 # %% ../../nbs/explorer/exploration.ipynb #32cae7b2
 class Source(NamedTuple):
@@ -92,7 +94,7 @@ def train_adapters(
     preset = replace(source.preset, steps=steps, dropout=0., train_n=min(source.preset.train_n or 2000, 2000))
     new = open_model(preset.name, preset.model)
     data,_,_ = study_data(replace(preset, eval_n=1), new.tokenizer)
-    fit(preset, new.model, new.tokenizer, data, progress=False)
+    fit(preset, new.model, new.tokenizer, data, progress=is_heard())
     new.model.eval()
     how = f'with adapters trained for {steps} steps on all profiles together'
     return new._replace(note=f'{_base(preset)} {how}; activation ranges per token')
@@ -128,7 +130,7 @@ class ProfileView:
     kl_text:float                 # Mean over the prompt, nats
     error:dict[str,float]|None    # Layer -> relative error alone; `None` where there are no float weights
     drift:dict[str,float]         # Layer -> relative difference from the reference run
-    token_seconds:float|None      # Time of a generated token but the first; `None` where there was no other
+    token_seconds:float|None      # Time of a generated token but the first, lower quartile; `None` where there was no other
     seconds:float                 # Time of all of this
 
 TOKENS = 128   # of a prompt, the last ones, whose layer outputs are compared
@@ -180,7 +182,9 @@ class Prompt:
         self.notes = _notes(asked, tokenizer, self.encoded)
         self.reference = reference_profile(model)
         self._outputs = {}
+        say(f'reads the question at {self.reference.name}')
         with use_profile(model, self.reference): self._log_p = self._run(self._outputs, None)
+        say(f'asks at {self.reference.name}')
         self.view(self.reference)
 
     @torch.no_grad()
@@ -209,7 +213,7 @@ class Prompt:
                 said, = answer(self.model, self.tokenizer, [self.encoded], max_new_tokens=self.max_new_tokens)
         kl = (self._log_p.exp()*(self._log_p-log_p)).sum(-1).clamp_min(0)
         drift = {n:_relative(y, self._outputs[n]) for n,y in outputs.items()}
-        token = (ends[-1]-ends[0])/(len(ends)-1) if len(ends)>1 else None
+        token = float(np.quantile(np.diff(ends), .25)) if len(ends)>1 else None   # a pause of the machine is no slow token
         cost = profile_cost(self.model, profile)
         return ProfileView(profile, cost, said, log_p[-1].exp(), kl[-1].item(), kl.mean().item(), errors, drift, token,
                            time.perf_counter()-start)
@@ -225,6 +229,26 @@ def _notes(asked, tokenizer, encoded):   # what a reader should know of the prom
     return notes
 
 # %% ../../nbs/explorer/exploration.ipynb #ef45a09d
+class Difference(NamedTuple):
+    "An answer beside another."
+    words:tuple[tuple[str,bool],...] # Its words, and whether each differs
+    lacks:int                        # So many words less than the other has
+
+    def __str__(self):
+        new,n = sum(d for _,d in self.words),len(self.words)
+        if new: return f"{new} of {n} word{'s'*(n>1)} differ{'s'*(new==1)}"
+        return f"lacks {self.lacks} word{'s'*(self.lacks>1)}" if self.lacks else 'the same'
+
+def difference(
+    answer:str,    # What a profile said
+    reference:str, # What the reference said
+)->Difference: # Of their words
+    "Which words of an answer differ from those of the reference."
+    a,b = answer.split(),reference.split()
+    same = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    kept = {m.a+i for m in same for i in range(m.size)}
+    return Difference(tuple((w, i not in kept) for i,w in enumerate(a)), max(0, len(b)-len(a)))
+
 @dataclass(frozen=True, eq=False)
 class Exploration:
     "One question at several profiles; the first is the reference."
@@ -247,9 +271,15 @@ class Exploration:
     def table(self)->list[list[str]]:
         "A row of heads, then one for each profile."
         ref = self.views[0].profile.name
-        heads = ['profile', 'answer', 'weight bits', 'activation bits', 'memory, kB', f'KL to {ref}, first token',
-                 f'KL to {ref}, prompt', 'largest layer error, %', 'largest drift, %', 'ms per token']
-        return [heads, *map(_row, self.views)]
+        heads = ['profile', 'answer', f'beside {ref}', 'sure of the first token', 'memory', 'speed',
+                 'weight bits', 'activation bits', 'time of a token', f'KL to {ref}, first token',
+                 f'KL to {ref}, prompt', 'largest layer error', 'largest drift']
+        beside = ['the reference', *map(str, self.differences()[1:])]
+        return [heads, *map(_row, self.views, beside)]
+
+    def differences(self)->list[Difference]:
+        "The answer of each view, beside that of the reference."
+        return [difference(v.answer, self.views[0].answer) for v in self.views]
 
     def errors(self,
         what:str='error', # 'error' of a layer alone, or 'drift' from the reference
@@ -269,14 +299,37 @@ class Exploration:
         heads,*rows = ['| '+' | '.join(map(plain, r))+' |' for r in self.table()]
         ref = self.views[0].profile.name
         note = '; '.join([f'{ref} is what the others are compared with; memory with adapters', *self.notes])
-        return '\n'.join([heads, '|:--|:--'+'|--:'*(len(self.table()[0])-2)+'|', *rows, '', f'*{note}.*'])
+        return '\n'.join([heads, '|:--|:--|:--'+'|--:'*(len(self.table()[0])-3)+'|', *rows, '', f'*{note}.*'])
 
-def _row(v):   # a view as the table shows it
-    def worst(e): return '–' if e is None else f'{100*max(e.values()):.3g}'
-    memory = (v.cost.bytes+v.cost.adapter_bytes)/1e3
-    token = '–' if v.token_seconds is None else f'{1e3*v.token_seconds:.3g}'
-    return [v.profile.name, v.answer or '(nothing)', f'{v.cost.w_bits:.3g}', f'{v.cost.a_bits:.3g}', f'{memory:,.0f}',
-            f'{v.kl_next:.3g}', f'{v.kl_text:.3g}', worst(v.error), worst(v.drift), token]
+    def __repr__(self): return f"Exploration({self.question!r}, {', '.join(v.profile.name for v in self.views)})"
+
+def _row(v, beside):   # a view as the table shows it
+    def worst(e): return '–' if e is None else percent(max(e.values()))
+    token = v.token_seconds
+    return [v.profile.name, v.answer or '(nothing)', beside, percent(v.probabilities.max().item()),
+            f'{digits((v.cost.bytes+v.cost.adapter_bytes)/1e6)} MB',
+            '–' if token is None else f'{digits(1/token)} tokens/s', f'{v.cost.w_bits:.3g}', f'{v.cost.a_bits:.3g}',
+            '–' if token is None else duration(token), f'{digits(v.kl_next)} nats', f'{digits(v.kl_text)} nats',
+            worst(v.error), worst(v.drift)]
+
+def digits(
+    x:float, # A number, at least 0
+)->str: # Like '2,030', '97.8' or '0.0532'
+    "A number for people: three digits, no exponent."
+    if 0<x<.001 or not math.isfinite(x): return '<0.001' if x<1 else str(x)
+    return f'{x:,.{max(0, 2-math.floor(math.log10(x)))}f}' if x else '0'
+
+def percent(
+    share:float, # 1 for all
+)->str: # Like '97.8 %'
+    "A share for people."
+    return f'{digits(100*share)} %'
+
+def duration(
+    seconds:float, # Of something
+)->str: # Like '5.3 ms' or '3.4 s'
+    "A time for people."
+    return f'{digits(1000*seconds)} ms' if seconds<1 else f'{seconds:.1f} s' if seconds<100 else f'{seconds/60:.1f} min'
 
 def _visible(text):   # a token, so that it can be told from others
     def shown(c): return {' ':'␣', '\n':'↵'}.get(c) or (c if c.isascii() and c.isprintable() else ascii(c)[1:-1])
@@ -300,7 +353,10 @@ def side_by_side(
     profiles:Iterable, # Profiles, or names
 )->Exploration: # The reference first
     "Views of a prompt, those that are there already not run again."
-    views = dict.fromkeys([prompt.view(prompt.reference), *map(prompt.view, profiles)])
+    profiles,views = list(profiles),{prompt.view(prompt.reference):None}
+    for i,p in enumerate(profiles):
+        say(f'asks at {getattr(p, "name", p)}', i, len(profiles))
+        views[prompt.view(p)] = None
     sites = switch_of(prompt.model).sites
     def decode(token): return prompt.tokenizer.decode([token])
     return Exploration(prompt.question, prompt.context, tuple(views), tuple(sites), tuple(prompt.notes), decode)
@@ -312,14 +368,14 @@ def plot_tokens(
 )->Figure: # A row for each token
     "Probabilities of the candidates for the first token of the answer."
     rows = e.tokens(k)
-    with panels(1, 1, 6.4, 1.1+len(rows)*max(.32, .085*len(e.views))) as (fig,(ax,)):
+    with panels(1, 1, 4.6, 1.2+len(rows)*max(.32, .085*len(e.views))) as (fig,(ax,)):
         for i,v in enumerate(e.views):
             name,s,y = v.profile.name,profile_style(v.profile.name),np.arange(len(rows))+.72*((i+.5)/len(e.views)-.5)
             fill = 'none' if i==0 else s.color
             ax.plot([p[i] for _,p in rows], y, s.marker, c=s.color, ms=6.5, mfc=fill, label=name, gid=f'tokens-{name}')
         ax.set_yticks(range(len(rows)), [t.replace('$', r'\$') for t,_ in rows], family='monospace')
         ax.set(xlim=(-.02, 1.02), ylim=(len(rows)-.5, -.5), xlabel='probability of the next token')
-        fig.legend(loc='outside lower center', ncols=min(5, len(e.views)))
+        fig.legend(loc='outside lower center', ncols=min(4, len(e.views)))
     return fig
 
 _error_cmap = LinearSegmentedColormap.from_list('error', ['#F3E7B3','#E2A15C','#B5485E','#3B1B4F'])
@@ -347,7 +403,8 @@ def plot_errors(
         for ax in axs.ravel()[len(maps):]: ax.axis('off')
         for ax,(name,cells) in zip(axs.ravel(), maps.items()):
             _draw_cells(ax, {(blocks.index(b), sites.index(s)):100*v for (s,b),v in cells.items()}, len(blocks)<=8)
-            ax.set(title=name, xlim=(-.5, len(blocks)-.5), ylim=(len(sites)-.5, -.5))
+            ax.set_title(name, loc='left')   # in sight where a phone shows the left of the picture
+            ax.set(xlim=(-.5, len(blocks)-.5), ylim=(len(sites)-.5, -.5))
             ax.grid(visible=False)
             ax.set_yticks(range(len(sites)), sites)
             every = 1 if len(blocks)<=16 else 5
@@ -369,28 +426,3 @@ def _draw_cells(ax, percents, numbers):   # (x, y) -> error in percent
         v,ink = percents[x, y],'#000' if .3*r+.6*g+.1*b>.5 else '#fff'
         text = f'{v:.2g}' if v<99.5 else f'{v:.0f}' if v<1000 else '>1k'
         ax.text(x, y, text, ha='center', va='center', fontsize=7, color=ink)
-
-# %% ../../nbs/explorer/exploration.ipynb #01a34e26
-def svg_picture(
-    fig:Figure, # A figure
-    alt:str,    # What it shows
-)->str: # HTML
-    "A figure as a picture in a page; it has no background, so it goes with light and dark."
-    buffer = io.BytesIO()
-    with figure_style(): fig.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="sl-figure" alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
-
-def html_table(
-    rows:list[list[str]], # The first holds the heads, the first of each row names it
-    caption:str,          # What the table says
-    texts:int=1,          # So many columns hold text; the others hold numbers
-)->str: # HTML
-    "A table that can be read aloud."
-    def cell(tag, i, c, scope=''):
-        return f'<{tag}{scope} class="sl-{"text" if i<texts else "number"}">{html.escape(c)}</{tag}>'
-    def line(r): return cell('th', 0, r[0], ' scope="row"')+''.join(cell('td', i, c) for i,c in enumerate(r[1:], 1))
-    heads = ''.join(cell('th', i, c, ' scope="col"') for i,c in enumerate(rows[0]))
-    body = ''.join(f'<tr>{line(r)}</tr>' for r in rows[1:])
-    return (f'<table class="sl-table"><caption>{html.escape(caption)}</caption><thead><tr>{heads}</tr></thead>'
-            f'<tbody>{body}</tbody></table>')

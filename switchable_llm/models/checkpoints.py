@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from ..quantizers import QuantConfig
 from ..system.files import check_target, whole_folder, writing_folder
 from ..system.families import check_plain
+from ..system.progress import say
 from ..core.switching import (
     added_params, base_params, check_unfrozen, make_switchable_, switch_of, numbers_of)
 from ..core.layers import ADDED, GATE_TYPES
@@ -190,6 +191,7 @@ def load_switchable(
     if hasattr(model, 'switch'):
         raise ValueError("the model is switchable already: give its base model, untouched")
     check_plain(model)
+    say('adapters of the checkpoint')
     d,whole = read_switchable(folder),whole_folder(folder)
     state = _sound(whole/'adapters.safetensors', d['tensors_sha256'])
     trained = _sound(whole/'trained.safetensors', d.get('trained_sha256')) if d.get('trained') else {}

@@ -17,10 +17,12 @@ from torch import nn
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer, MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING)
+from transformers.utils import logging as hf_logging
 from ..core.switching import switch_of
 from .quantizer import METHOD, PACKED_METHOD
 from ..system.families import check_causal
 from ..system.native import put_on_disk_, return_memory
+from ..system.progress import is_heard, say, tqdm
 
 # %% ../../nbs/models/loading.ipynb #9659da14
 def optional(
@@ -157,6 +159,7 @@ def _check_folder(path, name):
 
 @contextmanager
 def _reading(source, name, part):   # what goes wrong inside becomes a ValueError that names model and part
+    say(f'{part} of the model')
     try: yield
     except (ImportError, MemoryError): raise
     except Exception as e:
@@ -215,7 +218,7 @@ def _spaced_as_said(tokenizer, file):   # a list of words keeps its spaces where
 
 def _read_weights(source, name, file, revision, dtype, spans):
     cls = AutoModelForQuestionAnswering if spans else AutoModelForCausalLM
-    with _reading(source, name, 'weights'):
+    with _reading(source, name, 'weights'), _bars_heard():
         kw = dict(gguf_file=file.name, **gguf_overrides(file)) if file else {}
         model,found = cls.from_pretrained(name, revision=revision, dtype=dtype, trust_remote_code=False,
                                           output_loading_info=True, ignore_mismatched_sizes=True, **kw)
@@ -225,6 +228,13 @@ def _read_weights(source, name, file, revision, dtype, spans):
             raise ValueError("{} has the shape {}, and by config.json {}".format(weight, *map(tuple, shapes)))
     if file: _forget_gguf(model)
     return model
+
+@contextmanager
+def _bars_heard():   # transformers' own bars, by whoever listens
+    if not (is_heard() and hasattr(hf_logging, 'set_tqdm_hook')): return (yield)
+    before = hf_logging.set_tqdm_hook(lambda make, args, kw: tqdm(*args, **kw))
+    try: yield
+    finally: hf_logging.set_tqdm_hook(before)
 
 def _forget_gguf(model):   # the weights are dequantized: without the marker the model saves like any other
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config

@@ -35,6 +35,7 @@ from .packed_file import (
 from .generating import model_class, packed_class
 from ..core.opaque import Bank, Opaque
 from ..attention.attending import cache_obstacle
+from ..system.progress import say
 
 # %% ../../nbs/serving/packed.ipynb #15f4fc5a
 class PackedLayer(Opaque):
@@ -191,7 +192,10 @@ def load_packed(
         d,tensors = _checked(head)
         model,rest = skeleton(d, tensors)
         if into is not None: model = _become_(into, model)
-        if verify and d.get('checksums'): check_data(head)
+        if verify and d.get('checksums'):
+            say('checksums of the file')
+            check_data(head)
+        say('layers of the file')
         _check_same(head)
         check_values(tensors, d)
         for names in rest: _put_float(model, names, tensors)
