@@ -11,7 +11,7 @@ CFG = _cfg.defaults()
 SITE = CFG['doc_host'] + CFG['doc_baseurl']
 
 # The groups of notebooks, in reading order: sidebar, README's map, and the test of who may import whom are made from
-# this. A part is a folder of `nbs/` and of the package; the chapters lie at the top of both.
+# this. A part is a folder of `nbs/` and of the package; the chapters lie at the top of both, and what comes before them.
 class Part(NamedTuple):
     folder:str
     title:str
@@ -19,7 +19,8 @@ class Part(NamedTuple):
     rooms:tuple   # File names without .ipynb
 
 PARTS = [Part(folder, title, what, tuple(rooms.split())) for folder,title,what,rooms in (
-    ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial 06_report'),
+    ('', '', 'what it is, how things are done, what was found', 'index how 06_report'),
+    ('', 'The book', '', '00_quantizers 01_lora_routing 02_joint_training 03_profiles_eval 04_cpt 05_adversarial'),
     ('system', 'System', 'files, digests, compiled code, kinds of models', 'files progress digests native families'),
     ('attention', 'Attention', 'keys and values in few bits', 'caches attending'),
     ('core', 'Core', 'layers that switch', 'opaque integer rotation profiles layers experts switching calibration gates'),
@@ -41,7 +42,7 @@ def name_of(path): return Path(path).relative_to(NBS).as_posix()   # core/switch
 
 def notebooks():
     "The notebooks, in reading order; those that begin with `_` or `.` are private. All must stand in `PARTS`."
-    found = [NBS/'index.ipynb', *(NBS/p.folder/f'{r}.ipynb' for p in PARTS for r in p.rooms)]
+    found = [NBS/p.folder/f'{r}.ipynb' for p in PARTS for r in p.rooms]
     def private(p): return any(d[0] in '._' for d in p.relative_to(NBS).parts[:-1])
     there = {p for p in NBS.rglob('[!_.]*.ipynb') if not private(p)}
     if odd := sorted(map(name_of, {*found} ^ there)):

@@ -44,7 +44,7 @@ def uses(path):
     "Modules of this package that a file imports."
     return {name.removeprefix('switchable_llm.') for _,name,_ in imports(path) if name.startswith('switchable_llm.')}
 
-STORIES = {'index.ipynb', 'apps/tools.ipynb', 'server/many.ipynb'}   # they show, and export nothing
+STORIES = {'index.ipynb', 'how.ipynb', 'apps/tools.ipynb', 'server/many.ipynb'}   # they show, and export nothing
 
 def test_notebooks_and_modules_belong_together():
     names = {project.module_of(nb): nb for nb in project.notebooks() if project.name_of(nb) not in STORIES}

@@ -21,6 +21,10 @@ def owners():
     modules = ('.'.join(p.relative_to(lib).with_suffix('').parts) for p in sorted(lib.rglob('[!_]*.py')))
     return {(n, inspect.getdoc(o)): o for m in modules for n,o in exported(m).items()}
 
+def plain(text):
+    "A comment whose signs are no Markdown outside of code: `2**bits` has two stars, and `~` is about."
+    return ''.join(p if p[:1]=='`' else re.sub(r'([*~^$@<])', r'\\\1', p) for p in re.split('(`+[^`]+`+)', text))
+
 # --- parts of an entry ----------------------------------------------------------------------------------------------
 
 def short(x, width=40):
@@ -34,8 +38,8 @@ def type_name(annotation):
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])', '', text)
 
-def signature(name, f):
-    "`name(a, b=1)`, over several lines where it is long; the types stand in the table."
+def signature(name, f, end=''):
+    "`name(a, b=1)`, over several lines where it is long; the types stand in the table. `end` is put behind."
     params = [p for p in inspect.signature(f).parameters.values() if p.name not in ('self','cls')]
     args,star = [],False
     for p in params:
@@ -43,10 +47,10 @@ def signature(name, f):
         star |= p.kind in (p.VAR_POSITIONAL, p.KEYWORD_ONLY)
         mark = {p.VAR_POSITIONAL:'*', p.VAR_KEYWORD:'**'}.get(p.kind, '')
         args.append(mark+p.name+('' if p.default is p.empty else f'={short(p.default)}'))
-    line = f"{name}({', '.join(args)})"
+    line = f"{name}({', '.join(args)}){end}"
     if len(line)<=WIDTH: return line
     indent = dict(initial_indent='    ', subsequent_indent='    ')
-    return f'{name}(\n' + textwrap.fill(', '.join(args), WIDTH, break_long_words=False, **indent) + '\n)'
+    return f'{name}(\n' + textwrap.fill(', '.join(args), WIDTH, break_long_words=False, **indent) + f'\n){end}'
 
 def fields(cls):
     "Fields written in a class's body: `(name, type, default, comment)`; a `description` of pydantic's is a comment too."
@@ -73,9 +77,9 @@ def params(f):
 def table(rows):
     "A Markdown table of parameters or fields, without columns that are empty."
     code = lambda s: f'`{s}`' if s and not s.startswith('**') else s
-    rows = [(code(n), code(t), code(d), c.replace('|', '\\|') if '`' not in c else c) for n,t,d,c in rows]
+    rows = [(code(n), code(t), code(d), plain(c).replace('|', '\\|') if '`' not in c else plain(c)) for n,t,d,c in rows]
     columns = [i for i in range(4) if i==0 or any(r[i] for r in rows)]
-    widths = [':'+'-'*n for n in (15, 15, 10, 40)]   # relative, for Pandoc
+    widths = [':'+'-'*n for n in (15, 20, 15, 50)]   # relative, for Pandoc
     lines = [['', 'Type', 'Default', 'Meaning'], widths, *rows]
     return '\n'.join('| '+' | '.join(r[i] for i in columns)+' |' for r in lines) if rows else ''
 
@@ -108,11 +112,15 @@ def documented(o):
 
 def entry(name, o, prop=False):
     "Signature, docstring and table of a function, a method, a property or a class."
-    try: sig = name if prop else signature(name, o)
+    rows,end = rows_of(o),''
+    if [(n, note) for n,_,_,note in rows]==[('**Returns**', '')]: end,rows = f' -> {rows[0][1]}',[]   # no table for a type alone
+    try: sig = name+end if prop else signature(name, o, end)
     except ValueError: sig = name   # a class whose arguments nobody can list
-    doc = re.sub(r'^(.+)', r'*\1*', inspect.getdoc(o) or '', count=1)
-    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', doc, table(rows_of(o))]))
+    first,*more = (inspect.getdoc(o) or '').split('\n', 1)
+    doc = '\n'.join([f'*{plain(first)}*' if first else '', *more])
+    return '\n\n'.join(filter(None, [f'```python\n{sig}\n```', doc, table(rows)]))
 
+@cache
 def document(name, o, level=3):
     "The whole entry of an exported name: heading, link to the source, and its public methods below it."
     f = inspect.unwrap(o)

@@ -1,8 +1,8 @@
 """Plain pages: a processed notebook becomes Markdown, Pandoc makes it HTML, and what only Quarto knows is done here:
 numbers of figures, tables and equations, references to them, callouts, tabs and folded code."""
-import base64, html, posixpath, re
+import base64, html, posixpath, re, subprocess
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from docsite.process import html_name
 from project import SITE
@@ -103,10 +103,15 @@ def markdown(name, nb, files):
 
 # --- Markdown as HTML -----------------------------------------------------------------------------------------------
 
+@cache
+def program(): return pypandoc.get_pandoc_path()
+
 def pandoc(text):
     "HTML as a tree; Pandoc's warnings (a formula it cannot read, …) are errors."
-    options = ['--mathml', '--wrap=none', '--fail-if-warnings']
-    out = pypandoc.convert_text(text, 'html5', 'markdown', extra_args=options)
+    command = [program(), '--from=markdown', '--to=html5', '--mathml', '--wrap=none', '--fail-if-warnings']
+    done = subprocess.run(command, input=text.encode(), capture_output=True)
+    if done.returncode: raise RuntimeError(done.stderr.decode())
+    out = done.stdout.decode()
     soup = BeautifulSoup(out, 'html.parser')
     for box in soup.find_all('section'):   # a div that begins with a heading, whose identifier Pandoc moved here
         box.name = 'div'

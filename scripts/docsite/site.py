@@ -9,17 +9,17 @@ from jinja2 import Environment, FileSystemLoader
 ASSETS = Path(__file__).parent/'assets'
 
 def navigation():
-    "Chapters by part, as files of pages."
-    return [(part, [(html_name(n), text) for n,text in chapters]) for part,chapters in contents()]
+    "Pages by part, as files."
+    return [(part, [(html_name(n) if n.endswith('.ipynb') else n, text) for n,text in pages]) for part,pages in contents()]
 
 def frame(page, parts):
     "The whole HTML of a page."
-    order = [('index.html', 'Start here'), *(c for _,chapters in parts for c in chapters)]
+    order = [c for _,pages in parts for c in pages if c!=LIVE]
     at = next((i for i,(f,_) in enumerate(order) if f==page.name), None)
     before = order[at-1] if at else None
     after = order[at+1] if at is not None and at+1<len(order) else None
     site = dict(title=CFG['title'], repo=CFG['git_url'], branch=CFG['branch'], copyright=f"© {CFG['copyright']}",
-                parts=parts, live=LIVE)
+                parts=parts)
     environment = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
     template = environment.get_template('page.html')
     return template.render(page=page, site=site, body=str(page.body), toc=list(page.toc), before=before, after=after,
