@@ -8,10 +8,9 @@ __all__ = ['QUESTIONS', 'ONE_MINUTE', 'robustness_answer', 'robustness_brief', '
            'records_table']
 
 # %% ../../nbs/findings/answers.ipynb #394fd0b4
-import json, math, re
+import math, re
 from collections import Counter
-from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 from ..study.arms import SECTIONS
 from ..study.records import PRESETS
 from ..search.intervals import MARGIN

@@ -192,15 +192,12 @@ def load_packed(
         d,tensors = _checked(head)
         model,rest = skeleton(d, tensors)
         if into is not None: model = _become_(into, model)
-        if verify and d.get('checksums'):
-            say('checksums of the file')
-            check_data(head)
+        if verify and d.get('checksums'): check_data(head)
         say('layers of the file')
         _check_same(head)
         check_values(tensors, d)
         for names in rest: _put_float(model, names, tensors)
-        switch = _put_layers(model, d, tensors)
-        _finish(model, d, switch)
+        _finish(model, d, _put_layers(model, d, tensors))
     model.packed_file,model.packed_mark = str(head.path.resolve()),head.mark
     return model.to(device)
 
@@ -234,8 +231,7 @@ def check_packed(
 )->dict[str,int]: # What -> bytes, as `packed_size` gives it
     "Whether a file is as it was written, every byte, and loads; if not, a `ValueError` says what is wrong."
     if read_head(path).d['format_version']==1:
-        raise ValueError(f"{path}: format version 1 has no checksums, so damage to its data cannot be seen: "
-                         "freeze the model again")
+        raise ValueError(f"{path}: format version 1 has no checksums, so damage to its data cannot be seen: freeze the model again")
     load_packed(path)
     if read_head(path).d['tokenizer']: load_packed_tokenizer(path)
     return packed_size(path)

@@ -23,6 +23,7 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 from ..quantizers import QuantConfig
 from ..core.profiles import SITES, Profile, check_unique
 from ..lora_routing import ROUTES
+from ..system.progress import say
 
 # %% ../../nbs/serving/packed_file.ipynb #08f7409e
 @contextmanager
@@ -155,6 +156,7 @@ def check_data(
     head:Head, # Of a file
 ):
     "A `ValueError` names the tensors that are not as they were written."
+    say('checksums of the file')
     if not (bad := damaged(head)): return
     names = ', '.join(bad[:3]) + (f' and {len(bad)-3} more tensors' if len(bad)>3 else '')
     raise ValueError(f"damaged: the bytes of {names} are not as they were written: copy the file again")
