@@ -210,7 +210,7 @@ def score_table(
     arms:Iterable[str],     # Which, in this order
     score:str='f1',         # One of `SCORES`
 )->str: # In Markdown
-    "One score, a row for each profile and a column for each arm; float's stands in its column's head."
+    "One score, a row for each profile and a column for each arm; that of float trained alike stands below."
     runs = {n:rs for n,rs in by_arm(records).items() if n in set(arms)}
     names = [n for n in arms if n in runs and n!='float']
     if not names: return '*No record yet.*'
@@ -218,9 +218,9 @@ def score_table(
     def shown(arm, p): return level(runs[arm], p, score).show(factor) if p in runs[arm][0]['scores'] else ''
     profiles = list(dict.fromkeys(p for n in names for p in runs[n][0]['scores']))
     rows = [[f'`{p}`', *(shown(n, p) for n in names)] for p in profiles]
-    if 'float' in runs: rows = [['float, trained alike', shown('float', 'float'), *['']*(len(names)-1)], *rows]
     unit = 'F1 %' if score=='f1' else 'nats per token'
-    return markdown_table([[unit, *(f'`{n}`' for n in names)], *rows], _note(runs))
+    alike = f"Float, trained alike: {shown('float', 'float')}. " if 'float' in runs else ''
+    return markdown_table([[unit, *(f'`{n}`' for n in names)], *rows], alike+_note(runs))
 
 def _note(runs):
     r = next(iter(runs.values()))[0]
