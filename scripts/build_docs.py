@@ -1,7 +1,7 @@
 """Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages; and the live page in it,
 for which the embedded model is trained: a minute or two.
 
-`--plain` always makes plain pages. `--check` reports what is wrong with the pages instead (dead links, raw references,
+`--plain` always makes plain pages; `--pages` too, without the live page. `--check` reports what is wrong with the pages instead (dead links, raw references,
 figures without a caption, names without documentation, an old README) and writes nothing outside `_proc`. `--readme`
 writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own processing."""
 import shutil, subprocess, sys
@@ -29,7 +29,7 @@ def write_readme():
         (ROOT/p).parent.mkdir(exist_ok=True)
         (ROOT/p).write_bytes(b)
 
-def build(plain=False):
+def build(plain=False, with_live=True):
     process()
     shutil.rmtree(DOCS, ignore_errors=True)
     if shutil.which('quarto') and not plain:
@@ -39,12 +39,14 @@ def build(plain=False):
         if not plain: print('Quarto is not installed (https://quarto.org): writing plain pages')
         site.write([make_page(n, nb) for n,nb in read_pages().items()], DOCS)
     shutil.rmtree(DOCS/live.NAME, ignore_errors=True)   # Quarto copies what pages link to
-    print('training the adapters of the live page')
-    live.write(DOCS/live.NAME)
+    if with_live:
+        print('training the adapters of the live page')
+        live.write(DOCS/live.NAME)
     print(f'the site is in {DOCS.name}/: open {DOCS.name}/index.html')
 
 if __name__=='__main__':
-    commands = {'': build, '--plain': lambda: build(plain=True), '--check': check, '--readme': write_readme}
+    commands = {'': build, '--plain': lambda: build(plain=True), '--pages': lambda: build(True, False),
+                '--check': check, '--readme': write_readme}
     arg = ' '.join(sys.argv[1:])
     if arg not in commands: sys.exit(f"{arg}: needs one of {', '.join(filter(None, commands))}, or nothing")
     commands[arg]()

@@ -81,7 +81,8 @@ def table(rows):
     columns = [i for i in range(4) if i==0 or any(r[i] for r in rows)]
     widths = [':'+'-'*n for n in (15, 20, 15, 50)]   # relative, for Pandoc
     lines = [['', 'Type', 'Default', 'Meaning'], widths, *rows]
-    return '\n'.join('| '+' | '.join(r[i] for i in columns)+' |' for r in lines) if rows else ''
+    written = '\n'.join('| '+' | '.join(r[i] for i in columns)+' |' for r in lines)
+    return f'::: {{.params}}\n\n{written}\n\n:::' if rows else ''
 
 def methods(cls):
     "Public methods and properties written in a class, if they have a docstring."

@@ -40,6 +40,13 @@ def joined(x): return ''.join(x) if isinstance(x, list) else x
 def file_bytes(data, mime):
     return joined(data).encode() if mime=='image/svg+xml' else base64.b64decode(joined(data))
 
+def size(data, mime):
+    "Attributes for the size of a figure, in CSS pixels: the page keeps its place, and knows how small it may become."
+    found = re.search(rb'<svg[^>]*?\swidth="([\d.]+)pt"[^>]*?\sheight="([\d.]+)pt"', data)
+    if mime!='image/svg+xml' or not found: return ''
+    w,h = (round(float(n)*96/72) for n in found.groups())
+    return f' width="{w}" height="{h}" style="--w: {w}px"'
+
 def output(o, stem, alt, files):
     "Markdown of one output; an image goes to `files`."
     if o.output_type=='stream':
@@ -50,7 +57,7 @@ def output(o, stem, alt, files):
     if mime := next((m for m in IMAGES if m in data), None):
         path = f'{stem}.{IMAGES[mime]}'
         files[path] = file_bytes(data[mime], mime)
-        return raw(f'<img src="{path}" alt="{html.escape(alt)}" loading="lazy">')
+        return raw(f'<img src="{path}" alt="{html.escape(alt)}"{size(files[path], mime)} loading="lazy">')
     if 'text/html' in data: return div(raw(joined(data['text/html'])), 'cell-output')
     if 'text/markdown' in data: return joined(data['text/markdown']).strip()
     if any('widget-view' in m for m in data) or 'text/plain' not in data: return ''

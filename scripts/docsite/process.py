@@ -89,6 +89,7 @@ def known_names(name):
         except SyntaxError: continue   # a magic
         imports = (n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)))
         found |= {a.asname or a.name for n in imports for a in n.names}
+    if 'sl' in found: found |= set(importlib.import_module(CFG['lib_name']).WHERE)
     return found
 
 def honest_links(text, known):

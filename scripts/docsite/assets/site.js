@@ -36,6 +36,11 @@ for (const block of document.querySelectorAll('div.sourceCode')) {
   block.append(button)
 }
 
+// What goes on beyond the right edge of its box fades out there, until one has scrolled to its end.
+const more = e => e.classList.toggle('more', e.scrollWidth - e.clientWidth - e.scrollLeft > 2)
+const sizes = new ResizeObserver(changes => changes.forEach(c => more(c.target)))
+for (const e of document.querySelectorAll('.scroll, main pre')) { sizes.observe(e); e.addEventListener('scroll', () => more(e), {passive: true}) }
+
 // Search: every word of the query must begin a word of the section; titles count more.
 const words = s => s.toLowerCase().normalize('NFKD').match(/[\p{L}\p{N}]+/gu) ?? []
 const load = () => window.SEARCH ? Promise.resolve() : new Promise(done => document.head.append(make('script', {src: root.dataset.root + 'search.js', onload: done})))
