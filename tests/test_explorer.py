@@ -3,6 +3,7 @@ import importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, ti
 from pathlib import Path
 import psutil, pytest
 from conftest import heed_ctrl_c
+from switchable_llm.study.figures import profile_style
 from switchable_llm.study.records import PRESETS
 from switchable_llm.apps.cli import main
 from switchable_llm.apps.commands import page_code
@@ -19,6 +20,8 @@ def missing():
     return '' if browser_path() else 'no browser is installed: apt-get install chromium'
 
 CODE = 'import sys\nfrom switchable_llm.apps.cli import main\nsys.exit(main(sys.argv[1:]))'
+
+def number(text): return float(text.split()[0].replace(',', '').replace('<', ''))   # of '2,030 %' or '<0.001 nats'
 
 def free_port():
     with socket.socket() as s:
@@ -104,6 +107,14 @@ def test_the_page_works_elsewhere(tmp_path, monkeypatch):
     compile(page_code("it's"), 'page', 'exec')
 
 @needs_voila
+def test_a_port_that_is_taken_is_told_before_anything_else(capsys):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen()
+        start = time.time()
+        assert main(['explore', '--no-browser', '--port', str(s.getsockname()[1])])==1
+    assert 'starts' not in capsys.readouterr().err and time.time()-start<5
+
+@needs_voila
 def test_the_page_is_a_notebook_of_this_python(tmp_path):
     from switchable_llm.explorer.page import write_page
     page = json.loads(write_page(tmp_path, 'x = 1').read_text())
@@ -124,7 +135,7 @@ def browser():
 
 class Page:
     "The explorer's page, by what a person sees."
-    def __init__(self, browser, address):
+    def __init__(self, browser, address, ready='.sl-table'):
         self.page,self.asked = browser.new_page(viewport=dict(width=1280, height=1400)),[]
         here = (address.partition('?')[0], 'data:', 'blob:')
         def route(r):
@@ -134,7 +145,7 @@ class Page:
         self.page.route('**/*', route)
         self.page.set_default_timeout(300_000)
         self.page.goto(address)
-        self.page.wait_for_selector('.sl-table')
+        self.page.wait_for_selector(ready)
     def wait(self, test, what):
         "Until `test()`; the time that took."
         start = time.time()
@@ -142,13 +153,25 @@ class Page:
             assert time.time()-start<300, f'waited for {what}; the page says: {self.message()}'
             self.page.wait_for_timeout(20)
         return time.time()-start
-    def message(self): return self.page.locator('.sl-done, .sl-error').first.inner_text()
+    def message(self): return self.page.locator('.sl-done, .sl-error, .sl-wait').first.inner_text()
     def table(self):
-        "Profile -> the other cells of its row, by their heads."
-        cells = 't => [...t.rows].map(r => [...r.cells].map(c => c.innerText.replace(/\\s+/g, " ").trim()))'
-        rows = self.page.locator('.sl-table').first.evaluate(cells)
-        return {r[0]:dict(zip(rows[0][1:], r[1:])) for r in rows[1:]}
-    def toggle(self, name): self.page.get_by_role('button', name=name, exact=True).click()
+        "Profile -> the other cells of its row, by their heads; those that are folded too."
+        cells = 'ts => ts.slice(0, 2).map(t => [...t.rows].map(r => [...r.cells].map(c => c.textContent.trim())))'
+        (heads,*rows),(more_heads,*more) = self.page.locator('.sl-table').evaluate_all(cells)
+        assert [r[0] for r in rows]==[r[0] for r in more]
+        return {r[0]:dict(zip([*heads[1:], *more_heads[1:]], [*r[1:], *m[1:]])) for r,m in zip(rows, more)}
+    def button(self, name): return self.page.locator('.sl-on', has_text=re.compile(f'^{name}$'))
+    def toggle(self, name): self.button(name).click()
+    def unfold(self, title): self.page.locator('.sl-fold', has_text=title).click()
+    def outside(self):
+        "Elements that reach beyond the window, but for what scrolls inside of itself."
+        return self.page.evaluate('''() => {
+          const scrolls = e => { for (e = e.parentElement; e && e!==document.body; e = e.parentElement)
+            if (['auto','scroll'].includes(getComputedStyle(e).overflowX)) return true; return false; };
+          const wide = [...document.querySelectorAll('.sl-app *')].filter(
+            e => { const r = e.getBoundingClientRect(); return r.width && r.right>innerWidth+1 && !scrolls(e); });
+          return [...wide.map(e => e.outerHTML.slice(0, 80)),
+                  ...(document.scrollingElement.scrollWidth>innerWidth ? ['the page itself'] : [])]; }''')
     def field(self, label): return self.page.get_by_label(label, exact=True)
     def write(self, label, text): self.field(label).fill(text); self.field(label).press('Tab')
 
@@ -157,11 +180,11 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
     "Toggles, questions, the grid, mistakes, training: every step reads the numbers that changed."
     with Server(tmp_path, child_env) as server:
         p = Page(browser, server.address())
-        assert list(p.table())==['float','bw4','bw8','w2a8'] and p.table()['float']['KL to float, prompt']=='0'
+        assert list(p.table())==['float','bw4','bw8','w2a8'] and p.table()['float']['KL to float, prompt']=='0 nats'
         # a toggle adds a row; another takes one away
         p.toggle('bw6')
         p.wait(lambda: 'bw6' in p.table(), 'bw6')
-        kl = {n:float(r['KL to float, prompt']) for n,r in p.table().items()}
+        kl = {n:number(r['KL to float, prompt']) for n,r in p.table().items()}
         assert kl['float']==0<kl['bw8']<kl['bw6']<kl['bw4']<kl['w2a8']
         assert [p.table()[n]['weight bits'] for n in ('float','bw8','bw6','bw4','w2a8')]==['16','8','6','4','2']
         p.toggle('bw4')
@@ -171,7 +194,12 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         p.write('Question', 'What is the job of Dufe?')
         p.wait(lambda: p.table()!=before, 'the new question')
         assert list(p.table())==list(before) and p.table()['float']['answer']!=before['float']['answer']
-        # a cell of the grid: a profile by hand
+        # units that people read
+        units = {'memory':'MB', 'speed':'tokens/s', 'time of a token':'ms', 'sure of the first token':'%', 'largest drift':'%'}
+        for row in p.table().values(): assert {h:row[h].split()[-1] for h in units if row[h]!='–'}.items()<=units.items()
+        # a cell of the grid: a profile by hand; settings are folded until then
+        assert not p.field('mlp_out, layers 0').is_visible()
+        p.unfold('Bits by hand')
         p.field('mlp_out, layers 0').select_option('w8a8')
         p.wait(lambda: 'custom' in p.table(), 'the grid')
         assert 2<float(p.table()['custom']['weight bits'])<8
@@ -194,7 +222,8 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         p.wait(lambda: 'left out' in p.message() and 'unknown' in p.message(), 'the notes')
         assert list(p.table())==list(before)
         # what was offered is all that there is
-        offered = p.page.locator('.sl-app select').first.evaluate('s => [...s.options].map(o => o.text)')
+        p.unfold('Another model')
+        offered = p.field('Model').evaluate('s => [...s.options].map(o => o.text)')
         assert offered==list(PRESETS)
         # adapters, trained while the page is open
         p.field('Example').select_option(index=2)
@@ -215,6 +244,52 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         server.wait(lambda: not server.kernels(), 'the kernel to end with its page')
         assert server.interrupt()==0 and 'Traceback' not in server.text(), server.text()
 
+CONTRAST = '''e => {
+  const parts = c => c.match(/[\\d.]+/g).slice(0, 3).map(x => x/255).map(x => x<=.04045 ? x/12.92 : ((x+.055)/1.055)**2.4);
+  const bright = c => { const [r, g, b] = parts(c); return .2126*r+.7152*g+.0722*b; }, s = getComputedStyle(e);
+  const [low, high] = [bright(s.color), bright(s.backgroundColor)].sort((a, b) => a-b);
+  return [s.backgroundColor, (high+.05)/(low+.05)]; }'''
+
+@needs_browser
+@pytest.mark.parametrize('theme', ['light','dark'])
+def test_how_the_page_looks(browser, child_env, tmp_path, theme):
+    "Words while it loads; colours of the figures; differing words underlined; nothing cut, on a wide screen or a phone."
+    with Server(tmp_path, child_env, '--theme', theme) as server:
+        text = server.text()
+        assert text.index('starts the server')<text.index('token=')<text.index('listens there')
+        p = Page(browser, server.address(), ready='.sl-wait')
+        seen = []
+        def done():
+            seen.append(p.page.locator('body').inner_text())
+            return p.page.locator('.sl-table').count()>0
+        p.wait(done, 'the first answers')
+        said = '\n'.join(seen)
+        assert 'Step 1 of 3: starts torch' in said and re.search(r'\b\d+ s\b', said)
+        p.wait(lambda: 'took' in p.message(), 'the end')
+        # each button that is on has the colour of the figures, and can be read
+        for n in ('float','bw4','bw8','w2a8'):
+            c = profile_style(n).color
+            color,contrast = p.button(n).evaluate(CONTRAST)
+            assert color==f'rgb({int(c[1:3], 16)}, {int(c[3:5], 16)}, {int(c[5:], 16)})' and contrast>=4.5
+            assert p.page.locator('.sl-chip', has_text=re.compile(f'^{n}$')).evaluate(CONTRAST)==[color, contrast]
+        # words that differ are underlined, and told in words
+        t = p.table()
+        assert 'differ' in t['w2a8']['beside float'] and t['float']['beside float']=='the reference'
+        marked = p.page.locator('.sl-stacked mark')
+        assert marked.count()>0 and 'underline' in marked.first.evaluate('e => getComputedStyle(e).textDecorationLine')
+        # answers before settings
+        def top(what): return p.page.locator(what).first.bounding_box()['y']
+        assert top('.sl-stacked')<top('.sl-figure')<top('.sl-fold')
+        for title in ('Another model','Bits by hand'): p.unfold(title)
+        for d in p.page.locator('summary').all(): d.click()
+        for width in (1400, 390):
+            p.page.set_viewport_size(dict(width=width, height=900)); p.page.wait_for_timeout(500)
+            assert p.outside()==[], width
+        # on a phone a row is a block, whose numbers have their heads before them
+        cell = p.page.locator('.sl-stacked td.sl-number').first
+        assert 'sure of the first token' in cell.evaluate('e => getComputedStyle(e, "::before").content')
+        p.page.close()
+
 @needs_browser
 def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
     "It has no float weights: the page says so, and compares with the profile of the most bits."
@@ -224,10 +299,12 @@ def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
     assert main(['freeze', 'mine', '--out', 'mine.safetensors'])==0
     with Server(tmp_path, child_env, 'mine.safetensors', 'mine', '--max-sessions', 1) as server:
         p = Page(browser, server.address())
-        assert set(p.table())=={'bw8','bw4'} and p.table()['bw8']['largest layer error, %']=='–'
+        assert set(p.table())=={'bw8','bw4'} and p.table()['bw8']['largest layer error']=='–'
+        p.page.get_by_text('native steps, as a server has it').wait_for()
         p.field('Show').select_option(index=0)
         p.page.get_by_text('no float weights, so the error').wait_for()
         # a checkpoint, in the page that is open
+        p.unfold('Another model')
         p.field('Model').select_option(label=str(tmp_path/'mine'))
         p.page.get_by_role('button', name='Load', exact=True).click()
         p.wait(lambda: 'float' in p.table(), 'the checkpoint')
