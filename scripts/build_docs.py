@@ -1,9 +1,10 @@
 """Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages; and the live page in it,
 for which the embedded model is trained: a minute or two.
 
-`--plain` always makes plain pages; `--pages` too, without the live page. `--check` reports what is wrong with the pages instead (dead links, raw references,
-figures without a caption, names without documentation, an old README) and writes nothing outside `_proc`. `--readme`
-writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own processing."""
+`--plain` always makes plain pages; `--pages` too, without the live page. `--check` reports what is wrong with the pages
+instead (dead links, raw references, figures without a caption, names without documentation, an old README) and writes
+nothing outside `_proc`. `--readme` writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own
+processing."""
 import shutil, subprocess, sys
 from docsite import checks, live, readme, site
 from docsite.pages import make_page
@@ -45,7 +46,7 @@ def build(plain=False, with_live=True):
     print(f'the site is in {DOCS.name}/: open {DOCS.name}/index.html')
 
 if __name__=='__main__':
-    commands = {'': build, '--plain': lambda: build(plain=True), '--pages': lambda: build(True, False),
+    commands = {'': build, '--plain': lambda: build(plain=True), '--pages': lambda: build(plain=True, with_live=False),
                 '--check': check, '--readme': write_readme}
     arg = ' '.join(sys.argv[1:])
     if arg not in commands: sys.exit(f"{arg}: needs one of {', '.join(filter(None, commands))}, or nothing")

@@ -84,7 +84,8 @@ BAD = dict(
     overlap=('<p>One</p><p style="margin-top:-2.5em">Two</p>', 'overlap: '),
     image=('<img src="none.svg" alt="x">', 'no image: none.svg'),
     pale=('<p style="color:#999">pale</p>', 'light: contrast 2.8'),
-    dark=('<style>@media (prefers-color-scheme:dark) { body { background: #222 } }</style><p style="color:#444">dim</p>', 'dark: contrast 1.'))
+    dark=('<style>@media (prefers-color-scheme:dark) { body { background: #222 } }</style><p style="color:#444">dim</p>',
+          'dark: contrast 1.'))
 
 @pytest.mark.parametrize('bad', BAD)
 def test_what_is_wrong_with_a_page_is_seen(tab, tmp_path, bad):

@@ -1,5 +1,5 @@
 "The site: what notebooks become, what the check sees, how figures are saved, what a browser shows."
-import base64, inspect, json, shutil, sys
+import base64, inspect, json, re, shutil, sys
 from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
@@ -7,6 +7,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
 from docsite import apidoc, checks, pages, process, readme, site
+from docsite.colours import themed
+from switchable_llm.study.figures import ON_PAGE, STYLES
 import execute_notebooks
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><text>a</text></svg>'
@@ -106,6 +108,14 @@ def test_search_knows_sections_without_code():
     assert [s['href'] for s in found]==['page.html', 'page.html#bits-how-many', 'page.html#other']
     assert found[1]['text']=='Widths count.' and found[1]['title']=='Bits: how many' and 'a_b' not in found[2]['text']
 
+def test_start_how_report_and_live_come_first_and_chapters_have_numbers():
+    (top,front),(book,chapters),*parts = process.contents()
+    assert not top and [n for n,_ in front]==['index.ipynb','how.ipynb','06_report.ipynb','live/index.html']
+    assert [label.split()[0] for _,label in chapters]==list('012345') and book=='The book'
+    assert max(len(label) for _,rooms in parts for _,label in rooms)<=32
+    head = process.numbered("---\ntitle: 'A: b'\ndescription: c\n---\n", '3 ')
+    assert pages.split_front_matter(new_notebook(cells=[new_raw_cell(head)]))[0]==dict(title='3 A: b', description='c')
+
 # --- what the check sees --------------------------------------------------------------------------------------------
 
 def test_a_good_page_has_no_problem():
@@ -172,6 +182,38 @@ def test_entries_of_the_three_kinds_of_values():
     long = pages.pandoc(apidoc.table([('how', 'int | None', '1', 'a | b'), ('x', 'int', '2', 'words '*40)]))
     assert [td.get_text() for td in long.find_all('td')][:4]==['how', 'int | None', '1', 'a | b']
 
+def test_signs_in_comments_are_no_markdown():
+    said = apidoc.table([('n', 'int', '', '2**bits or 3**bits, ~4, `a*b*c`, <x> and $y$')])
+    assert pages.pandoc(said).find_all('td')[2].get_text()=='2**bits or 3**bits, ~4, a*b*c, <x> and $y$'
+    assert pages.pandoc(said).select('strong, em, sub, math')==[]
+
+def test_a_type_alone_has_no_table():
+    def f(a) -> int: "Doc."
+    class C:
+        "Doc."
+        @property
+        def size(self) -> int: "How **many**."
+    assert apidoc.entry('f', lambda: 0, False).count('|')==0
+    text = apidoc.entry('C.size', C.size.fget, True)
+    assert text=='```python\nC.size -> int\n```\n\n*How \\*\\*many\\*\\*.*'
+
+LINKED = '[`text`](/x/data/text.html#text)'
+
+@pytest.mark.parametrize('text,known,kept', [
+    (LINKED, set(), False), (LINKED, {'text'}, True),
+    ('[`use_profile`](/x/core/switching.html#use_profile)', set(), True),
+    (f'### f {{.api}}\n\n| {LINKED} | `str` | What {LINKED} says |', {'text'}, False),
+    ('[`text`](data/text.ipynb#text)', set(), True)])
+def test_plain_words_and_parameters_are_no_links_to_something_else(text, known, kept):
+    honest = process.honest_links(text, known)
+    assert honest==(text if kept else text.replace(LINKED, '`text`'))
+
+def test_a_method_with_an_entry_of_its_own_is_not_in_its_class_too():
+    whole,own = '### C {.api}\n\na\n\n#### C.f {.api}\n\nb\n\n#### C.g {.api}\n\nc\n','#### C.f {.api}\n\nb\n'
+    assert process.once([whole, own, 'prose'])==[whole.replace('#### C.f {.api}\n\nb\n\n', ''), own, 'prose']
+    twice = pages.make_page('00_quantizers.ipynb', new_notebook(cells=[new_markdown_cell(own+'\n'+own)]))
+    assert any('C.f is documented 2 times' in p for p in checks.api([twice]))
+
 def test_a_link_inside_a_link_is_undone():
     twice = '[[`Task`](https://e.org/#task)](a.html#task)'
     assert process._link_in_link.sub(r'[\1](\2)', twice)=='[`Task`](a.html#task)'
@@ -188,6 +230,39 @@ def test_readme_is_plain_markdown_with_its_pictures():
     start = '# T\n\nD\n\nSee Figure 1. [ch](nbs/00_quantizers.ipynb)\n\n![Two lines](index_files/fig-a.svg)\n\n*What '
     assert text.startswith(start) and '## Head\n' in text and '```\n2\n```' in text
     assert ':::' not in text and 'plot()' not in text and files['index_files/fig-a.svg']==SVG.encode()
+
+# --- colours --------------------------------------------------------------------------------------------------------
+
+def luminance(color):
+    c = [int(color[i:i+2], 16)/255 for i in (1, 3, 5)]
+    return sum(w*(x/12.92 if x<=.04045 else ((x+.055)/1.055)**2.4) for w,x in zip((.2126, .7152, .0722), c))
+
+def contrast(a, b):
+    low,high = sorted(luminance(c)+.05 for c in (a, b))
+    return high/low
+
+def test_every_colour_is_text_on_both_pages_and_profiles_differ_in_grey():
+    "4.5 for text (so 3 for marks), on the pages of the plain site and of Quarto's cosmo and darkly."
+    css = (site.ASSETS/'site.css').read_text()
+    backs = dict(light=['#ffffff'], dark=['#222222', *re.findall(r'dark; --back: (#\w+)', css)])
+    assert len(backs['dark'])==3 and '--back: #fff;' in css
+    for k,theme in enumerate(backs):
+        pale = {c: contrast(c[k], b) for c in ON_PAGE.values() for b in backs[theme] if contrast(c[k], b)<4.5}
+        assert not pale
+        greys = [116*luminance(ON_PAGE[STYLES[p].color][k])**(1/3)-16 for p in ('bw8','bw6','mixed8648','w4a8','bw4')]
+        assert all(b-a>5 for a,b in zip(greys, greys[1:]))
+    assert len({STYLES[p].marker for p in STYLES})==len(STYLES)-1   # uniform8 is bw8
+
+def test_a_saved_figure_takes_the_colours_of_its_page():
+    svg = '<svg><style>*{}</style><text fill="#7f7f7f">a</text><path stroke="#365e89"/></svg>'
+    light,dark = themed(svg).split('@media (prefers-color-scheme:dark)')
+    assert '[fill="#7f7f7f"]{fill:#5f6672}' in light and '[stroke="#365e89"]{stroke:#068efd}' in dark
+    cells = themed(svg.replace('</svg>', '<text fill="#ffffff">8</text></svg>'))   # white words stand on coloured areas
+    assert 'text[fill="#365e89"]' in cells and '}[fill="#365e89"]' not in cells
+
+def test_no_page_asks_anybody_for_a_font():
+    assert not re.search(r'@import|url\(', (site.ASSETS/'site.css').read_text()+(ROOT/'nbs/styles.css').read_text())
+    assert '$web-font-path: false' in (ROOT/'nbs/fonts.scss').read_text() and not list(checks.config(ROOT/'_quarto.yml'))
 
 # --- figures in notebooks -------------------------------------------------------------------------------------------
 

@@ -105,6 +105,8 @@ def api(pages):
     "Exported names without documentation on their chapter's page, or with a parameter or field that it leaves out."
     for p in pages:
         module = module_of(NBS/p.notebook)
+        entries = Counter(h.get_text().strip() for h in p.body.select('.api'))
+        yield from (f'{p.name}: {n} is documented {k} times' for n,k in entries.items() if k>1)
         for name,o in apidoc.exported(module).items() if module else []:
             entry = api_entry(p, name)
             if entry is None: yield f'{p.name}: {name} is not documented; show_doc it'; continue
@@ -117,7 +119,10 @@ def api(pages):
 def config(path):
     "Settings of the site that its own words rely on."
     fmt = yaml.safe_load(path.read_text(encoding='utf-8'))['format']['html']
-    if not {'light','dark'} <= set(fmt.get('theme', {})): yield f'{path.name}: needs a light and a dark theme'
+    themes = fmt.get('theme', {})
+    if not {'light','dark'} <= set(themes): yield f'{path.name}: needs a light and a dark theme'
+    if not fmt.get('respect-user-color-scheme'): yield f'{path.name}: the theme does not follow the system'
+    if any('fonts.scss' not in t for t in themes.values()): yield f'{path.name}: a theme without fonts.scss fetches fonts'
 
 def problems(pages, notebooks):
     "Everything that is wrong, for pages and the processed notebooks that they were made from."

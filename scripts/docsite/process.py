@@ -26,9 +26,10 @@ def number(path):
     return f"{int(path.stem[:2])} " if path in rooms(PARTS[1]) else ''
 
 def label(path):
-    "The number, and the title without what it finds: what a sidebar has room for."
+    "The number, and the title without what it finds, or the room's name if that is a sentence: a sidebar has little room."
     if path==NBS/'index.ipynb': return 'Start here'
-    return number(path)+heading(path).partition(':')[0].replace('`', '')
+    short = heading(path).partition(':')[0].replace('`', '')
+    return number(path)+(short if len(short)<=32 else path.stem.replace('_', ' ').capitalize())
 
 def contents():
     "Pages by part, `[(part, [(address, label)])]`; what comes before the book has no part, and the live page is there."

@@ -58,7 +58,7 @@ def plot_profiles(
 
 # %% ../../nbs/findings/plots.ipynb #ed6866f6
 def _spots(w, h):   # where a label of this size may stand: offset of its anchor, and of its lower left corner
-    for d in (9, 16):
+    for d in (9, 16, 24):
         for dx,dy,a in ((d,0,0), (-d,0,1), (d,d,0), (-d,d,1), (d,-d,0), (-d,-d,1), (0,1.6*d,.5), (0,-1.6*d,.5)):
             yield (dx, dy),(dx-w*a, dy-h/2)
 
@@ -72,12 +72,12 @@ def _label(fig, ax, points):   # name, x, y, color: beside each point, where the
     px = 72/fig.dpi   # labels measured in points, some 5.7 x 10 a letter
     pos = {n:ax.transData.transform((x, y))*px for n,x,y,_ in points}
     bars = [a.get_window_extent().get_points().ravel()*px+(-2,0,2,0) for a in ax.lines]
-    boxes,frame = [np.r_[p-6, p+6] for p in pos.values()]+bars,np.r_[ax.bbox.p0, ax.bbox.p1]*px
+    boxes,frame,words = [np.r_[p-6, p+6] for p in pos.values()]+bars,np.r_[ax.bbox.p0, ax.bbox.p1]*px,[]
     for n,x,y,c in points:
         size = np.array([5.7*len(n), 10])
         places = [(offset, pos[n]+corner) for offset,corner in _spots(*size)]
-        (dx,dy),corner = min(places, key=lambda p: _covered(p[1], p[1]+size, boxes, frame))
-        boxes.append(np.r_[corner, corner+size])
+        (dx,dy),corner = min(places, key=lambda p: _covered(p[1], p[1]+size, boxes+4*words, frame))   # words on words are the worst
+        words.append(np.r_[corner, corner+size])
         side = 'center' if dx==0 else 'left' if dx>0 else 'right'
         ax.annotate(n, (x, y), (dx, dy), textcoords='offset points', ha=side, va='center', color=c)
 
