@@ -1,13 +1,13 @@
 """Every page of the site as a reader sees it: on a wide screen and on a phone, light and dark. A page that is wider than the
 screen, words that are cut off, pale or on top of each other, an image that is missing, and the same in figures."""
-import json, os, re, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from PIL import Image
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/'scripts'))
 from check import copy_tree
-from docsite.colours import themed
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium is installed')
@@ -106,18 +106,16 @@ def test_what_is_wrong_with_a_figure_is_seen(tab, text, said):
 
 def test_a_figure_follows_the_theme_of_its_page(site, tab, tmp_path):
     "Its grey words are dark on the light page and light on the dark one, also when the button says so and not the system."
-    name = 'index_files/fig-index-profiles.svg'
     figure = next(p for p in sorted(site.rglob('*.svg')) if 'fill="#7f7f7f"' in p.read_text())
     page = next(p for p in pages(site) if figure.name in p.read_text())
     def darkest():
         box = tab.locator(f'img[src$="{figure.name}"]').first
         png = tmp_path/'shot.png'; box.screenshot(path=png)
-        from PIL import Image
-        return sorted(min(Image.open(png).convert('L').getdata()) for _ in '1')[0], max(Image.open(png).convert('L').getdata())
+        grey = Image.open(png).convert('L')
+        return grey.getextrema()
     tab.set_viewport_size(WIDE); tab.emulate_media(color_scheme='light'); tab.goto(page.as_uri())
     tab.evaluate('look.layout()')
     light = darkest()
     tab.click('#theme'); dark = darkest()
     tab.evaluate("localStorage.removeItem('theme')")
-    print(light, dark)
     assert light[0]<110 and dark[1]>150
