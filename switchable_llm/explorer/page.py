@@ -145,7 +145,7 @@ def serve_page(
     **sessions,          # More settings of `Sessions`
 ):
     "Serve a page until Ctrl-C, or the end of the process."
-    server = dict(headers={'Referrer-Policy':'same-origin'}, log_function=quiet, ws_ping_timeout=30_000)   # as long as its interval
+    server = dict(headers={'Referrer-Policy':'same-origin'}, log_function=quiet)
     kernels = dict(max_sessions=max_sessions, cull_idle_timeout=max(1, int(60*idle)),
                    cull_connected=True, cull_interval=5)
     config = Config(
