@@ -1,8 +1,8 @@
 """Build the documentation site into `_docs`, with Quarto if it is installed, else as plain pages; and the live page in it,
 for which the embedded model is trained: a minute or two.
 
-`--plain` always makes plain pages; `--pages` too, without the live page. `--check` reports what is wrong with the pages
-instead (dead links, raw references, figures without a caption, names without documentation, an old README) and writes
+`--plain` always makes plain pages; `--pages` too, with a live page that has no model. `--check` reports what is wrong with the
+pages instead (dead links, raw references, figures without a caption, names without documentation, an old README) and writes
 nothing outside `_proc`. `--readme` writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own
 processing."""
 import shutil, subprocess, sys
@@ -40,7 +40,8 @@ def build(plain=False, with_live=True):
         if not plain: print('Quarto is not installed (https://quarto.org): writing plain pages')
         site.write([make_page(n, nb) for n,nb in read_pages().items()], DOCS)
     shutil.rmtree(DOCS/live.NAME, ignore_errors=True)   # Quarto copies what pages link to
-    if with_live:
+    if not with_live: shutil.copytree(live.FOLDER, DOCS/live.NAME)   # its pictures are on other pages too
+    else:
         print('training the adapters of the live page')
         live.write(DOCS/live.NAME)
     print(f'the site is in {DOCS.name}/: open {DOCS.name}/index.html')

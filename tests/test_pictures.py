@@ -64,7 +64,7 @@ def test_words_in_figures_are_whole(site, tab):
     for i in range(0, len(names), 20): found |= figure_faults(tab, {n: all_[n] for n in names[i:i+20]})
     assert len(names)>50 and not found
 
-@pytest.mark.parametrize('words', ['load', 'my data', 'serve', 'export', 'own model', 'family', 'fewest bits', 'llama.cpp', 'profile'])
+@pytest.mark.parametrize('words', ['load', 'own data', 'serve', 'export', 'own model', 'family', 'fewest bits', 'llama.cpp', 'profile'])
 def test_search_finds_how_things_are_done(site, tab, words):
     tab.set_viewport_size(WIDE); tab.goto((site/'study/arms.html').as_uri())
     tab.fill('#search', words)

@@ -33,13 +33,14 @@ def plain_text(e):
     return re.sub(r'\s+([.,;:!?)])', r'\1', re.sub(r'\s+', ' ', text)).strip()
 
 def sections(page):
-    "What search knows: `{page, title, href, text}` for the page and each of its sections."
+    "What search knows: `{page, title, href, text}` for the page and each of its sections; recipes are marked."
     short = page.title.partition(':')[0]
     now = dict(page=short, title=page.title, href=page.name, text=re.sub('<[^>]+>', '', page.description))
     for e in page.body.find_all(True, recursive=False):
         if e.name in ('h2','h3','h4') and e.get('id'):
             yield now
             now = dict(page=short, title=plain_text(e), href=f"{page.name}#{e['id']}", text='')
+            if page.name=='how.html': now['recipe'] = 1
         else: now['text'] = f"{now['text']} {plain_text(e)}".strip()
     yield now
 

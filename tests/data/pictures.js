@@ -5,7 +5,12 @@ const short = s => s.trim().replace(/\s+/g, ' ').slice(0, 50)
 const scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX)
 const within = (a, b) => ({left: Math.max(a.left, b.left), right: Math.min(a.right, b.right), top: Math.max(a.top, b.top), bottom: Math.min(a.bottom, b.bottom)})
 const meet = (a, b, by) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > by && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > by
-const drawn = e => e.checkVisibility({opacityProperty: true, visibilityProperty: true, contentVisibilityAuto: true})
+const forEars = e => { const s = getComputedStyle(e); return s.position === 'absolute' && (/^rect\(0|^rect\(1px, 1px/.test(s.clip) || s.clipPath === 'inset(50%)') }
+const drawn = e => {   // and not there for screen readers alone
+  if (!e.checkVisibility({opacityProperty: true, visibilityProperty: true, contentVisibilityAuto: true})) return false
+  for (let x = e; x; x = x.parentElement) if (forEars(x)) return false
+  return true
+}
 const words = root => {   // text nodes that are drawn
   const found = [], walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT)
   for (let n; n = walk.nextNode();) if (n.data.trim() && !n.parentElement.closest('script,style,annotation,template') && drawn(n.parentElement)) found.push(n)

@@ -41,7 +41,7 @@ const more = e => e.classList.toggle('more', e.scrollWidth - e.clientWidth - e.s
 const sizes = new ResizeObserver(changes => changes.forEach(c => more(c.target)))
 for (const e of document.querySelectorAll('.scroll, main pre')) { sizes.observe(e); e.addEventListener('scroll', () => more(e), {passive: true}) }
 
-// Search: every word of the query must begin a word of the section; titles count more.
+// Search: every word of the query must begin a word of the section; titles count more, and of those recipes.
 const words = s => s.toLowerCase().normalize('NFKD').match(/[\p{L}\p{N}]+/gu) ?? []
 const load = () => window.SEARCH ? Promise.resolve() : new Promise(done => document.head.append(make('script', {src: root.dataset.root + 'search.js', onload: done})))
 const starts = (text, q) => text.some(w => w.startsWith(q))
@@ -51,7 +51,7 @@ function find(query) {
   return window.SEARCH.map(s => {
     s.titleWords ??= words(s.title); s.pageWords ??= words(s.page); s.textWords ??= words(s.text)
     if (!qs.every(q => starts(s.titleWords, q) || starts(s.pageWords, q) || starts(s.textWords, q))) return null
-    const whole = s.titleWords.join('') === qs.join('') ? 20 : 0
+    const whole = s.titleWords.join('') === qs.join('') ? 20 : s.recipe && qs.every(q => starts(s.titleWords, q)) ? 15 : 0
     return {s, score: whole + qs.reduce((n, q) => n + 5 * starts(s.titleWords, q) + 2 * starts(s.pageWords, q) + starts(s.textWords, q), 0)}
   }).filter(Boolean).sort((a, b) => b.score - a.score).slice(0, 12)
 }
