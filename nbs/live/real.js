@@ -2,7 +2,8 @@
 // `ANSWERS` (answers.js) is what scripts/docsite/live.py takes of the record; `make`, `level` and `percent` are page.js's.
 
 const MEGA = 1e6, GIGA = 1e9
-const order = Object.keys(ANSWERS?.costs ?? {}).sort((a, b) => ANSWERS.costs[b].bops - ANSWERS.costs[a].bops)
+const REAL = window.ANSWERS   // not there, or null, without a record
+const order = Object.keys(REAL?.costs ?? {}).sort((a, b) => REAL.costs[b].bops - REAL.costs[a].bops)
 
 function wordsOf(pieces) {   // [[word, probability]]: a piece that begins with a space begins a word
   const words = []
@@ -12,37 +13,37 @@ function wordsOf(pieces) {   // [[word, probability]]: a piece that begins with 
   }
   return words.filter(([w]) => w)
 }
-const rightOf = name => ANSWERS.questions.filter(q => q.said[name].em).length
+const rightOf = name => REAL.questions.filter(q => q.said[name].em).length
 const coloured = ([text, p]) => make('span', {className: `word ${level(p)}`}, text, ' ', make('small', {}, percent(p)))
 
 function showReal() {
-  const q = ANSWERS.questions[$('real-question').value]
+  const q = REAL.questions[$('real-question').value]
   $('real-context').textContent = q.context
   const mark = s => s.em ? ['right', '✓ right'] : s.f1 > 0 ? ['', '≈ in part'] : ['wrong', '✗ wrong']
   $('real-answers').tBodies[0].replaceChildren(...order.map(name => {
-    const said = q.said[name], cost = ANSWERS.costs[name], words = wordsOf(said.words), [kind, text] = mark(said)
+    const said = q.said[name], cost = REAL.costs[name], words = wordsOf(said.words), [kind, text] = mark(said)
     return make('tr', {},
-      make('th', {scope: 'row'}, name),
+      make('th', {scope: 'row'}, name === 'float' ? 'float, untrained' : name),
       make('td', {className: 'said'}, ...words.length ? words.flatMap(w => [coloured(w), ' ']) : ['(nothing)']),
       make('td', {className: kind}, text),
       make('td', {className: 'number'}, `${Math.round(cost.bytes / MEGA)} MB`),
       make('td', {className: 'number'}, (cost.bops / GIGA).toFixed(1)),
-      make('td', {className: 'number'}, `${rightOf(name)} of ${ANSWERS.questions.length}`))
+      make('td', {className: 'number'}, `${rightOf(name)} of ${REAL.questions.length}`))
   }))
   $('real-truth').textContent = `It counts as right: ${q.answers.join('; or ')}.`
 }
 
-if (ANSWERS) {
-  $('real-question').replaceChildren(...ANSWERS.questions.map((q, i) => make('option', {value: i}, `${i + 1}. ${q.question}`)))
+if (REAL) {
+  $('real-question').replaceChildren(...REAL.questions.map((q, i) => make('option', {value: i}, `${i + 1}. ${q.question}`)))
   $('real-question').onchange = showReal
   const turn = step => () => {
-    const n = ANSWERS.questions.length
+    const n = REAL.questions.length
     $('real-question').value = (Number($('real-question').value) + step + n) % n
     showReal()
   }
   $('real-before').onclick = turn(-1)
   $('real-next').onclick = turn(1)
-  $('real-how').textContent = ANSWERS.how
+  $('real-how').textContent = REAL.how
   $('real').hidden = false
   showReal()
 }

@@ -64,7 +64,7 @@ def make_switchable(
     experts:str='quantized', # What a mixture's experts are: 'quantized', or 'float' as they are
     seed:int=0,              # Of the numbers that adapters begin with
 )->list[str]: # Names of the layers that became switchable
-    "Give every layer switchable bits, and adapters: by default one for all widths, which [the study](../06_report.ipynb) found best."
+    "Give every layer switchable bits, and adapters: by default one for all widths, of rank `r` ([the study](../06_report.ipynb))."
     if fault := lora_fault(r, alpha, 0.): raise ValueError(fault)   # before the model is touched
     one_of('route', route, ROUTES)
     profiles = [as_profile(p) for p in profiles]

@@ -204,8 +204,17 @@ def _improved(subject, findings):   # of losses: less is better
     where = f'where it does best ({best.claim}), '*(len(findings)>1)
     return f'**{subject} {_verdict(findings)}**; {where}the loss moves by {_moved(best)} nats per token of the answer'
 
-def _arms_said(subject, question):
-    return lambda study, preset: _improved(subject, arm_findings(study.of(preset, 'arms'), question))
+def _arms_said(subject, question, without='none'):   # all claims but those of an arm that is something else
+    def said(study, preset):
+        found = arm_findings(study.of(preset, 'arms'), question)
+        return _improved(subject, [f for f in found if not f.claim.startswith(without)])
+    return said
+
+def _routes_said(study, preset):
+    found = arm_findings(study.of(preset, 'arms'), 'routes')
+    own,beside = ([f for f in found if f.claim.startswith(f'`{r}`')] for r in ('bits','shared+bits'))
+    told = _improved('A small adapter for each width, instead of one for all,', own)
+    return told and told+f'; beside one for all it {_verdict(beside)}'*bool(beside)
 
 def _price_said(study, preset):
     found = arm_findings(study.of(preset, 'arms'), 'price')
@@ -228,10 +237,10 @@ def _chance_said(study, preset):
 
 ONE_MINUTE = {   # topic -> its sentence, for one preset; empty where there is no record
     'What precision costs':_price_said,
-    'Adapters':_arms_said('A small adapter for each width, instead of one for all,', 'routes'),
+    'Adapters':_routes_said,
     'Bits for each layer':lambda study, preset: _improved(
         'Choosing bits for each layer, against the best simple profile,', allocation_findings(study.of(preset, 'allocation'))),
-    'Teachers':_arms_said('A teacher, at equal bit-operations,', 'objectives'),
+    'Teachers':_arms_said('A teacher, at equal bit-operations,', 'objectives', '`ranges`'),
     'Cyclic precision':_arms_said('Cyclic precision', 'cycles'),
     'Random precision':_chance_said}
 

@@ -90,7 +90,7 @@ def against(
     return make(text or f'`{a[0]}` at {a[1]}', d, score!='f1', sizes, SCORES[score][2])
 
 # %% ../../nbs/findings/arms.ipynb #507d5826
-DEFAULT = 'shared'   # Route of the joint run
+DEFAULT = 'shared'   # The route that the others are compared to
 
 def _scored(runs):   # the preset's profiles, in its order
     return runs[DEFAULT][0]['config']['preset']['profiles'] if DEFAULT in runs else []
@@ -277,8 +277,8 @@ def route_said(
     better = list(dict.fromkeys(f.claim.split('`')[1] for f in found if outcome(f)=='helps'))
     if not found: return ''
     if better: return f"{capital(listed([f'`{b}`' for b in better]))} helps somewhere: look there before you take a route."
-    return (f"No other route is better by the margin anywhere, so the library's default is `{DEFAULT}`. With `bits` a width can be "
-            'added or trained anew later, and the others do not move.')
+    return (f'No other route is shown to be better by the margin anywhere, so `make_switchable` and `train` take `{DEFAULT}`. With '
+            '`bits` a width can be added or trained anew later, and the others do not move.')
 
 def _numbers(findings, factor=1):   # all, or where they end
     if len(findings)<=FEW: return said(findings, factor)
