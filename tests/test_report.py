@@ -172,7 +172,7 @@ def test_one_minute_is_six_sentences_with_a_number_each_of_the_real_model_where_
     assert len(said)==6
     for topic,text in said.items():
         assert text.startswith('**') and text.count('**')==2 and len(re.findall(r'\[[-\d., ]+\]', text))<=1, text
-        assert len(text.split())<=60, text
+        assert len(text.split())<=70, text   # the routes have two clauses
     assert said[COST].endswith('(SmolLM2-135M).') if real.of('smollm2', 'arms') else said[COST].endswith('(embedded model).')
 
 def test_the_number_of_the_minute_is_that_of_the_best_or_the_worst_comparison():
