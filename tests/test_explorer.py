@@ -172,7 +172,6 @@ class Page:
             e => { const r = e.getBoundingClientRect(); return r.width && r.right>innerWidth+1 && !scrolls(e); });
           return [...wide.map(e => e.outerHTML.slice(0, 80)),
                   ...(document.scrollingElement.scrollWidth>innerWidth ? ['the page itself'] : [])]; }''')
-    def leave(self): self.page.goto('about:blank'); self.page.close()   # as a person does: the page can say that it goes
     def field(self, label): return self.page.get_by_label(label, exact=True)
     def write(self, label, text): self.field(label).fill(text); self.field(label).press('Tab')
 
@@ -240,7 +239,7 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         body = p.page.locator('body').inner_text().replace('Error of the layers', '')
         assert not any(w in body for w in ('Traceback', 'Error', 'Loading weights'))
         assert all('fontawesome' in u for u in p.asked), p.asked
-        p.leave()
+        p.page.close()
         assert 'Traceback' not in server.text(), server.text()
         server.wait(lambda: not server.kernels(), 'the kernel to end with its page')
         assert server.interrupt()==0 and 'Traceback' not in server.text(), server.text()
@@ -289,7 +288,7 @@ def test_how_the_page_looks(browser, child_env, tmp_path, theme):
         # on a phone a row is a block, whose numbers have their heads before them
         cell = p.page.locator('.sl-stacked td.sl-number').first
         assert 'sure of the first token' in cell.evaluate('e => getComputedStyle(e, "::before").content')
-        p.leave()
+        p.page.close()
 
 @needs_browser
 def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
@@ -318,6 +317,6 @@ def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
         assert 'with the token' in other.locator('body').inner_text()
         other.close()
         p.toggle('bw4'); p.wait(lambda: set(p.table())=={'bw8'}, 'bw4 to go')
-        p.leave()
+        p.page.close()
         server.wait(lambda: not server.kernels(), 'the kernel to end with its page')
         assert 'Traceback' not in server.text()
