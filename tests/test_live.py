@@ -353,7 +353,7 @@ def test_the_real_model_answers_from_its_record(address, browser):
             words = ' '.join(''.join(w for w,_ in q['said'][name]['words']).split())
             assert all(w in said for w in words.split()) and ('%' in said)==bool(words)
             assert ('✓' in verdict)==bool(q['said'][name]['em'])
-            assert right==f"{sum(x['said'][name]['em'] for x in record['questions']):.0f} of 30"
+            assert right==f"{sum(x['said'][name]['em'] for x in record['questions']):.0f} of 30 right"
     p.page.click('#real-next')
     assert p.page.input_value('#real-question')=='0' and not p.errors
     p.context.close()

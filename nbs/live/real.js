@@ -27,8 +27,8 @@ function showReal() {
       make('td', {className: 'said'}, ...words.length ? words.flatMap(w => [coloured(w), ' ']) : ['(nothing)']),
       make('td', {className: kind}, text),
       make('td', {className: 'number'}, `${Math.round(cost.bytes / MEGA)} MB`),
-      make('td', {className: 'number'}, (cost.bops / GIGA).toFixed(1)),
-      make('td', {className: 'number'}, `${rightOf(name)} of ${REAL.questions.length}`))
+      make('td', {className: 'number'}, `${(cost.bops / GIGA).toFixed(1)} GBOPs`),
+      make('td', {className: 'number'}, `${rightOf(name)} of ${REAL.questions.length} right`))
   }))
   $('real-truth').textContent = `It counts as right: ${q.answers.join('; or ')}.`
 }
