@@ -57,7 +57,7 @@ def test_every_import_is_a_dependency():
             elif isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
             for top in {n.partition('.')[0] for n in names}-{'switchable_llm'}-set(sys.stdlib_module_names):
                 at = path.relative_to(ROOT/'switchable_llm').parts[0]
-                have = page if path.name in ('page.py','explorer.py') else base if at in serves else study
+                have = page if at=='explorer' else base if at in serves else study
                 if at=='server': have = cluster if path.name=='cluster.py' else server
                 assert {canonicalize_name(h) for h in holders[top]}&have, f'{path.name} imports {top}'
 

@@ -15,7 +15,10 @@ from switchable_llm.server.cluster import ClusterArgs, RemoteEngine, Replica, bu
 from switchable_llm.server.requests import Failed, Request
 
 pytestmark = families.native
-file = test_server.file   # a fixture
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    "With an adapter for each width: none of 3 bits."
+    return test_server.written(tmp_path_factory.mktemp('cluster')/'tiny.safetensors', 'bits')
 
 @pytest.fixture(scope='module')
 def cluster(child_env):

@@ -15,16 +15,17 @@ pytestmark = families.native
 PROFILES = 'bw8','bw6','w4a8'
 CHAT = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
-@pytest.fixture(scope='module')
-def file(tmp_path_factory):
+def written(path, route='shared'):
     "The embedded model in one file, with a chat template."
-    path = tmp_path_factory.mktemp('server')/'tiny.safetensors'
     model,tokenizer = sl.load('tiny')
     tokenizer.chat_template = CHAT
     torch.manual_seed(0)
-    sl.make_switchable(model, PROFILES)
+    sl.make_switchable(model, PROFILES, route=route)
     sl.freeze(model, path, tokenizer=tokenizer)
     return path
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory): return written(tmp_path_factory.mktemp('server')/'tiny.safetensors')
 
 @contextmanager
 def serving(file, *options, key=None, **env):
