@@ -104,7 +104,7 @@ def three_numbers(
 def _three(b):
     if 'store' in b:
         held = b['store']['results']['held']
-        yield ['weights for 4, 6 and 8 bits together (three float copies), MB',
+        yield ['weights of its layers, for 4, 6 and 8 bits together (three float copies), MB',
                f"**{held['packed, all widths']/1e6:.0f}** ({held['three float copies']/1e6:,.0f})"]
     if 'generate' in b:
         times = b['generate']['results']['decode']

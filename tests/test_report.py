@@ -177,8 +177,8 @@ def test_one_minute_is_six_sentences_with_a_number_each_of_the_real_model_where_
 
 def test_the_number_of_the_minute_is_that_of_the_best_or_the_worst_comparison():
     said = minute(arms(5, shared=dict(bw8=.0, bw6=.1, bw4=.02), float=0., bits=dict(bw8=.2, bw6=.1, bw4=-.2)))
-    assert 'where it does worst (`bw6`), the loss moves by +0.1' in said[COST]
-    assert 'where it does best (`bits` at bw4), the loss moves by -0.' in said[ROUTES]
+    assert 'at worst (`bw6`) the loss changes by +0.1' in said[COST]
+    assert 'at best (`bits` at bw4) the loss changes by -0.' in said[ROUTES]
     assert said[CHANCE]==said[CYCLES]=='No record yet.'
 
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------

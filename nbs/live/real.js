@@ -19,7 +19,7 @@ const coloured = ([text, p]) => make('span', {className: `word ${level(p)}`}, te
 function showReal() {
   const q = REAL.questions[$('real-question').value]
   $('real-context').textContent = q.context
-  const mark = s => s.em ? ['right', '✓ right'] : s.f1 > 0 ? ['', '≈ in part'] : ['wrong', '✗ wrong']
+  const mark = s => s.em ? ['right', '✓ right'] : s.f1 > 0 ? ['', '≈ shares words'] : ['wrong', '✗ wrong']
   $('real-answers').tBodies[0].replaceChildren(...order.map(name => {
     const said = q.said[name], cost = REAL.costs[name], words = wordsOf(said.words), [kind, text] = mark(said)
     return make('tr', {},

@@ -57,7 +57,7 @@ def make_switchable(
     model:PreTrainedModel,   # A causal language model of transformers; changed in place
     profiles:Iterable=('bw8','bw6','w4a8'), # Profiles, or names of built-in ones; `float` is always there
     cfg:QuantConfig=QuantConfig(act='per_token'), # How layers quantize
-    r:int=8,                 # Rank of the adapters
+    r:int=8,                 # Rank of the adapters; the study gives one for all widths 8 times their number
     alpha:float=16,          # Their scaling is `alpha/r`
     route:str='shared',      # Which adapter a layer uses: one that is 'shared', that of its 'bits', of the 'profile', or 'shared+bits'
     sites:dict[str,tuple[str,...]]|None=None, # Site -> patterns of module names, for a family that FAMILIES lacks

@@ -154,7 +154,9 @@ def chosen_preset(
     "The preset that the options describe; a `ValueError` where a setting cannot be."
     changed = {f.name:getattr(args, f.name) for f in fields(Preset) if f.name!='name' and hasattr(args, f.name)}
     changed = {k:tuple(v) if isinstance(v, list) else v for k,v in changed.items()}
-    preset = check_preset(replace(PRESETS[args.preset], **changed))
+    preset = PRESETS[args.preset]
+    if changed.get('data', preset.data)!=preset.data: changed = dict(train_n=None) | changed   # all of what a person brings
+    preset = check_preset(replace(preset, **changed))
     named_profiles(preset.profiles)     # unknown names and files, before a model is loaded
     return preset
 

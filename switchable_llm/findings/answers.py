@@ -51,7 +51,7 @@ def robustness_answer(
              f"{effects_said(chance)}. {capital(basis(len(joint), len(joint[0]['ids']), 'question'))}.",
              faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
              f"Random layers, the same: {answer_of(found['random_layer'])} {capital(effects_said(found['random_layer']))}.",
-             share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the own.',
+             share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
              training and f'Random-precision training, a random profile at inference: {said_of(training)}',
              f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.']
     return '\n'.join(filter(None, lines))
@@ -152,7 +152,7 @@ def directions_answer(
     "What is too close to call, and what it would take."
     fs,qs = _all_of(study, [preset]),[q for q in open_questions(study) if q.preset==preset]
     if not fs: return 'Open: there is no record.'
-    near = '; '.join(f'{q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
+    near = '; '.join(f'{q.topic}, {q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
     lost = [f'`{c}`' for c in missing_records(study) if c.endswith(f' {preset}')]
     once = 'With one seed nothing tells the spread between seeds: more of them come first.'
     lines = [f'{capital(_counted(fs))}.',
@@ -201,8 +201,8 @@ def _moved(f, factor=1):   # its effect, with a sign
 def _improved(subject, findings):   # of losses: less is better
     if not findings: return ''
     best = min(findings, key=lambda f: f.effect.value)
-    where = f'where it does best ({best.claim}), '*(len(findings)>1)
-    return f'**{subject} {_verdict(findings)}**; {where}the loss moves by {_moved(best)} nats per token of the answer'
+    where = f'at best ({best.claim}) '*(len(findings)>1)
+    return f'**{subject} {_verdict(findings)}**; {where}the loss changes by {_moved(best)} nats per token of the answer'
 
 def _arms_said(subject, question, without='none'):   # all claims but those of an arm that is something else
     def said(study, preset):
@@ -220,8 +220,8 @@ def _price_said(study, preset):
     found = arm_findings(study.of(preset, 'arms'), 'price')
     if not found: return ''
     worst = max(found, key=lambda f: f.effect.value)
-    where = f'where it does worst ({worst.claim}), '*(len(found)>1)
-    return (f'**Many widths from one file, against a float model trained alike: {in_a_word(found)}**; {where}the loss moves by '
+    where = f'at worst ({worst.claim}) '*(len(found)>1)
+    return (f'**Many widths from one file, against a float model trained alike: {in_a_word(found)}**; {where}the loss changes by '
             f'{_moved(worst)} nats per token of the answer')
 
 def _chance_said(study, preset):
@@ -233,7 +233,7 @@ def _chance_said(study, preset):
     if faults := attack_faults(joint): return f"{told}; {'; '.join(faults)}"
     at = f'radius {telling_radius(joint):g}'
     f = next(f for f in found if f.claim.startswith(f'{at}:'))
-    return f'{told}; under the worst attack of {at}, right answers move by {_moved(f, 100)} points'
+    return f'{told}; under the worst attack of {at}, right answers change by {_moved(f, 100)} points'
 
 ONE_MINUTE = {   # topic -> its sentence, for one preset; empty where there is no record
     'What precision costs':_price_said,
@@ -260,16 +260,17 @@ def methods(
     "How all of it was measured."
     runs = {p:study.of(p, 'arms') for p in PRESET_NAMES if study.of(p, 'arms')}
     if not runs: return 'There is no record yet.'
+    def answered(rs): return len(next(iter(rs[0]['scores'].values()))['f1'])
     def one(p, rs):
         cfg,seeds = rs[0]['config']['preset'],len({r['seed'] for r in rs})
         return (f"{PRESET_NAMES[p]} ({plural(seeds, 'seed')}, {max(r['steps'] for r in rs)} steps of {cfg['batch_size']} at most, "
-                f"{len(rs[0]['ids']):,} questions)")
+                f"{len(rs[0]['ids']):,} questions for the loss and {answered(rs):,} for F1)")
     return (f"{listed([one(p, rs) for p,rs in runs.items()])}. Arms of one question see the same data in the same order, and have as many "
             'adapter parameters; each is scored on the same questions, which nobody trained or tuned on, and compared question by '
             'question. Intervals are 95 %, over seeds and over articles (questions, where there are few articles), and hold together '
             f'for all comparisons of one question. An effect counts from {MARGIN:g} nats per token or {100*MARGIN:g} points of F1, set '
             'before the runs. An interval has one of four readings: it **helps**, it **hurts**, it **does not help by more than the '
-            'margin**, or it is **too close to call**.')
+            'margin**, or it is **too close to call**. A cost **is within the margin**, **loses more**, or is **too close to call**.')
 
 def leads(
     study:Study, # All records
@@ -294,7 +295,7 @@ def records_table(
     def asked(r):   # where a record says it differs from experiment to experiment
         config = r.get('config', {})
         said = [len(r.get('ids', ())), len(r.get('after', {}).get('ids', ())), r.get('score_questions'),
-                config.get('questions'), config.get('n')]
+                config.get('questions'), config.get('n'), len(r.get('questions', ()))]
         return next(filter(None, said), '–')
     rows = []
     for p,name in PRESET_NAMES.items():

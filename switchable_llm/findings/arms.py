@@ -199,7 +199,7 @@ def arm_table(
     if not runs: return '*No record yet.*'
     def row(arm, rs, p):
         em = 100*np.mean([r['scores'][p]['em'] for r in rs])
-        steps = ', '.join(f'{k} {v}' for k,v in rs[0]['exposure'].items()) or '–'
+        steps = ', '.join(f'{k}: {v:,}' for k,v in rs[0]['exposure'].items()) or '–'
         return [f'`{arm}`', f'`{p}`', level(rs, p).show(), level(rs, p, 'text').show(), level(rs, p, 'f1').show(100), f'{em:.1f}',
                 rs[0]['steps'], steps, len(rs)]
     heads = ['arm','profile','answer, nats','text, nats','F1 %','EM %','steps','steps of its adapters','seeds']
@@ -220,24 +220,25 @@ def score_table(
     rows = [[f'`{p}`', *(shown(n, p) for n in names)] for p in profiles]
     unit = 'F1 %' if score=='f1' else 'nats per token'
     alike = f"Float, trained alike: {shown('float', 'float')}. " if 'float' in runs else ''
-    return markdown_table([[unit, *(f'`{n}`' for n in names)], *rows], alike+_note(runs))
+    return markdown_table([[unit, *(f'`{n}`' for n in names)], *rows], alike+_note(runs, score))
 
-def _note(runs):
+def _note(runs, score=None):   # of one score, or of all of them
     r = next(iter(runs.values()))[0]
     asked,answered = len(r['ids']),len(next(iter(r['scores'].values()))['f1'])
     n = len(set(r['articles']))
     over = f'{n} articles' if n>=FEWEST else 'questions'
     some = {n:len(rs) for n,rs in runs.items()}
     uneven = ' Comparisons pair the seeds that both arms have, so they differ a little from these means.'*(len(set(some.values()))>1)
-    return (f'Loss over {asked:,} questions, F1 and EM over {answered:,}; 95 % intervals over {over}, and seeds where there are '
-            f'several.{uneven}')
+    counted = dict(f1=f'{answered:,} questions', answer=f'{asked:,} questions', text=f'{asked:,} questions')
+    what = counted.get(score, f'Loss over {asked:,} questions, F1 and EM over {answered:,}')
+    return f'{what}; 95 % intervals over {over}, and seeds where there are several.{uneven}'
 
 # %% ../../nbs/findings/arms.ipynb #6a575d8c
 _ASKED = dict(   # question -> what the sentence begins with
     routes='Own adapters for each width, alone or beside a shared one, against one adapter for all',
     price='Against the float model trained alike', alone='Trained together, against alone',
     cycles='Cyclic precision', widths='Random precision in training, against a static one',
-    objectives='Teachers, at equal bit-operations')
+    objectives='Other objectives, at equal bit-operations')
 
 def in_a_word(
     findings:Findings, # Of one question

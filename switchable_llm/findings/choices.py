@@ -91,7 +91,7 @@ def _missed(records, findings):   # budgets where the search chose worse than so
     worst,sure = max(lost, key=lambda f: f.effect.value),sum(f.effect.low>MARGIN for f in lost)
     where,rival = worst.claim.split(' against ')
     at = f'In {len(lost)} of {len(findings)} comparisons' if len(findings)>1 else 'In the one comparison'
-    matters = f', at {sure} by an amount that matters for certain' if len(findings)>1 else ''
+    matters = f', by more than the margin for certain in {sure or "none"}' if len(findings)>1 else ''
     return (f"{at} the search chose bits that lose more than a simple profile within the same budget{matters} "
             f"(most {where}: {worst.effect.show()} nats per token against {rival}); "
             f"{records[0]['search_questions']} questions chose them.")

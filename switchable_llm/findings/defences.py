@@ -304,7 +304,8 @@ def defence_table(
     rs = next(iter(arms.values()))
     note = (f"Right answers, %, without an attack and by radius, under the worst of all attackers; "
             f"{basis(max(map(len, arms.values())), len(rs[0]['ids']), 'question')}. The difference is shown where the best fixed "
-            'profile keeps nearest to half; its interval holds together with those of all radii and defences of one training.')
+            'profile keeps nearest to half; its interval holds together with those of all radii and defences of one training. '
+            'The best fixed profile of a question is chosen on the other half of the questions.')
     return markdown_table([heads, *rows], note)
 
 def _rows(training, records, radii):

@@ -188,8 +188,9 @@ def _stated(study, preset):   # statement -> what is found
         if not f: return no_record(preset, 'cycles')
         told = outcome(f)
         return f"{'' if told=='open' else 'it '}{OUTCOMES[told]}, {f.effect.show()} {f.unit}"
+    denied = 'not better than a static precision (four of five studies)'
     said = {'“more accurate than at a static precision” (Fu et al. 2021, of CNNs)':cycling('static_high'),
-            '“comparable or lower PPL” (study A), “does not beat a static precision” (four of five)':cycling('static_high=cyclic'),
+            f'“comparable or lower PPL” (study A), {denied}; here at equal bit-operations':cycling('static_high=cyclic'),
             '“no benefit over random switching” (study B)':cycling('random')}
     mlp = '“the MLP tolerates fewer bits than attention” (study A): where a bit is saved more cheaply'
     said[mlp] = cheaper_part(bits) if bits else no_record(preset, 'allocation')
