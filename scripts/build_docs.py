@@ -3,8 +3,8 @@ for which the embedded model is trained: a minute or two.
 
 `--plain` always makes plain pages; `--pages` too, with a live page that has no model. `--check` reports what is wrong with the
 pages instead (dead links, raw references, figures without a caption, names without documentation, an old README) and writes
-nothing outside `_proc`. `--readme` writes README.md and its figures from nbs/index.ipynb. All first run nbdev's own
-processing."""
+nothing outside `_proc`; `--check --pages` does both. `--readme` writes README.md and its figures from nbs/index.ipynb. All first
+run nbdev's own processing."""
 import shutil, subprocess, sys
 from docsite import checks, live, readme, site
 from docsite.pages import make_page
@@ -13,10 +13,11 @@ from project import ROOT
 
 DOCS = ROOT/'_docs'
 
-def check():
+def check(write=False):
     process()
     notebooks = read_pages()
     pages = [make_page(n, nb) for n,nb in notebooks.items()]
+    if write: write_pages(pages)
     for p in pages: print(f'{p.notebook} -> {p.name}: {len(str(p.body))//1024} KB, {len(p.files)} figures')
     bad = [*checks.problems(pages, notebooks), *readme.stale(notebooks['index.ipynb'])]
     print('\n'.join(bad))
@@ -30,25 +31,32 @@ def write_readme():
         (ROOT/p).parent.mkdir(exist_ok=True)
         (ROOT/p).write_bytes(b)
 
-def build(plain=False, with_live=True):
-    process()
+def write_pages(pages):
     shutil.rmtree(DOCS, ignore_errors=True)
+    site.write(pages, DOCS)
+    shutil.copytree(live.FOLDER, DOCS/live.NAME)   # its pictures are on other pages too
+
+def build(plain=False):
+    process()
     if shutil.which('quarto') and not plain:
+        shutil.rmtree(DOCS, ignore_errors=True)
         subprocess.run(['quarto', 'render', '--no-cache'], cwd=PROC, check=True)
         shutil.move(PROC/'_docs', DOCS)
     else:
         if not plain: print('Quarto is not installed (https://quarto.org): writing plain pages')
-        site.write([make_page(n, nb) for n,nb in read_pages().items()], DOCS)
+        write_pages([make_page(n, nb) for n,nb in read_pages().items()])
     shutil.rmtree(DOCS/live.NAME, ignore_errors=True)   # Quarto copies what pages link to
-    if not with_live: shutil.copytree(live.FOLDER, DOCS/live.NAME)   # its pictures are on other pages too
-    else:
-        print('training the adapters of the live page')
-        live.write(DOCS/live.NAME)
+    print('training the adapters of the live page')
+    live.write(DOCS/live.NAME)
     print(f'the site is in {DOCS.name}/: open {DOCS.name}/index.html')
 
+def build_pages():
+    process()
+    write_pages([make_page(n, nb) for n,nb in read_pages().items()])
+
 if __name__=='__main__':
-    commands = {'': build, '--plain': lambda: build(plain=True), '--pages': lambda: build(plain=True, with_live=False),
-                '--check': check, '--readme': write_readme}
+    commands = {'': build, '--plain': lambda: build(plain=True), '--pages': build_pages, '--check': check,
+                '--check --pages': lambda: check(write=True), '--readme': write_readme}
     arg = ' '.join(sys.argv[1:])
     if arg not in commands: sys.exit(f"{arg}: needs one of {', '.join(filter(None, commands))}, or nothing")
     commands[arg]()

@@ -19,6 +19,8 @@ METHOD = 'fork' if sys.platform=='linux' else 'spawn'
 WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft',
         'nbdev.test', 'pytest', 'switchable_llm.apps.packing', 'switchable_llm.apps.studying')
 LONGEST = ('test_cli.py', 'test_explorer.py', 'apps/studying.ipynb')
+WAITING = ('test_explorer.py', 'test_live.py', 'test_page.py')   # they wait for a browser more than they compute
+PICTURES = 'test_pictures.py'    # with the pages, which take minutes to build, where these are checked too
 
 class Task(NamedTuple):
     "Work that runs in a process of its own."
@@ -93,12 +95,16 @@ def show(running, r):
     said = '\n'.join([r.message.strip(), running.log()]).strip()
     print('    '+said.replace('\n', '\n    '), flush=True)
 
+def busy(running):
+    "Cores that tasks take, about."
+    return sum(.5 if r.task.name in WAITING else 1 for r in running)
+
 def run_all(tasks, home):
     "Run tasks, as many at once as there are cores; their results."
     waiting,running,results = list(enumerate(tasks)),[],[]
     try:
         while waiting or running:
-            while waiting and len(running)<min(cores(), 8):
+            while waiting and busy(running)<min(cores(), 8):
                 i,task = waiting.pop(0)
                 running.append(Running(task, home/str(i)))
             for r in [r for r in running if r.done()]:
@@ -200,11 +206,14 @@ def check_tests(folder, path):
 # --- the pages build ------------------------------------------------------------------------------------------------
 
 def check_docs(folder):
-    "nbdev's processing, links and a plain rendering of every page."
+    "nbdev's processing, links and a plain rendering of every page, as text and as pictures."
     copy = copy_tree(folder.resolve()/'copy')
     env = os.environ|dict(PYTHONPATH=str(copy))
-    rc = run([sys.executable, copy/'scripts/build_docs.py', '--check'], cwd=copy, env=env)
-    return verdict(rc and 'the pages have problems')
+    failed = run([sys.executable, copy/'scripts/build_docs.py', '--check', '--pages'], cwd=copy, env=env)
+    if failed: return verdict('the pages have problems')
+    os.environ['SITE'] = str(copy/'_docs')
+    seen = check_tests(folder, ROOT/'tests'/PICTURES)
+    return seen._replace(passed=seen.passed+1)
 
 # --- kernels are as fast as they were ---------------------------------------------------------------------------------
 
@@ -227,6 +236,11 @@ def tasks_of(section):
     name = lambda p: name_of(p) if p.is_relative_to(NBS) else p.name
     return [Task(name(p), check_notebook if p.suffix=='.ipynb' else check_tests, (p,)) for p in files]
 
+def without_twice(tasks):
+    "Pictures are looked at with the pages, where these are checked."
+    docs = any(t.work is check_docs for t in tasks)
+    return [t for t in tasks if not (docs and t.name==PICTURES)]
+
 def longest_first(task): return LONGEST.index(task.name) if task.name in LONGEST else len(LONGEST)
 
 def warm_up():
@@ -243,7 +257,7 @@ def main(sections):
     sys.path.insert(0, str(ROOT))
     warm_up()
     with tempfile.TemporaryDirectory() as home:
-        results = [*run_all(sorted(tasks, key=longest_first), Path(home)), *run_all(last, Path(home))]
+        results = [*run_all(sorted(without_twice(tasks), key=longest_first), Path(home)), *run_all(last, Path(home))]
     slow = sorted((tuple(s) for r in results for s in r.slow), reverse=True)[:10]
     if slow: print('\nslowest tests:\n'+'\n'.join(f'{s:6.0f} s  {n}' for s,n in slow))
     passed,failed,skips = (sum(r[i] for r in results) for i in range(3))

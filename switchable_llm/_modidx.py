@@ -1759,6 +1759,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                            'switchable_llm/findings/defences.py'),
                                                   'switchable_llm.findings.defences.effects_said': ( 'findings/defences.html#effects_said',
                                                                                                      'switchable_llm/findings/defences.py'),
+                                                  'switchable_llm.findings.defences.findings_of': ( 'findings/defences.html#findings_of',
+                                                                                                    'switchable_llm/findings/defences.py'),
                                                   'switchable_llm.findings.defences.fixed_of': ( 'findings/defences.html#fixed_of',
                                                                                                  'switchable_llm/findings/defences.py'),
                                                   'switchable_llm.findings.defences.kept_by': ( 'findings/defences.html#kept_by',

@@ -375,7 +375,7 @@ class Evaluation:
         counted = self.settings.get('counted') or f"{len(self.scores[0].ids)} questions{by}"
         over,bits = self.settings.get('over', 'them'),self.scores[0].cost.float_bits
         how = ' Not trained: this is what rounding alone costs.' if self.settings.get('untrained') else ''
-        return f"{counted}; 95 % bootstrap intervals over {over}; float counts as {bits} bits.{how}"
+        return f"{counted}; 95 % bootstrap intervals over {over}; float has no adapters and counts as {bits} bits.{how}"
     def _repr_markdown_(self):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self.table()]
         return '\n'.join([head, '|:--'+'|--:'*(len(self.table()[0])-1)+'|', *rows, '', f'*{self.caption}*'])

@@ -223,7 +223,7 @@ def test_the_game(browser, address):
         p.after(lambda: p.page.click('#back'))
         assert p.state()['p']=='w4a8'
         p.page.click('#par')
-        p.page.wait_for_selector('#par-text:has-text("everywhere answer from")', timeout=120_000)
+        p.page.wait_for_selector('#par-text:has-text("is the cheapest that answers")', timeout=120_000)
         p.page.reload(); p.page.wait_for_selector('#answer .word')
         assert 'Your best here: 16.7 %' in p.text('best') and not p.errors
 

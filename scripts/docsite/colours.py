@@ -14,4 +14,5 @@ def themed(svg):
     words stand on areas that were coloured for them, so these stay."""
     strict = 'fill="#ffffff"' in ''.join(re.findall('<text[^>]*>', svg))
     light,dark = (''.join(rules(k, strict)) for k in (0, 1))
-    return svg.replace('</style>', f'{light}@media (prefers-color-scheme:dark){{{dark}}}</style>', 1)
+    style = f'<style>{light}@media (prefers-color-scheme:dark){{{dark}}}</style>'
+    return re.sub('<svg[^>]*>', lambda m: m[0]+style, svg, count=1)

@@ -19,7 +19,8 @@ from .arms import (
     OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, outcome, route_said)
 from .choices import allocation_answer, allocation_findings
 from .defences import (
-    answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, kept_by, sanity_checks, said_of,
+    answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by, sanity_checks,
+    said_of,
     telling_radius, training_findings, transfer_share)
 from .verdicts import (
     COMMAND_OF, PRESET_NAMES, Study, capital, listed, markdown_table, no_record, spans_said, tried)
@@ -44,7 +45,7 @@ def robustness_answer(
     "Whether random precision defends as Double-Win Quant says, and why."
     rs = study.of(preset, 'robustness'); joint = by_arm(rs).get('joint', [])
     if not joint: return no_record(preset, 'robustness')
-    found,share = {d:defence_findings(joint, [d]) for d in ('random_profile','random_layer')},transfer_share(joint)
+    found,share = {d:findings_of(joint, d) for d in ('random_profile','random_layer')},transfer_share(joint)
     chance,faults = found['random_profile'],attack_faults(joint)
     training = training_findings(rs)
     lines = [f'{_agrees_with(chance)} Right answers, a random profile minus the best fixed one, under the worst of all attackers: '
@@ -63,7 +64,7 @@ def robustness_brief(
     "Random precision in a sentence or two."
     joint = study.of(preset, 'robustness', 'joint')
     if not joint: return ''
-    fs,faults = defence_findings(joint, ['random_profile']),attack_faults(joint)
+    fs,faults = findings_of(joint, 'random_profile'),attack_faults(joint)
     if faults: return f"{_agrees_with(fs)} {capital('; '.join(faults))}."
     return f'{_agrees_with(fs)} {_levels_said(joint)}' 
 
@@ -202,7 +203,8 @@ def _improved(subject, findings):   # of losses: less is better
     if not findings: return ''
     best = min(findings, key=lambda f: f.effect.value)
     where = f'at best ({best.claim}) '*(len(findings)>1)
-    return f'**{subject} {_verdict(findings)}**; {where}the loss changes by {_moved(best)} nats per token of the answer'
+    told = f'{where}the loss changes by {_moved(best)} nats per token of the answer, {plural(best.seeds, "seed")}'
+    return f'**{subject} {_verdict(findings)}**; {told}'
 
 def _arms_said(subject, question, without='none'):   # all claims but those of an arm that is something else
     def said(study, preset):
@@ -222,18 +224,18 @@ def _price_said(study, preset):
     worst = max(found, key=lambda f: f.effect.value)
     where = f'at worst ({worst.claim}) '*(len(found)>1)
     return (f'**Many widths from one file, against a float model trained alike: {in_a_word(found)}**; {where}the loss changes by '
-            f'{_moved(worst)} nats per token of the answer')
+            f'{_moved(worst)} nats per token of the answer, {plural(worst.seeds, "seed")}')
 
 def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
     if not joint: return ''
-    found = defence_findings(joint, ['random_profile'])
+    found = findings_of(joint, 'random_profile')
     answer = answer_of(found)[:-1]
     told = f"**A precision drawn at random, against the best fixed profile: {answer[0].lower()+answer[1:]}**"
     if faults := attack_faults(joint): return f"{told}; {'; '.join(faults)}"
     at = f'radius {telling_radius(joint):g}'
     f = next(f for f in found if f.claim.startswith(f'{at}:'))
-    return f'{told}; under the worst attack of {at}, right answers change by {_moved(f, 100)} points'
+    return f'{told}; under the worst attack of {at}, right answers change by {_moved(f, 100)} points, {plural(f.seeds, "seed")}'
 
 ONE_MINUTE = {   # topic -> its sentence, for one preset; empty where there is no record
     'What precision costs':_price_said,
@@ -263,7 +265,8 @@ def methods(
     def answered(rs): return len(next(iter(rs[0]['scores'].values()))['f1'])
     def one(p, rs):
         cfg,seeds = rs[0]['config']['preset'],len({r['seed'] for r in rs})
-        return (f"{PRESET_NAMES[p]} ({plural(seeds, 'seed')}, {max(r['steps'] for r in rs)} steps of {cfg['batch_size']} at most, "
+        trained = f"{max(r['steps'] for r in rs)} steps of {plural(cfg['batch_size'], 'question')} at most"
+        return (f"{PRESET_NAMES[p]} (up to {plural(seeds, 'seed')}, {trained}, "
                 f"{len(rs[0]['ids']):,} questions for the loss and {answered(rs):,} for F1)")
     return (f"{listed([one(p, rs) for p,rs in runs.items()])}. Arms of one question see the same data in the same order, and have as many "
             'adapter parameters; each is scored on the same questions, which nobody trained or tuned on, and compared question by '

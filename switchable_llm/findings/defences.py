@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'STEPS', 'DRAWS', 'LEFT', 'WORDS', 'TRAINED', 'defence_scores', 'fixed_of', 'best_fixed', 'kept_by',
-           'radii_of', 'sanity_checks', 'attack_faults', 'word_of', 'defence_findings', 'training_findings',
-           'answer_of', 'effects_said', 'said_of', 'transfer_claim', 'transfer_share', 'earlier_statements',
-           'telling_radius', 'defence_table', 'outcomes_said', 'robustness_verdicts']
+           'radii_of', 'sanity_checks', 'attack_faults', 'word_of', 'defence_findings', 'findings_of',
+           'training_findings', 'answer_of', 'effects_said', 'said_of', 'transfer_claim', 'transfer_share',
+           'earlier_statements', 'telling_radius', 'defence_table', 'outcomes_said', 'robustness_verdicts']
 
 # %% ../../nbs/findings/defences.ipynb #19a0d806
 import numpy as np
@@ -181,6 +181,13 @@ def defence_findings(
         return _better(text, records, records, score, kept_by(records, d, r, score), kept_by(records, 'best_fixed', r, score), fault)
     return decide(claim(d, r) for d in defences for r in radii_of(records))
 
+def findings_of(
+    records:Iterable[dict],    # Records of one preset and arm, one for each seed
+    defence:str,               # One of `DEFENCES`
+)->Findings: # One for each radius; may be empty
+    "What `defence_findings` says of one defence, decided together with the others."
+    return Findings(f for f in defence_findings(records) if f'`{defence}`' in f.claim)
+
 def training_findings(
     records:Iterable[dict],    # Records of one preset; any arms
     defence:str='random_profile', # Which
@@ -309,11 +316,11 @@ def defence_table(
     return markdown_table([heads, *rows], note)
 
 def _rows(training, records, radii):
-    found,at = defence_findings(records),telling_radius(records)
+    at = telling_radius(records)
     share = lambda d: [f'{100*kept_by(records, d, r).mean():.1f}' for r in (0., *radii)]
     for n in (*fixed_of(records[0]), 'best_fixed'): yield [training, _CALLED.get(n, n.removeprefix('fixed_')), *share(n), '', '']
     for d in DEFENCES:
-        own = Findings(f for f in found if f'`{d}`' in f.claim)
+        own = findings_of(records, d)
         shown = next(f for f in own if f.claim.startswith(f'{_where(at)}:'))
         yield [training, _CALLED[d], *share(d), f'{shown.effect.show(100)} at {at:g}', outcomes_said(own)]
 
