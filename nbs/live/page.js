@@ -182,7 +182,8 @@ async function par() {   // the same bits for all layers, the cheapest first
     if (answer(q, b).text !== q.answer) continue
     const {w, a} = b[0].mlp_in
     const name = a === null ? `w${w}` : `w${w}a${a}`
-    $('par-text').textContent = `Of bits that are the same everywhere, ${name} is the cheapest that answers: ${tenths(shareOf(b))} of float's. Dearer ones may fail, and a mix may do with less.`
+    const found = `Of bits that are the same everywhere, ${name} is the cheapest that answers: ${tenths(shareOf(b))} of float's.`
+    $('par-text').textContent = `${found} Dearer ones may fail, and a mix may do with less.`
     break
   }
   $('par').disabled = false
