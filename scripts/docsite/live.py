@@ -35,11 +35,11 @@ def answers():
     if not RECORD.is_file(): return None
     r = json.loads(RECORD.read_text(encoding='utf-8'))
     preset = r['config']['preset']
-    how = (f"SmolLM2-135M, {preset['steps']} steps of {preset['batch_size']} on SQuAD's questions, one adapter for all widths, one seed. "
+    how = (f"SmolLM2-135M, {preset['steps']} steps of {preset['batch_size']} questions of SQuAD, one adapter for all widths, one seed. "
            f"{len(r['questions'])} questions about paragraphs that were written for this page: the answers stand in a record of the study, "
            'and nothing is computed here. Right is an answer that is the expected one and no more (exact match). float is the model before '
-           'training: it answers in sentences, which that does not count. With one seed and so few questions, profiles that differ by a '
-           'few right answers may be equally good.')
+           'training: it often answers in sentences, which that does not count. With one seed and so few questions, profiles that differ '
+           'by a few right answers may be equally good.')
     return dict(how=how, costs=r['costs'], questions=[{k:q[k] for k in ('question','context','answers','said')} for q in r['questions']])
 
 def script(name, value): return f'window.{name} = {json.dumps(value)}\n'
