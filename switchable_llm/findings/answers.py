@@ -158,7 +158,7 @@ def directions_answer(
     once = 'With one seed nothing tells the spread between seeds: more of them come first.'
     lines = [f'{capital(_counted(fs))}.',
              near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
-             f'Not run: {listed(lost)}.' if lost else 'Every experiment of the report was run.',
+             f'Not run, or not all arms of it: {listed(lost)}.' if lost else 'Every experiment of the report was run.',
              once*any(f.seeds==1 for f in fs)]
     return '\n'.join(filter(None, lines))
 
