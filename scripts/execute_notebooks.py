@@ -69,7 +69,7 @@ def plain_svg(svg):
     svg = re.sub(r'\bstyle="([^"]*)"', attributes, svg)
     svg = re.sub(r'\b(?:d|points|transform|x|y|width|height|viewBox)="[^"]*"', short, svg)
     svg = re.sub(r' id="[a-z0-9.]+_\d+"', '', svg)   # matplotlib's counters, to which nothing refers
-    svg,n = re.subn(r'<defs>\s*<style[^>]*>\*\{([^}]*)\}</style>\s*</defs>', '', svg)   # a rule for all would beat attributes
+    svg,n = re.subn(r'<defs>\s*<style[^>]*>\*\{[^}]*\}</style>\s*</defs>', '', svg)   # a rule for all would beat attributes
     if n: svg = svg.replace('<svg', '<svg stroke-linejoin="round" stroke-linecap="butt"', 1)
     fonts = re.findall(r' font-family="[^"]*"', svg)
     if len(set(fonts))==1: svg = svg.replace(fonts[0], '').replace('<svg', f'<svg{fonts[0]}', 1)

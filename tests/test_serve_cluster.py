@@ -15,6 +15,7 @@ from switchable_llm.server.cluster import ClusterArgs, RemoteEngine, Replica, bu
 from switchable_llm.server.requests import Failed, Request
 
 pytestmark = families.native
+
 @pytest.fixture(scope='module')
 def file(tmp_path_factory):
     "With an adapter for each width: none of 3 bits."

@@ -45,13 +45,13 @@ def robustness_answer(
     "Whether random precision defends as Double-Win Quant says, and why."
     rs = study.of(preset, 'robustness'); joint = by_arm(rs).get('joint', [])
     if not joint: return no_record(preset, 'robustness')
-    found,share = {d:findings_of(joint, d) for d in ('random_profile','random_layer')},transfer_share(joint)
-    chance,faults = found['random_profile'],attack_faults(joint)
+    found,share = defence_findings(joint),transfer_share(joint)
+    chance,layers,faults = findings_of(found, 'random_profile'),findings_of(found, 'random_layer'),attack_faults(joint)
     training = training_findings(rs)
     lines = [f'{_agrees_with(chance)} Right answers, a random profile minus the best fixed one, under the worst of all attackers: '
              f"{effects_said(chance)}. {capital(basis(len(joint), len(joint[0]['ids']), 'question'))}.",
              faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
-             f"Random layers, the same: {answer_of(found['random_layer'])} {capital(effects_said(found['random_layer']))}.",
+             f"Random layers, the same: {answer_of(layers)} {capital(effects_said(layers))}.",
              share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
              training and f'Random-precision training, a random profile at inference: {said_of(training)}',
              f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.']
@@ -64,7 +64,7 @@ def robustness_brief(
     "Random precision in a sentence or two."
     joint = study.of(preset, 'robustness', 'joint')
     if not joint: return ''
-    fs,faults = findings_of(joint, 'random_profile'),attack_faults(joint)
+    fs,faults = findings_of(defence_findings(joint), 'random_profile'),attack_faults(joint)
     if faults: return f"{_agrees_with(fs)} {capital('; '.join(faults))}."
     return f'{_agrees_with(fs)} {_levels_said(joint)}' 
 
@@ -229,7 +229,7 @@ def _price_said(study, preset):
 def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
     if not joint: return ''
-    found = findings_of(joint, 'random_profile')
+    found = findings_of(defence_findings(joint), 'random_profile')
     answer = answer_of(found)[:-1]
     told = f"**A precision drawn at random, against the best fixed profile: {answer[0].lower()+answer[1:]}**"
     if faults := attack_faults(joint): return f"{told}; {'; '.join(faults)}"

@@ -182,11 +182,11 @@ def defence_findings(
     return decide(claim(d, r) for d in defences for r in radii_of(records))
 
 def findings_of(
-    records:Iterable[dict],    # Records of one preset and arm, one for each seed
-    defence:str,               # One of `DEFENCES`
+    findings:Findings, # Of `defence_findings`
+    defence:str,       # One of `DEFENCES`
 )->Findings: # One for each radius; may be empty
-    "What `defence_findings` says of one defence, decided together with the others."
-    return Findings(f for f in defence_findings(records) if f'`{defence}`' in f.claim)
+    "What was found of one defence, decided together with the others."
+    return Findings(f for f in findings if f'`{defence}`' in f.claim)
 
 def training_findings(
     records:Iterable[dict],    # Records of one preset; any arms
@@ -316,11 +316,11 @@ def defence_table(
     return markdown_table([heads, *rows], note)
 
 def _rows(training, records, radii):
-    at = telling_radius(records)
+    found,at = defence_findings(records),telling_radius(records)
     share = lambda d: [f'{100*kept_by(records, d, r).mean():.1f}' for r in (0., *radii)]
     for n in (*fixed_of(records[0]), 'best_fixed'): yield [training, _CALLED.get(n, n.removeprefix('fixed_')), *share(n), '', '']
     for d in DEFENCES:
-        own = findings_of(records, d)
+        own = findings_of(found, d)
         shown = next(f for f in own if f.claim.startswith(f'{_where(at)}:'))
         yield [training, _CALLED[d], *share(d), f'{shown.effect.show(100)} at {at:g}', outcomes_said(own)]
 
@@ -342,7 +342,7 @@ def robustness_verdicts(
         for d in DEFENCES if a in arms else ():
             for s,fs in found.items():
                 key = f"{_CALLED[d].capitalize()} against the best fixed, {UNITS[s] if s=='nll' else 'right answers'}, {TRAINED[a]}"
-                out[key] = said_of(Findings(f for f in fs if f'`{d}`' in f.claim))
+                out[key] = said_of(findings_of(fs, d))
     for b in ('joint','fixed_attack'):
         fs = Findings(f for f in training_findings(records) if f'`{b}`' in f.claim)
         out[f'Random-precision training against {TRAINED[b]}'] = said_of(fs)
