@@ -17,7 +17,9 @@ from switchable_llm.explorer.page import serve_page, write_page
 with tempfile.TemporaryDirectory() as tmp:
     os.environ['JUPYTER_PATH'] = tmp
     def tell(address): print(address, flush=True)
-    serve_page(write_page(tmp, '6*7'), int(sys.argv[1]), browser=False, tell=tell, **eval(sys.argv[2]))
+    settings = eval(sys.argv[2])
+    page = write_page(tmp, settings.pop('cell', '6*7'))
+    serve_page(page, int(sys.argv[1]), browser=False, tell=tell, **settings)
 """
 
 def free_port():
@@ -211,6 +213,16 @@ def test_a_kernel_without_a_page_ends(served):
         time.sleep(11)                         # and twice as long as the server waits between two looks
         assert not gone(kernel) and len(s.kernels())==1
     s.wait(lambda: gone(kernel) and not s.kernels(), 'the other kernel to end')
+
+def test_a_kernel_without_a_page_ends_also_when_it_is_busy(served):
+    "Nobody can see what comes of its work."
+    s = served(lonely_timeout=5., cell='import time; time.sleep(600)')
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(s.page)           # waits for the cell
+        s.wait(s.kernels, 'the kernel')
+        s.wait(lambda: not s.kernels(), 'the busy kernel to end')
+        s.end(signal.SIGTERM)
+        opened.exception()
 
 def test_a_page_that_nobody_uses_loses_its_kernel(served):
     s = served(idle=.1, lonely_timeout=3600.)

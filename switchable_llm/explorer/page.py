@@ -6,11 +6,9 @@
 __all__ = ['HOSTS', 'write_page', 'Sessions', 'Refusal', 'AddressOnly', 'needs_token', 'quiet', 'PageServer', 'serve_page']
 
 # %% ../../nbs/explorer/page.ipynb #a0a39b2c
-import asyncio, errno, json, secrets, signal, sys, threading, webbrowser
-from datetime import timedelta
+import asyncio, errno, json, secrets, signal, sys, threading, time, webbrowser
 from pathlib import Path
 from typing import Callable
-from jupyter_server._tz import utcnow
 from jupyter_server.auth.identity import IdentityProvider
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado.httpserver import HTTPServer
@@ -61,10 +59,9 @@ class Sessions(AsyncMappingKernelManager):
                                     'again with a larger --max-sessions')
 
     async def cull_kernel_if_idle(self, kernel_id):
-        kernel = self.get_kernel(kernel_id)
-        gone = not self.kernel_model(kernel_id)['connections'] and kernel.execution_state!='busy'
-        long_ago = utcnow()-kernel.last_activity>timedelta(seconds=self.lonely_timeout)
-        if gone and long_ago: await self.shutdown_kernel(kernel_id)
+        kernel,now = self.get_kernel(kernel_id),time.monotonic()
+        if self.kernel_model(kernel_id)['connections'] or not hasattr(kernel, 'had_a_page'): kernel.had_a_page = now
+        if now-kernel.had_a_page>self.lonely_timeout: await self.shutdown_kernel(kernel_id)   # whatever it does
         else: await super().cull_kernel_if_idle(kernel_id)
 
 # %% ../../nbs/explorer/page.ipynb #2f493c52
