@@ -235,14 +235,14 @@ def test_the_page_in_a_browser(browser, child_env, tmp_path):
         p.page.get_by_role('button', name='Train adapters', exact=True).click()
         p.page.get_by_text('adapters trained for 5 steps').wait_for()
         p.wait(lambda: 'took' in p.message(), 'the trained model')
-        # every control has a name, every picture a text; nothing of Python's shows; no network but for Voilà's own icons
+        # every control has a name, every picture a text; nothing of Python's shows; no network
         def count(what, lacks): return p.page.evaluate(f'[...document.querySelectorAll("{what}")].filter(e => {lacks}).length')
         controls = '.sl-app input, .sl-app select, .sl-app textarea'
         assert count(controls, '!(e.labels?.length && e.labels[0].innerText.trim())')==0
         assert count('.sl-app img', '!e.alt || !e.naturalWidth')==0
         body = p.page.locator('body').inner_text().replace('Error of the layers', '')
         assert not any(w in body for w in ('Traceback', 'Error', 'Loading weights'))
-        assert all('fontawesome' in u for u in p.asked), p.asked
+        assert p.asked==[]
         p.leave(server)
         assert 'Traceback' not in server.text(), server.text()
         assert server.interrupt()==0 and 'Traceback' not in server.text(), server.text()
