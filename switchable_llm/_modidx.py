@@ -1659,6 +1659,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                            'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.in_a_word': ( 'findings/arms.html#in_a_word',
                                                                                           'switchable_llm/findings/arms.py'),
+                                              'switchable_llm.findings.arms.in_each': ( 'findings/arms.html#in_each',
+                                                                                        'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.level': ( 'findings/arms.html#level',
                                                                                       'switchable_llm/findings/arms.py'),
                                               'switchable_llm.findings.arms.outcome': ( 'findings/arms.html#outcome',

@@ -16,7 +16,7 @@ from ..study.records import PRESETS
 from ..search.intervals import MARGIN
 from ..study.statistics import Finding, Findings, basis, plural
 from .arms import (
-    OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, outcome, route_said)
+    OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, in_each, outcome, route_said)
 from .choices import allocation_answer, allocation_findings
 from .defences import (
     answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by, sanity_checks,
@@ -193,7 +193,7 @@ def answers(
 def _verdict(findings):   # 'helps in 2 and is too close to call in 1 of 3 comparisons'
     counts,words = Counter(map(outcome, findings)),OUTCOMES | dict(open='is too close to call')
     seen = [(w, counts[k]) for k,w in words.items() if counts[k]]
-    if len(seen)==1: return seen[0][0]+' in every comparison'*(len(findings)>1)
+    if len(seen)==1: return in_each(seen[0][0], len(findings))
     return f"{listed([f'{w} in {n}' for w,n in seen])} of {len(findings)} comparisons"
 
 def _moved(f, factor=1):   # its effect, with a sign
@@ -281,7 +281,8 @@ def leads(
     "What is bold in the sentences on the first model."
     first = next(iter(PRESET_NAMES))
     said = (re.search(r'\*\*(.+?)\*\*', tried(make, study, first) or '') for make in ONE_MINUTE.values())
-    return '\n'.join(f'- {m[1]}.' for m in said if m) or '*No record yet.*'
+    told = '\n'.join(f'- {m[1]}.' for m in said if m) or '*No record yet.*'
+    return told.replace('the margin', f'the margin ({MARGIN} nats)', 1)
 
 def as_list(
     said:dict, # Title -> text

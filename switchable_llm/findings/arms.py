@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SCORES', 'FEWEST', 'FEW', 'DEFAULT', 'QUESTIONS', 'outcome', 'by_arm', 'level', 'against', 'arm_findings',
-           'said', 'plot_routes', 'cost_table', 'arm_table', 'score_table', 'in_a_word', 'arm_answer', 'route_said',
-           'arm_brief', 'plot_claims']
+           'said', 'plot_routes', 'cost_table', 'arm_table', 'score_table', 'in_each', 'in_a_word', 'arm_answer',
+           'route_said', 'arm_brief', 'plot_claims']
 
 # %% ../../nbs/findings/arms.ipynb #4e354289
 import math
@@ -240,6 +240,15 @@ _ASKED = dict(   # question -> what the sentence begins with
     cycles='Cyclic precision', widths='Random precision in training, against a static one',
     objectives='Other objectives, at equal bit-operations')
 
+def in_each(
+    said:str,     # One of the words of `OUTCOMES`
+    of:int,       # Comparisons that it is said of
+)->str: # 'hurts in every comparison'
+    "One outcome, said of all comparisons; a negation is said of none of them."
+    if of==1: return said
+    no = OUTCOMES['no']
+    return f"{no.replace('does not help', 'helps')} in no comparison" if said==no else f'{said} in every comparison'
+
 def in_a_word(
     findings:Findings, # Of one question
 )->str: # 'helps in 2, too close to call in 1 of 3 comparisons'
@@ -247,7 +256,7 @@ def in_a_word(
     if all(_is_better(f) for f in findings):
         seen = {k:[f for f in findings if outcome(f)==k] for k in OUTCOMES}
         if one := next((k for k,fs in seen.items() if len(fs)==len(findings)), ''):
-            return OUTCOMES[one]+' in every comparison'*(len(findings)>1)
+            return in_each(OUTCOMES[one], len(findings))
         parts = [f"{OUTCOMES[k]} in {len(fs)}" for k,fs in seen.items() if fs]
         return f"{', '.join(parts)} of {plural(len(findings), 'comparison')}"
     kept,lost,open_ = ([f.claim for f in findings if f.verdict==v] for v in ('confirmed','refuted','undecided'))
