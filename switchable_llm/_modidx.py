@@ -1587,6 +1587,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                    'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._told': ( 'findings/answers.html#_told',
                                                                                             'switchable_llm/findings/answers.py'),
+                                                 'switchable_llm.findings.answers._training_said': ( 'findings/answers.html#_training_said',
+                                                                                                     'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._verdict': ( 'findings/answers.html#_verdict',
                                                                                                'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers.answers': ( 'findings/answers.html#answers',

@@ -312,6 +312,7 @@ def test_a_packed_file(browser, child_env, tmp_path, toy_folder, monkeypatch):
         p.page.get_by_role('button', name='Load', exact=True).click()
         p.wait(lambda: 'float' in p.table(), 'the checkpoint')
         # the page loaded again: its place is free for it; a second one is told, and nothing of the first is lost
+        p.page.unroute_all()   # the report that the old one goes must not be held up
         p.page.reload(); p.page.wait_for_selector('.sl-table')
         other = browser.new_page()
         answer = other.goto(server.address())

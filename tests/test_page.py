@@ -167,7 +167,8 @@ def test_many_pages_at_once(one, served):
     assert s.token!=one.token and len(s.token)>=32
     with ThreadPoolExecutor(12) as pool: answers = list(pool.map(lambda _: s.page(), range(12)))
     assert sorted(a[0] for a in answers)==[200]*2+[503]*10 and len(s.kernels())==2
-    for status,_,text in answers:
+    for status,headers,text in answers:
+        assert headers['Content-Security-Policy'].startswith("default-src 'self'")
         if status==503: assert '2 of 2 pages are open' in text and '--max-sessions' in text
     assert s.page()[0]==503 and len(s.kernels())==2
 
@@ -214,14 +215,15 @@ def test_a_kernel_without_a_page_ends(served):
         assert not gone(kernel) and len(s.kernels())==1
     s.wait(lambda: gone(kernel) and not s.kernels(), 'the other kernel to end')
 
-def test_a_kernel_without_a_page_ends_also_when_it_is_busy(served):
-    "Nobody can see what comes of its work."
+def test_a_kernel_that_no_page_reaches_ends_also_when_it_is_busy(served):
+    "Nobody can see what comes of its work; a page connects when its cell has returned."
     s = served(lonely_timeout=5., cell='import time; time.sleep(600)')
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(s.page)           # waits for the cell
-        s.wait(s.kernels, 'the kernel')
-        s.wait(lambda: not s.kernels(), 'the busy kernel to end')
-        s.end(signal.SIGTERM)
+        try:
+            s.wait(s.kernels, 'the kernel')
+            s.wait(lambda: not s.kernels(), 'the busy kernel to end')
+        finally: s.end(signal.SIGTERM)
         opened.exception()
 
 def test_a_page_that_nobody_uses_loses_its_kernel(served):

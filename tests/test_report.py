@@ -79,7 +79,7 @@ def test_chosen_bits_are_praised_only_where_they_won(factor, says, real, folder)
     assert change(folder, 'tiny', 'allocation', scale)
     study = load_study(folder)
     said,longer = minute(study)[LAYERS],asked(study, BITS, 'tiny')
-    if says: assert says in said.split('**')[1] and ('lose more' in longer)==(factor>1)
+    if says: assert says in said.split('**')[1] and ('higher mean loss' in longer)==(factor>1)
     else: assert 'every' not in said.split('**')[1]
 
 # --- arms: planted, so that what they should say is known ---------------------------------------------------------------

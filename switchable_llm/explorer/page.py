@@ -133,7 +133,8 @@ class PageServer(Voila):
         threading.Thread(target=webbrowser.open, args=(opener.as_uri(),), daemon=True).start()
 
 # what a browser may load for the page: Voilà's template names icons elsewhere, which the page does not use
-INSIDE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
+INSIDE = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; "
+          "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}")   # to some browsers ws: is not 'self'
 
 def serve_page(
     page:str|Path,       # A notebook that `write_page` wrote
@@ -146,7 +147,7 @@ def serve_page(
     **sessions,          # More settings of `Sessions`
 ):
     "Serve a page until Ctrl-C, or the end of the process."
-    server = dict(headers={'Referrer-Policy':'same-origin', 'Content-Security-Policy':INSIDE}, log_function=quiet)
+    server = dict(headers={'Referrer-Policy':'same-origin', 'Content-Security-Policy':INSIDE.format(port=port)}, log_function=quiet)
     kernels = dict(max_sessions=max_sessions, cull_idle_timeout=max(1, int(60*idle)),
                    cull_connected=True, cull_interval=5)
     config = Config(

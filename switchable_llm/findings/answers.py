@@ -33,10 +33,16 @@ def _agrees_with(findings):   # the answer, and whether the paper says so too
 def _levels_said(joint):   # what is kept without an attack, and where half of it is lost
     at = telling_radius(joint)
     best = listed([f"`{n.removeprefix('fixed_')}`" for n in sorted(set(best_fixed(joint, at)))])
-    named = {f'the best fixed profile ({best})':'best_fixed', 'a random one':'random_profile', 'random layers':'random_layer'}
+    named = {f'the best fixed profile ({best} at {at:g})':'best_fixed', 'a random one':'random_profile', 'random layers':'random_layer'}
     shown = lambda d: f'{100*kept_by(joint, d).mean():.0f} % ({100*kept_by(joint, d, at).mean():.0f} %)'
     return (f"Right answers without an attack, and under the worst attack of radius {at:g} in brackets: "
             f"{', '.join(f'{name} {shown(d)}' for name,d in named.items())}.")
+
+def _training_said(found):   # random-precision training against each other training
+    against = dict(joint='joint training', fixed_attack='training against attacks at the highest profile')
+    for name,words in against.items():
+        fs = Findings(f for f in found if f.claim.endswith(f'than `{name}`'))
+        if fs: yield f'Random-precision training against {words}, both with a random profile at inference: {said_of(fs)}'
 
 def robustness_answer(
     study:Study,  # All records
@@ -53,7 +59,7 @@ def robustness_answer(
              faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
              f"Random layers, the same: {answer_of(layers)} {capital(effects_said(layers))}.",
              share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
-             training and f'Random-precision training, a random profile at inference: {said_of(training)}',
+             *_training_said(training),
              f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.']
     return '\n'.join(filter(None, lines))
 
@@ -280,9 +286,11 @@ def leads(
 )->str: # A list in Markdown
     "What is bold in the sentences on the first model."
     first = next(iter(PRESET_NAMES))
-    said = (re.search(r'\*\*(.+?)\*\*', tried(make, study, first) or '') for make in ONE_MINUTE.values())
-    told = '\n'.join(f'- {m[1]}.' for m in said if m) or '*No record yet.*'
-    return told.replace('the margin', f'the margin ({MARGIN} nats)', 1)
+    def lead(said):
+        margin = f'{MARGIN:g} nats' if 'nats per token' in said else f'{100*MARGIN:g} points'
+        bold = re.search(r'\*\*(.+?)\*\*', said)
+        return bold and f"- {bold[1].replace('the margin', f'{margin}', 1)}."
+    return '\n'.join(filter(None, (lead(tried(make, study, first) or '') for make in ONE_MINUTE.values()))) or '*No record yet.*'
 
 def as_list(
     said:dict, # Title -> text

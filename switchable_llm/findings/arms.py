@@ -241,13 +241,11 @@ _ASKED = dict(   # question -> what the sentence begins with
     objectives='Other objectives, at equal bit-operations')
 
 def in_each(
-    said:str,     # One of the words of `OUTCOMES`
-    of:int,       # Comparisons that it is said of
+    said:str,     # What is said of each, as in `OUTCOMES`
+    of:int,       # Comparisons
 )->str: # 'hurts in every comparison'
-    "One outcome, said of all comparisons; a negation is said of none of them."
-    if of==1: return said
-    no = OUTCOMES['no']
-    return f"{no.replace('does not help', 'helps')} in no comparison" if said==no else f'{said} in every comparison'
+    "The same outcome of all comparisons; 'not in every' would read as 'in some'."
+    return said if of==1 else f"{said} in {'any' if said==OUTCOMES['no'] else 'every'} comparison"
 
 def in_a_word(
     findings:Findings, # Of one question

@@ -92,7 +92,7 @@ def _missed(records, findings):   # budgets where the search chose worse than so
     where,rival = worst.claim.split(' against ')
     at = f'In {len(lost)} of {len(findings)} comparisons' if len(findings)>1 else 'In the one comparison'
     matters = f', by more than the margin for certain in {sure or "none"}' if len(findings)>1 else ''
-    return (f"{at} the search chose bits that lose more than a simple profile within the same budget{matters} "
+    return (f"{at} the chosen bits have a higher mean loss than a simple profile within the same budget{matters} "
             f"(most {where}: {worst.effect.show()} nats per token against {rival}); "
             f"{records[0]['search_questions']} questions chose them.")
 
