@@ -289,7 +289,7 @@ def leads(
     def lead(said):
         margin = f'{MARGIN:g} nats' if 'nats per token' in said else f'{100*MARGIN:g} points'
         bold = re.search(r'\*\*(.+?)\*\*', said)
-        return bold and f"- {bold[1].replace('the margin', f'{margin}', 1)}."
+        return bold and f"- {bold[1].replace('the margin', margin, 1)}."
     return '\n'.join(filter(None, (lead(tried(make, study, first) or '') for make in ONE_MINUTE.values()))) or '*No record yet.*'
 
 def as_list(
