@@ -10,7 +10,7 @@ from switchable_llm.core.profiles import PROFILES, Profile
 def by_eye(low, high, above, below):
     "What an interval shows, told by the numbers in it and nothing else."
     if low>above and high<below: return 'confirmed'
-    return 'refuted' if high<=above or low>=below else 'undecided'
+    return 'refuted' if high<=above or low>=below else 'too close to call'
 
 def random_family(rng):
     "One to twelve claims of any kind, on one to five seeds and two to forty examples, with and without ties."
@@ -68,8 +68,8 @@ def test_refuted_and_undecided_are_told_apart():
     assert 'open 1 of 2: vague' in both.say(words)
     # said once
     assert both.of('refuted').say(words).startswith('**<no>** clear (')
-    assert both.of('undecided').say(words).startswith('**<open>** vague (')
-    assert both.count()=='1 refuted, 1 undecided'
+    assert both.of('too close to call').say(words).startswith('**<open>** vague (')
+    assert both.count()=='1 refuted, 1 too close to call'
 
 @pytest.mark.parametrize('seeds', [1, 2, 3])
 def test_few_seeds_are_covered_or_said_to_be_few(seeds):
@@ -123,5 +123,5 @@ def test_no_step_is_sharper_than_the_interval():
     near += stats.t.ppf(1-.04/2, 59)*near.std(ddof=1)/math.sqrt(60)      # p = 0.04
     assert abs(stats.ttest_1samp(near, 0).pvalue-.04)<1e-9
     first,second = decide([Claim('clear', [clear], above=0), Claim('near', [near], above=0)])
-    assert (first.verdict, second.verdict)==('confirmed','undecided') and second.effect.low<0<second.effect.high
+    assert (first.verdict, second.verdict)==('confirmed','too close to call') and second.effect.low<0<second.effect.high
     assert decide(Claim('near', [near], above=0))[0].verdict=='confirmed'      # alone, at 95 %

@@ -147,11 +147,14 @@ def test_a_full_queue_has_room_for_another_caller(model):
 
 def test_long_prompts_of_one_caller_do_not_hold_up_another(model):
     with Engine(model, pause=1e-6, prefixes=0) as engine:   # prompts go in by the least pieces
-        long = [engine.submit(Request([5+i]*120, 8, 'w8a8', caller='many')) for i in range(8)]
-        while engine.stats()['running']<4: time.sleep(.001)
-        other = engine.submit(Request([7], 1, 'w8a8', caller='other'))
-        other.wait(60)
-        for a in long: a.wait(60)
+        for attempt in range(20):   # where the prompts were in before the other could ask, again
+            long = [engine.submit(Request([5+i]*120, 8, 'w8a8', caller='many')) for i in range(8)]
+            while not any(a.ended for a in long) and engine.stats()['running']<4: time.sleep(.001)
+            late = any(a.first for a in long)
+            other = engine.submit(Request([7], 1, 'w8a8', caller='other'))
+            other.wait(60)
+            for a in long: a.wait(60)
+            if not late: break
         assert sum(other.first<a.first for a in long)>=4
 
 def test_what_can_never_be_done_is_refused(model):

@@ -57,13 +57,13 @@ def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
         for topic,fs in study_findings(real, p).items():
             for f in fs:
                 told = read(f.effect, f.above, f.below)
-                if f.verdict not in ('confirmed','refuted','undecided') or f.verdict==told: continue
+                if f.verdict not in ('confirmed','refuted','too close to call') or f.verdict==told: continue
                 full = read(f.effect, f.above, f.below, room=False)
                 assert f.verdict==full=='refuted', (p, topic, f)
 
 def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
     text = as_list(minute(real))+''.join(answers(real).values())
-    for twice in ('Not decided. **undecided**', 'Open. open', '**Open.** Open', 'No verdict. No verdict', '..', '.**.', '::'):
+    for twice in ('Not decided. **too close to call**', 'Open. open', '**Open.** Open', 'No verdict. No verdict', '..', '.**.', '::'):
         assert twice not in text, twice
     assert 'not decided' not in text.lower()
 
@@ -119,7 +119,7 @@ def test_what_precision_costs_is_read_against_float_trained_alike():
     study = arms(shared=dict(bw8=.0, bw6=.1, bw4=.02), float=0.)
     lead = asked(study, ACCURACY, 'tiny').split('**')[1]
     assert lead=='Against the float model trained alike: `bw8` is within the margin; `bw6` loses more; `bw4`: too close to call.'
-    assert [f.verdict for f in arm_findings(study.of('tiny', 'arms'), 'price')]==['confirmed','refuted','undecided']
+    assert [f.verdict for f in arm_findings(study.of('tiny', 'arms'), 'price')]==['confirmed','refuted','too close to call']
     assert 'price' in study_findings(study, 'tiny') and [q.finding.claim for q in open_questions(study)]==['`bw4`']
 
 def test_a_route_that_serves_better_is_said_to_help():
@@ -165,7 +165,7 @@ def test_table_and_picture_hold_what_was_scored():
         f'`{a}``{p}`' for a in ('shared','bits','float','untrained') for p in (('float',) if a=='float' else PROFILES))
     drawn = {l.get_gid() for ax in plot_routes(rs).axes for l in ax.lines}
     assert {'f1-shared-bw8','answer-bits-bw4','f1-float','answer-untrained-bw6'}<=drawn
-    assert arm_answer(Study({}), 'tiny', 'cycles').startswith('Open: there is no record')
+    assert arm_answer(Study({}), 'tiny', 'cycles').startswith('Not run yet: ')
 
 def test_one_minute_is_six_sentences_with_a_number_each_of_the_real_model_where_it_has_records(real):
     said = minute(real)
@@ -188,7 +188,7 @@ def test_the_number_of_the_minute_is_that_of_the_best_or_the_worst_comparison():
 def test_a_missing_record_is_missed_where_it_is_needed(folder, experiment, question):
     for p in PRESET_NAMES: shutil.rmtree(folder/p/experiment, ignore_errors=True)
     study = load_study(folder); said = answers(study)
-    for p in PRESET_NAMES: assert 'Open: there is no record; `switchable-llm' in line(said[question], p).split('\n')[0]
+    for p in PRESET_NAMES: assert 'Not run yet: `switchable-llm experiment' in line(said[question], p).split('\n')[0]
     verb = 'routes' if experiment=='arms' else experiment
     assert len([c for c in missing_records(study) if c.split(' --preset')[0].endswith(verb)])==len(PRESET_NAMES)
     minute(study); open_table(study); statements_table(study)

@@ -19,9 +19,8 @@ from .arms import (
     OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, in_each, outcome, route_said)
 from .choices import allocation_answer, allocation_findings
 from .defences import (
-    answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by, sanity_checks,
-    said_of,
-    telling_radius, training_findings, transfer_share)
+    TRAINED, answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by,
+    sanity_checks, telling_radius, trainings_compared, transfer_share)
 from .verdicts import (
     COMMAND_OF, PRESET_NAMES, Study, capital, listed, markdown_table, no_record, spans_said, tried)
 
@@ -38,12 +37,6 @@ def _levels_said(joint):   # what is kept without an attack, and where half of i
     return (f"Right answers without an attack, and under the worst attack of radius {at:g} in brackets: "
             f"{', '.join(f'{name} {shown(d)}' for name,d in named.items())}.")
 
-def _training_said(found):   # random-precision training against each other training
-    against = dict(joint='joint training', fixed_attack='training against attacks at the highest profile')
-    for name,words in against.items():
-        fs = Findings(f for f in found if f.claim.endswith(f'than `{name}`'))
-        if fs: yield f'Random-precision training against {words}, both with a random profile at inference: {said_of(fs)}'
-
 def robustness_answer(
     study:Study,  # All records
     preset:str,   # Name of a preset
@@ -53,13 +46,14 @@ def robustness_answer(
     if not joint: return no_record(preset, 'robustness')
     found,share = defence_findings(joint),transfer_share(joint)
     chance,layers,faults = findings_of(found, 'random_profile'),findings_of(found, 'random_layer'),attack_faults(joint)
-    training = training_findings(rs)
+    training = [f'Random-precision training compared with {TRAINED[b]}, both with a random profile at inference: {told}'
+                for b,told in trainings_compared(rs).items()]
     lines = [f'{_agrees_with(chance)} Right answers, a random profile minus the best fixed one, under the worst of all attackers: '
              f"{effects_said(chance)}. {capital(basis(len(joint), len(joint[0]['ids']), 'question'))}.",
              faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
              f"Random layers, the same: {answer_of(layers)} {capital(effects_said(layers))}.",
              share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
-             *_training_said(training),
+             *training,
              f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.']
     return '\n'.join(filter(None, lines))
 
@@ -99,7 +93,7 @@ def _all_of(study, presets):
     return Findings(f for p in presets for fs in study_findings(study, p).values() for f in fs)
 
 def _counted(findings):   # '44 comparisons, 12 of them too close to call'
-    return f"{plural(len(findings), 'comparison')}, {len(findings.of('undecided')) or 'none'} of them too close to call"
+    return f"{plural(len(findings), 'comparison')}, {len(findings.of('too close to call')) or 'none'} of them too close to call"
 
 class OpenQuestion(NamedTuple):
     "A comparison that is too close to call."
@@ -118,7 +112,7 @@ def open_questions(
     out = []
     for p in study.records:
         for topic,fs in study_findings(study, p).items():
-            out += [OpenQuestion(p, topic, f, times(f)) for f in fs if f.verdict=='undecided']
+            out += [OpenQuestion(p, topic, f, times(f)) for f in fs if f.verdict=='too close to call']
     return sorted(out, key=lambda q: q.times)
 
 def _much(x): return f'{x:.1f}' if x<9.95 else f'{x:.0f}' if x<1000 else 'more than 1,000'
@@ -158,7 +152,7 @@ def directions_answer(
 )->str: # In Markdown
     "What is too close to call, and what it would take."
     fs,qs = _all_of(study, [preset]),[q for q in open_questions(study) if q.preset==preset]
-    if not fs: return 'Open: there is no record.'
+    if not fs: return 'Not run yet: there is no record.'
     near = '; '.join(f'{q.topic}, {q.finding.claim} ({_much(q.times)} times as many)' for q in qs[:3])
     lost = [f'`{c}`' for c in missing_records(study) if c.endswith(f' {preset}')]
     once = 'With one seed nothing tells the spread between seeds: more of them come first.'

@@ -136,9 +136,9 @@ def said(
     factor:float=1,    # 100 for points of F1
 )->str: # 'helps: `cyclic` against random (-0.05 [-0.08, -0.03]); too close to call: ...'
     "Claims by outcome, with their effects."
-    kept = dict(confirmed='within the margin', refuted='worse', undecided='too close to call')
+    kept = dict(confirmed='within the margin', refuted='worse')
     groups = {}
-    for f in findings: groups.setdefault(OUTCOMES[outcome(f)] if _is_better(f) else kept[f.verdict], []).append(f)
+    for f in findings: groups.setdefault(OUTCOMES[outcome(f)] if _is_better(f) else kept.get(f.verdict, f.verdict), []).append(f)
     return '; '.join(f"{w}: {', '.join(f'{f.claim} ({f.effect.show(factor)})' for f in fs)}" for w,fs in groups.items())
 
 def _is_better(f):   # or a claim that nothing is lost: its edge lies on the wrong side of zero
@@ -257,7 +257,7 @@ def in_a_word(
             return in_each(OUTCOMES[one], len(findings))
         parts = [f"{OUTCOMES[k]} in {len(fs)}" for k,fs in seen.items() if fs]
         return f"{', '.join(parts)} of {plural(len(findings), 'comparison')}"
-    kept,lost,open_ = ([f.claim for f in findings if f.verdict==v] for v in ('confirmed','refuted','undecided'))
+    kept,lost,open_ = ([f.claim for f in findings if f.verdict==v] for v in ('confirmed','refuted','too close to call'))
     def many(names, one, more): return f'{listed(names)} {more if names[1:] else one}' if names else ''
     said = many(kept, 'is within the margin', 'are within the margin'), many(lost, 'loses more', 'lose more')
     return '; '.join(filter(None, (*said, open_ and f'{listed(open_)}: too close to call')))

@@ -71,7 +71,7 @@ def cheaper_part(
 )->str: # A clause
     "Where a bit is cheaper to save: the earlier claim that the MLP tolerates fewer bits than attention."
     records = list(records)
-    words = dict(MLP='the MLP', attention='the attention', alike='no difference that matters', open='open')
+    words = dict(MLP='the MLP', attention='the attention', alike='no difference that matters', open='too close to call')
     def seeds(k):
         told = [cheaper(c['price'], c['saved']) for r in records if (c := r['claims'].get(k))]
         of = lambda k: 'one seed' if len(told)==1 else f'{k} of {len(told)} seeds'

@@ -37,8 +37,8 @@ def calibration_verdict(
 )->str: # In Markdown
     "What one set of ranges loses, and whether calibrating under random switching mends it."
     records = list(records)
-    if not records: return 'Open: there is no record.'
-    words = dict(worse='loses', better='gains', alike='shows no difference that matters', open='is open')
+    if not records: return 'Not run yet: there is no record.'
+    words = dict(worse='loses', better='gains', alike='shows no difference that matters', open='is too close to call')
     said = {how:f'**{words[side(i, less=True)]}** ({i.show()})' for how,i in compare_calibrations(records).items()}
     over = basis(len(records), records[0]['config']['questions'], 'question')
     return (f"Against ranges calibrated for each mixed profile, one set from the uniform profiles {said['one set']}, "
@@ -58,9 +58,9 @@ class TaskReport:
 
     def verdicts(self,
         score:str='f1', # 'em' or 'f1'
-    )->dict[str,str]: # Profile -> 'extractive', 'generative', 'alike' or 'open'
+    )->dict[str,str]: # Profile -> 'extractive', 'generative', 'alike' or 'too close to call'
         "Which task a profile answers better, by an amount that matters."
-        words = dict(better='extractive', worse='generative')
+        words = dict(better='extractive', worse='generative', open='too close to call')
         told = {n:side(d[score]) for n,d in self.difference.items()}
         return {n:words.get(t, t) for n,t in told.items()}
 

@@ -6,7 +6,8 @@
 __all__ = ['UNITS', 'STEPS', 'DRAWS', 'LEFT', 'WORDS', 'TRAINED', 'defence_scores', 'fixed_of', 'best_fixed', 'kept_by',
            'radii_of', 'sanity_checks', 'attack_faults', 'word_of', 'defence_findings', 'findings_of',
            'training_findings', 'answer_of', 'effects_said', 'said_of', 'transfer_claim', 'transfer_share',
-           'earlier_statements', 'telling_radius', 'defence_table', 'outcomes_said', 'robustness_verdicts']
+           'earlier_statements', 'telling_radius', 'defence_table', 'outcomes_said', 'trainings_compared',
+           'robustness_verdicts']
 
 # %% ../../nbs/findings/defences.ipynb #19a0d806
 import numpy as np
@@ -209,7 +210,7 @@ def answer_of(
     n = Counter(map(word_of, findings))
     helps,no,hurts,close = (n[w] for w in OUTCOMES.values())
     total = helps+no+hurts+close
-    if not total: return 'No verdict: these attacks cannot answer.' if n['no verdict'] else 'Nothing to gain.' if n else 'Open.'
+    if not total: return 'No verdict: these attacks cannot answer.' if n['no verdict'] else 'Nothing to gain.' if n else 'Not run yet.'
     of = f' in {{}} of {total} comparisons' if total>1 else ''
     if helps: return f"It helps{of.format(helps) if helps<total else ''}{f', and hurts in {hurts}' if hurts else ''}."
     if hurts: return f"It hurts{of.format(hurts) if hurts<total else ''}{', and helps in none' if hurts<total else ''}."
@@ -231,7 +232,7 @@ def said_of(
     findings:Findings, # Of one defence; may be empty
 )->str: # In Markdown
     "The answer, what it rests on, and how sure it is."
-    if not findings: return 'Open: it was not run.'
+    if not findings: return 'Not run yet.'
     over = basis(findings[0].seeds, findings[0].examples, 'question')
     why = f" Why there is no verdict: {'; '.join(findings.faults)}." if findings.faults else ''
     return f'**{answer_of(findings)}** {capital(effects_said(findings))}. {capital(over)}.{why}'
@@ -289,7 +290,8 @@ def earlier_statements(
 
 # %% ../../nbs/findings/defences.ipynb #2e0dc831
 _CALLED = dict(random_profile='random profile', random_layer='random layers', best_fixed='the best fixed profile')
-TRAINED = dict(joint='joint', rpt='random-precision training', fixed_attack='attacks at the highest only')
+TRAINED = dict(joint='joint training', rpt='random-precision training',
+               fixed_attack='training against attacks at the highest profile')
 
 def telling_radius(
     records:Iterable[dict], # Records of one preset and arm
@@ -331,6 +333,14 @@ def outcomes_said(
     groups = {o:[f.claim.split(':')[0].removeprefix('radius ') for f in findings if word_of(f)==o] for o in WORDS}
     return '; '.join(f"{o} at {', '.join(w)}" for o,w in groups.items() if w)
 
+def trainings_compared(
+    records:Iterable[dict], # Records of one preset; any trainings
+)->dict[str,str]: # The other training, of those that were run -> answer, in Markdown
+    "Random-precision training against each other training, both with a random profile at inference."
+    found = training_findings(records)
+    groups = {b:Findings(f for f in found if f.claim.endswith(f'than `{b}`')) for b in TRAINED}
+    return {b:said_of(fs) for b,fs in groups.items() if fs}
+
 def robustness_verdicts(
     records:Iterable[dict], # Records of `run_robustness`, of one preset; any trainings
 )->dict[str,str]: # Question -> answer, in Markdown
@@ -343,8 +353,7 @@ def robustness_verdicts(
             for s,fs in found.items():
                 key = f"{_CALLED[d].capitalize()} against the best fixed, {UNITS[s] if s=='nll' else 'right answers'}, {TRAINED[a]}"
                 out[key] = said_of(findings_of(fs, d))
-    for b in ('joint','fixed_attack'):
-        fs = Findings(f for f in training_findings(records) if f'`{b}`' in f.claim)
-        out[f'Random-precision training against {TRAINED[b]}'] = said_of(fs)
+    compared = trainings_compared(records)
+    for b in ('joint','fixed_attack'): out[f'Random-precision training compared with {TRAINED[b]}'] = compared.get(b, said_of(Findings()))
     if joint: out['Checks of the attacks'] = f'{sanity_checks(joint).count().capitalize()}.'
     return out | {k:f.show() for k,f in earlier_statements(joint).items()}

@@ -91,7 +91,7 @@ def no_record(
     experiment:str, # Name of an experiment
 )->str: # A sentence
     "What stands where a record is missing."
-    return f"Open: there is no record; `{COMMAND_OF.get(experiment, experiment)} --preset {preset}` makes it."
+    return f"Not run yet: `{COMMAND_OF.get(experiment, experiment)} --preset {preset}` makes the record."
 
 def tried(
     make:Callable, # Makes a text
@@ -99,8 +99,8 @@ def tried(
 )->str: # The text, or why there is none
     "A record that does not fit says so in its own place, and nowhere else."
     try: return make(*args)
-    except KeyError as e: return f'Open: a record lacks {e}.'
-    except (LookupError, ValueError) as e: return f'Open: {e}.'
+    except KeyError as e: return f'No answer: a record lacks {e}.'
+    except (LookupError, ValueError) as e: return f'No answer: {e}.'
 
 def markdown_table(
     rows:Iterable[Iterable], # A row of heads, then the others
@@ -170,7 +170,7 @@ def spans_said(
         return better(f'`{n}`', d, unit='F1', room=joint_score(ours, n).value<=1-MARGIN)
     found = decide([claim(n) for n in profile_names(ours[0]) if n in profile_scores(both[0])])
     words = dict(better='pointing is better', worse='writing is better',
-                 alike='no difference that matters', open='open')
+                 alike='no difference that matters', open='too close to call')
     groups = {}
     for f in found:
         word = 'no room' if f.verdict=='no room' else words[side(f.effect)]

@@ -20,8 +20,9 @@ class Interval(NamedTuple):
     def show(self,
         factor:float=1, # 100 for percent
     )->str: # `value [low, high]`
-        "Three significant digits or so."
-        v,l,h = (digits(x*factor) for x in self)
+        "Three significant digits or so; a value that is nothing beside its interval is 0."
+        nothing = abs(self.value)<max(abs(self.low), abs(self.high))/1000 and math.isfinite(self.low+self.high)
+        v,l,h = (digits(x*factor) for x in (0. if nothing else self.value, self.low, self.high))
         return f'{v} [{l}, {h}]'
 
     def to_list(self)->list: # Value, low, high

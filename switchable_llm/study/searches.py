@@ -87,7 +87,7 @@ def front_verdict(
     "What the contests allow to say; computed, so that it cannot go stale."
     if not contests: return 'No profile had a uniform one to compare with.'
     words = {'wins':'beat the best uniform profile for the money', 'loses':'lost to it',
-             'alike':'differed by nothing that matters', 'open':'are open', 'no room':'had no room to be better'}
+             'alike':'differed by nothing that matters', 'open':'are too close to call', 'no room':'had no room to be better'}
     groups = {v:[c for c in contests if c.verdict==v] for v in words}
     counts = ', '.join(f'{len(cs)} {words[v]}' for v,cs in groups.items() if cs)
     said,seen = f"Of {plural(len(contests), 'profile')} {counts}.",max(c.visible for c in contests)+MARGIN

@@ -19,7 +19,7 @@ from .figures import figure_style
 from ..search.intervals import MARGIN, Interval, crossed_mean
 
 # %% ../../nbs/study/statistics.ipynb #e6e3ec99
-VERDICTS = 'confirmed','refuted','undecided','no room','no verdict'
+VERDICTS = 'confirmed','refuted','too close to call','no room','no verdict'
 
 def read(
     effect:Interval,  # Of the difference
@@ -29,10 +29,10 @@ def read(
 )->str: # One of the first four `VERDICTS`
     "What an interval says of a claim; nothing else is asked."
     inside,outside = above<effect.low and effect.high<below,effect.high<=above or effect.low>=below
-    told = 'confirmed' if inside else 'refuted' if outside else 'undecided'
+    told = 'confirmed' if inside else 'refuted' if outside else 'too close to call'
     if room: return told
     if effect.high<=-abs(above) or effect.low>=abs(below): return 'refuted'   # harm shows under a ceiling too
-    return told if told=='undecided' and above<0<below else 'no room'
+    return told if told=='too close to call' and above<0<below else 'no room'
 
 # %% ../../nbs/study/statistics.ipynb #8c3acf12
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Findings(tuple):
         return 'open' if 'refuted' not in told else 'no' if told=={'refuted'} else 'no or open'
 
     def count(self
-    )->str: # '2 confirmed, 1 undecided'
+    )->str: # '2 confirmed, 1 too close to call'
         "How many there are of each verdict."
         return ', '.join(f'{len(fs)} {v}' for v in VERDICTS if (fs := self.of(v))) or 'nothing was compared'
 
@@ -197,7 +197,7 @@ class Findings(tuple):
     )->str: # In Markdown
         "The finding first, then what it rests on; a verdict that all share is not told twice."
         groups = {v:sorted(fs, key=lambda f: -abs(f.effect.value)) for v in VERDICTS if (fs := self.of(v))}
-        head = lambda v, fs: '' if len(groups)==1 else f'{_GROUPS[v]} {len(fs)} of {len(self)}: '
+        head = lambda v, fs: '' if len(groups)==1 else f'{v} {len(fs)} of {len(self)}: '
         told = [head(v, fs)+_examples(fs, n) for v,fs in groups.items()]
         text = '; '.join(told) or 'Nothing was compared'
         return f"**{words[self.answer]}** {'S'+text[1:] if text.startswith('such as') else text}."
@@ -217,14 +217,12 @@ class Findings(tuple):
         return '\n'.join([head, rule, *rows, '', f'*{together}{once}{why}*'])
     def __repr__(self): return '\n'.join(f.show() for f in self)
 
-_GROUPS = {v:'open' if v=='undecided' else v for v in VERDICTS}
-
 def _examples(findings, n):   # with their effects, and what the run would have seen of the others
     shown = '; '.join(f"{f.claim}{'?'*(f.verdict=='no verdict')} ({_effect(f)})" for f in findings[:n])
     most = max(f.detectable for f in findings)
     each = ' in each'*(len(findings)>1)
-    open_ones = findings[0].verdict=='undecided' and 0<most<math.inf
-    seen = f'; an effect of {_number(most)} would have been seen{each}'*open_ones
+    unclear = findings[0].verdict=='too close to call' and 0<most<math.inf
+    seen = f'; an effect of {_number(most)} would have been seen{each}'*unclear
     return 'such as '*(len(findings)>n)+shown+seen
 
 # %% ../../nbs/study/statistics.ipynb #751c12f5
