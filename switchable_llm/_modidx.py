@@ -1583,8 +1583,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._price_said': ( 'findings/answers.html#_price_said',
                                                                                                   'switchable_llm/findings/answers.py'),
-                                                 'switchable_llm.findings.answers._routes_said': ( 'findings/answers.html#_routes_said',
-                                                                                                   'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._told': ( 'findings/answers.html#_told',
                                                                                             'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._verdict': ( 'findings/answers.html#_verdict',

@@ -65,7 +65,7 @@ def test_refuted_and_undecided_are_told_apart():
     both = decide([better('clear', d-9), better('vague', d)])
     assert both.answer=='no or open'
     assert 'refuted 1 of 2: clear' in both.say(words)
-    assert 'open 1 of 2: vague' in both.say(words)
+    assert 'too close to call 1 of 2: vague' in both.say(words)
     # said once
     assert both.of('refuted').say(words).startswith('**<no>** clear (')
     assert both.of('too close to call').say(words).startswith('**<open>** vague (')

@@ -190,11 +190,12 @@ def answers(
         return f'- **{capital(PRESET_NAMES[preset])}.** {told}'
     return {q:'\n'.join(item(answer, p) for p in PRESET_NAMES) for q,answer in QUESTIONS.items()}
 
-def _verdict(findings):   # 'helps in 2 and is too close to call in 1 of 3 comparisons'
-    counts,words = Counter(map(outcome, findings)),OUTCOMES | dict(open='is too close to call')
-    seen = [(w, counts[k]) for k,w in words.items() if counts[k]]
-    if len(seen)==1: return in_each(seen[0][0], len(findings))
-    return f"{listed([f'{w} in {n}' for w,n in seen])} of {len(findings)} comparisons"
+def _verdict(findings, best):   # where it looks best, and how often the opposite was found
+    n,words = Counter(map(outcome, findings)),OUTCOMES | dict(open='is too close to call')
+    of = f'of {len(findings)} comparisons'
+    if len(n)==1: return in_each(words[outcome(best)], len(findings))
+    if n['helps']: return f"helps in {n['helps']} {of}"+f", and hurts in {n['hurts']}"*bool(n['hurts'])
+    return f'{words[outcome(best)]} where it looks best'+f", and hurts in {n['hurts']} {of}"*bool(n['hurts'])
 
 def _moved(f, factor=1):   # its effect, with a sign
     return f"{'+'*(f.effect.value>0)}{f.effect.show(factor)}"
@@ -202,9 +203,9 @@ def _moved(f, factor=1):   # its effect, with a sign
 def _improved(subject, findings):   # of losses: less is better
     if not findings: return ''
     best = min(findings, key=lambda f: f.effect.value)
-    where = f'at best ({best.claim}) '*(len(findings)>1)
-    told = f'{where}the loss changes by {_moved(best)} nats per token of the answer, {plural(best.seeds, "seed")}'
-    return f'**{subject} {_verdict(findings)}**; {told}'
+    many = len(findings)>1
+    told = f"{'at best '*many}{_moved(best)} nats per token{f' ({best.claim})'*many}, {plural(best.seeds, 'seed')}"
+    return f'**{subject} {_verdict(findings, best)}**: {told}'
 
 def _arms_said(subject, question, without='none'):   # all claims but those of an arm that is something else
     def said(study, preset):
@@ -212,19 +213,15 @@ def _arms_said(subject, question, without='none'):   # all claims but those of a
         return _improved(subject, [f for f in found if not f.claim.startswith(without)])
     return said
 
-def _routes_said(study, preset):
-    found = arm_findings(study.of(preset, 'arms'), 'routes')
-    own,beside = ([f for f in found if f.claim.startswith(f'`{r}`')] for r in ('bits','shared+bits'))
-    told = _improved('A small adapter for each width, instead of one for all,', own)
-    return told and told+f'; beside one for all it {_verdict(beside)}'*bool(beside)
-
 def _price_said(study, preset):
     found = arm_findings(study.of(preset, 'arms'), 'price')
     if not found: return ''
+    words = {'confirmed':'stays within the margin', 'refuted':'loses more than the margin', 'too close to call':'is too close to call'}
+    at = {w:[f.claim for f in found.of(v)] for v,w in words.items()}
+    told = listed([f'{w} at {listed(names)}' for w,names in at.items() if names])
     worst = max(found, key=lambda f: f.effect.value)
-    where = f'at worst ({worst.claim}) '*(len(found)>1)
-    return (f'**Many widths from one file, against a float model trained alike: {in_a_word(found)}**; {where}the loss changes by '
-            f'{_moved(worst)} nats per token of the answer, {plural(worst.seeds, "seed")}')
+    return (f"**A model for many widths, beside a float one trained alike, {told}**: {'at worst '*(len(found)>1)}{_moved(worst)} nats "
+            f'per token, {plural(worst.seeds, "seed")}')
 
 def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
@@ -235,11 +232,11 @@ def _chance_said(study, preset):
     if faults := attack_faults(joint): return f"{told}; {'; '.join(faults)}"
     at = f'radius {telling_radius(joint):g}'
     f = next(f for f in found if f.claim.startswith(f'{at}:'))
-    return f'{told}; under the worst attack of {at}, right answers change by {_moved(f, 100)} points, {plural(f.seeds, "seed")}'
+    return f'{told}: {_moved(f, 100)} points of right answers under attack of {at}, {plural(f.seeds, "seed")}'
 
 ONE_MINUTE = {   # topic -> its sentence, for one preset; empty where there is no record
     'What precision costs':_price_said,
-    'Adapters':_routes_said,
+    'Adapters':_arms_said('A small adapter for each width, instead of one for all,', 'routes', '`shared+bits`'),
     'Bits for each layer':lambda study, preset: _improved(
         'Choosing bits for each layer, against the best simple profile,', allocation_findings(study.of(preset, 'allocation'))),
     'Teachers':_arms_said('A teacher, at equal bit-operations,', 'objectives', '`ranges`'),

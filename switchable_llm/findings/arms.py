@@ -259,8 +259,9 @@ def in_a_word(
         return f"{', '.join(parts)} of {plural(len(findings), 'comparison')}"
     kept,lost,open_ = ([f.claim for f in findings if f.verdict==v] for v in ('confirmed','refuted','too close to call'))
     def many(names, one, more): return f'{listed(names)} {more if names[1:] else one}' if names else ''
-    said = many(kept, 'is within the margin', 'are within the margin'), many(lost, 'loses more', 'lose more')
-    return '; '.join(filter(None, (*said, open_ and f'{listed(open_)}: too close to call')))
+    said = (many(kept, 'is within the margin', 'are within the margin'), many(lost, 'loses more', 'lose more'),
+            many(open_, 'is too close to call', 'are too close to call'))
+    return '; '.join(filter(None, said))
 
 def arm_answer(
     study:Study,   # All records
