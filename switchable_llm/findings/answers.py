@@ -248,8 +248,10 @@ def minute(
 )->dict[str,str]: # Topic -> a sentence in Markdown with one number
     "What was found, in one minute: of the first model that has records."
     def said(make):
+        without = ''
         for p,name in PRESET_NAMES.items():
-            if told := tried(make, study, p): return f"{told} ({name.removesuffix('-Instruct')})."
+            if told := tried(make, study, p): return f"{told} ({name.removesuffix('-Instruct')}{without})."
+            without = f"; {name.removesuffix('-Instruct')} was not run"
         return 'No record yet.'
     return {topic:said(make) for topic,make in ONE_MINUTE.items()}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'SCORES', 'FEWEST', 'FEW', 'DEFAULT', 'QUESTIONS', 'outcome', 'by_arm', 'level', 'against', 'arm_findings',
            'said', 'plot_routes', 'cost_table', 'arm_table', 'score_table', 'in_each', 'in_a_word', 'arm_answer',
-           'route_said', 'arm_brief', 'plot_claims']
+           'route_said', 'arm_brief', 'plot_claims', 'claims_table']
 
 # %% ../../nbs/findings/arms.ipynb #4e354289
 import math
@@ -310,4 +310,19 @@ def plot_claims(
 )->Figure: # A panel for each model
     "Effects with their intervals, by outcome; the dotted line is the margin."
     return plot_findings(panels, 'nats per token of the answer', lambda f: OUTCOMES[outcome(f)] if _is_better(f) else f.verdict)
+
+def claims_table(
+    panels:dict, # Model -> findings of a question
+)->str: # In Markdown
+    "A row for each model and arm: its best and worst comparison, and how many had which outcome."
+    def arm(f): return f.claim.partition(' at ')[0]
+    def shown(f): return f.effect.show()+f.claim.removeprefix(arm(f))   # with its profile, if it has one
+    def row(model, name, found):
+        fs = sorted((f for f in found if arm(f)==name), key=lambda f: f.effect.value)
+        return [name, model, shown(fs[0]), shown(fs[-1]) if len(fs)>1 else '', in_a_word(fs)]
+    rows = [row(model, name, fs) for model,fs in panels.items() for name in dict.fromkeys(map(arm, fs))]
+    heads = ['what','model','best','worst','outcome']
+    if not any(r[3] for r in rows): heads,*rows = [[*r[:2], r[2].replace('best', 'effect'), r[4]] for r in (heads, *rows)]
+    return markdown_table([heads, *rows],
+                          'Nats per token of the answer, minus those of its rival: less is better. Intervals of one model hold together.')
 

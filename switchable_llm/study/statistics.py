@@ -299,8 +299,7 @@ def paired(
 _colors = dict(zip(VERDICTS, ('#1B9E77','#C856C6','#7f7f7f','#BAB206','#7f7f7f')))
 _markers = dict(zip(VERDICTS, 'oXDs|'))
 _looks = {v:(_colors[v], _markers[v]) for v in VERDICTS} | {
-    'helps':('#1B9E77','o'), 'does not help by more than the margin':('#A0703C','s'), 'hurts':('#C856C6','X'),
-    'too close to call':('#7f7f7f','D')}
+    'helps':('#1B9E77','o'), 'does not help by more than the margin':('#A0703C','s'), 'hurts':('#C856C6','X')}
 
 def plot_findings(
     panels:dict,    # Title -> findings; a claim has the same row in every panel
