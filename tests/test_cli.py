@@ -144,7 +144,7 @@ def test_an_interrupt_before_the_work(cli, monkeypatch):
     def interrupt(*a, **kw): raise KeyboardInterrupt
     monkeypatch.setattr(module, 'study_model', interrupt)
     status,out,err = cli('train', '--out', 'x')
-    assert (status, out)==(130, '') and err=='interrupted; the same command goes on from the last checkpoint\n'
+    assert (status, out)==(130, '') and err=='interrupted; the same command goes on from the last checkpoint, if there is one\n'
     monkeypatch.setattr('switchable_llm.apps.asking.open_model', interrupt)
     assert cli('answer', '.', *ASK)==(130, '', 'interrupted\n')
 
@@ -364,7 +364,7 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
         p.send_signal(signal.SIGINT)
         status = p.wait(600)
     finally: p.kill(); p.wait()
-    assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint\n'
+    assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint, if there is one\n'
     assert not (tmp_path/'model').exists()
     assert cli(*argv, 'model')[0]==cli(*argv, 'other')[0]==0
     assert (tmp_path/'model/model.safetensors').read_bytes()==(tmp_path/'other/model.safetensors').read_bytes()

@@ -126,7 +126,7 @@ def test_a_route_that_serves_better_is_said_to_help():
     study = arms(5, shared=0., bits=dict(bw8=.1, bw6=0., bw4=-.1))
     told = asked(study, ACCURACY, 'tiny')
     assert 'helps in 1, does not help by more than the margin in 1, hurts in 1 of 3 comparisons' in told
-    assert 'helps: `bits` at bw4 (-0.1' in told and 'hurts: `bits` at bw8 (0.1' in told
+    assert 'helps: `bits` at `bw4` (-0.1' in told and 'hurts: `bits` at `bw8` (0.1' in told
 
 def test_the_default_route_follows_the_answer(real):
     found = arm_findings(real.of('smollm2', 'arms'), 'routes')
@@ -147,7 +147,7 @@ def test_arms_of_other_settings_are_not_compared():
 def test_random_precision_is_asked_beside_the_cyclic_one():
     study = arms(static_high=0., cyclic=0., random=-.1, static_low=.5)
     found = arm_findings(study.of('tiny', 'arms'), 'cycles')
-    assert [f.claim for f in found]==['`cyclic` against static_high','`cyclic` against random']
+    assert [f.claim for f in found]==['`cyclic` against `static_high`','`cyclic` against `random`']
     assert 'Random precision in training, against a static one: helps.' in asked(study, CPT, 'tiny')
 
 def test_arms_on_other_questions_are_not_paired():
@@ -179,13 +179,13 @@ def test_the_number_of_the_minute_is_that_of_the_best_or_the_worst_comparison():
     said = minute(arms(5, shared=dict(bw8=.0, bw6=.1, bw4=.02), float=0., bits=dict(bw8=.2, bw6=.1, bw4=-.2)))
     costs = 'stays within the margin at `bw8`, loses more than the margin at `bw6` and is too close to call at `bw4`**: at worst +0.1'
     assert costs in said[COST]
-    assert re.search(r'helps in 1 of 3 comparisons, and hurts in 1\*\*: at best -0\..* \(`bits` at bw4\)', said[ROUTES])
+    assert re.search(r'helps in 1 of 3 comparisons, and hurts in 1\*\*: at best -0\..* \(`bits` at `bw4`\)', said[ROUTES])
     assert said[CHANCE]==said[CYCLES]=='No record yet.'
 
 def test_the_minute_says_where_it_looks_best_and_how_often_it_hurts():
     said = minute(arms(5, shared=0., bits=dict(bw8=.1, bw6=0., bw4=.1)))[ROUTES]
     assert 'does not help by more than the margin where it looks best, and hurts in 2 of 3 comparisons**: at best ' in said
-    assert '(`bits` at bw6)' in said
+    assert '(`bits` at `bw6`)' in said
 
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------
 

@@ -264,7 +264,7 @@ def _outcome(argv, debug):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        goes_on = '; the same command goes on from the last checkpoint' if getattr(args, 'resumes', False) else ''
+        goes_on = '; the same command goes on from the last checkpoint, if there is one' if getattr(args, 'resumes', False) else ''
         print('interrupted'+goes_on, file=sys.stderr)
         return 130
     except BaseException as e:                   # whatever it is, a person gets a line; a panic of Rust code is no Exception

@@ -193,10 +193,13 @@ def _train(args):
     say(said)
     few = replace(preset, calibration_size=min(preset.calibration_size, len(data)))
     batches = calibration_batches(few, data, tokenizer.pad_token_id, task)
-    with claim(f'{out}.training'): pass      # nobody is at work there; the loop claims it again
+    work = Path(f'{out}.training')
+    with claim(work): pass      # nobody is at work there; the loop claims it again
+    done = checkpoints(work) if work.is_dir() else ()
+    if done: say(f"goes on after step {int(done[-1].name.removeprefix('step-'))}, from {work}")
     calibrate_(model, batches)
     with training_on(device):
-        fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=f'{out}.training', progress=not args.quiet,
+        fit(preset, model, tokenizer, data, args.policy, task=task, checkpoint=work, progress=not args.quiet,
             adapters=dict(route=args.route, r=preset.r, alpha=preset.alpha))
     switch_of(model).profile = high_to_low(model, (n for n in switch_of(model).profiles if n!='float'))[0]   # live at first
     if args.adapters_only: save_switchable(model, out, base=preset.model)
@@ -205,6 +208,7 @@ def _train(args):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     print(f'model  {args.out if Path(args.out).name==out.name else out}')
+    say(f'checkpoints of the training  {work}: delete them at will')
 
 # %% ../../nbs/apps/commands.ipynb #271b0b90
 def _check_there(path):
@@ -334,8 +338,8 @@ def page_code(
 
 def _explore_options(parser):
     parser.add_argument('checkpoint', nargs='*',
-                        help='folders that `run` or `train` wrote, or files that `freeze` wrote; the page offers these '
-                             'and no others (default: the model of the preset, not trained)')
+                        help='folders that `run` or `train` wrote, or files that `freeze` wrote; the page offers these and '
+                             'the presets (default: the model of the preset, not trained)')
     work,page = parser.group('what to work on'),parser.group('the page')
     work.add_argument('--preset', choices=list(PRESETS), default='tiny',
                       help='which model, if no checkpoint is given (default: tiny)')

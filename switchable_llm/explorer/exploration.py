@@ -58,7 +58,7 @@ def open_model(
             raise ValueError(f"checkpoint {str(source)!r}: no such file or folder; give what `switchable-llm train`, "
                              f"`run` or `freeze` wrote, or a preset: {', '.join(PRESETS)}")
         m,tokenizer = load_checkpoint(source, model)
-        note = f"a checkpoint with adapters {', '.join(adapter_keys(m)) or '(none)'}"
+        note = f"a checkpoint; its adapters: {', '.join(adapter_keys(m)) or 'none'}"
         if not has_float(m): note = 'a packed file; it has no float weights to compare with'
         return Source(str(source), m, tokenizer, note, None)
     preset = replace(PRESETS[str(source)], act='per_token', **(dict(model=model) if model else {}))

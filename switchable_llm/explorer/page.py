@@ -147,7 +147,8 @@ def serve_page(
     **sessions,          # More settings of `Sessions`
 ):
     "Serve a page until Ctrl-C, or the end of the process."
-    server = dict(headers={'Referrer-Policy':'same-origin', 'Content-Security-Policy':INSIDE.format(port=port)}, log_function=quiet)
+    server = dict(headers={'Referrer-Policy':'same-origin', 'Content-Security-Policy':INSIDE.format(port=port)}, log_function=quiet,
+                  ws_ping_timeout=30_000)   # as their interval; by default it is longer, of which tornado warns
     kernels = dict(max_sessions=max_sessions, cull_idle_timeout=max(1, int(60*idle)),
                    cull_connected=True, cull_interval=5)
     config = Config(

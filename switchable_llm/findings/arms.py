@@ -87,7 +87,7 @@ def against(
     _check_alike(one[0], other[0])
     d = paired(one, other, lambda r: _values(r, a[1], score), lambda r: _values(r, b[1], score))
     d,sizes = _over(d, _sizes(other[0], b[1], score, d), one[0]['articles'][:d.shape[1]])
-    return make(text or f'`{a[0]}` at {a[1]}', d, score!='f1', sizes, SCORES[score][2])
+    return make(text or f'`{a[0]}` at `{a[1]}`', d, score!='f1', sizes, SCORES[score][2])
 
 # %% ../../nbs/findings/arms.ipynb #507d5826
 DEFAULT = 'shared'   # The route that the others are compared to
@@ -98,7 +98,7 @@ def _scored(runs):   # the preset's profiles, in its order
 def _price(runs): return [((DEFAULT, p), ('float', 'float'), as_good, f'`{p}`') for p in _scored(runs)]
 
 def _routes(runs):
-    return [((r, p), (DEFAULT, p), better, f'`{r}` at {p}') for r in ('bits','shared+bits') for p in _scored(runs)]
+    return [((r, p), (DEFAULT, p), better, f'`{r}` at `{p}`') for r in ('bits','shared+bits') for p in _scored(runs)]
 
 def _alone(runs): return [((DEFAULT, p), (f'alone-{p}', p), as_good, f'`{p}`') for p in _scored(runs)]
 
@@ -107,7 +107,7 @@ def _at_top(*pairs):   # arms of cycles, at the highest width that they were sco
         arm = next((n for pair in pairs for n in pair if n in runs), None)
         cost = {n:s['cost']['bops'] for n,s in runs[arm][0]['scores'].items()} if arm else {'':0}
         top = max(cost, key=cost.get)
-        return [((a, top), (b, top), better, f'`{a}` against {b}') for a,b in pairs]
+        return [((a, top), (b, top), better, f'`{a}` against `{b}`') for a,b in pairs]
     return at
 
 _cycles = _at_top(('cyclic','static_high'), ('cyclic','static_high=cyclic'), ('cyclic','random'),
@@ -116,7 +116,7 @@ _widths = _at_top(('random','static_high'), ('random-base','static_high-base'))
 
 def _objectives(runs):
     names = 'float_teacher','highest_teacher','cascade','ranges'
-    return [((a, p), (DEFAULT, p), better, f'`{a}` at {p}') for a in names for p in _scored(runs)]
+    return [((a, p), (DEFAULT, p), better, f'`{a}` at `{p}`') for a in names for p in _scored(runs)]
 
 QUESTIONS = dict(routes=_routes, price=_price, alone=_alone, cycles=_cycles, widths=_widths, objectives=_objectives)
 
@@ -134,7 +134,7 @@ def arm_findings(
 def said(
     findings:Findings, # Of one question
     factor:float=1,    # 100 for points of F1
-)->str: # 'helps: `cyclic` against random (-0.05 [-0.08, -0.03]); too close to call: ...'
+)->str: # 'helps: `cyclic` against `random` (-0.05 [-0.08, -0.03]); too close to call: ...'
     "Claims by outcome, with their effects."
     kept = dict(confirmed='within the margin', refuted='worse')
     groups = {}

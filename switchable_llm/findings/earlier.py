@@ -184,7 +184,7 @@ def _stated(study, preset):   # statement -> what is found
     joint,bits = study.of(preset, 'robustness', 'joint'),study.of(preset, 'allocation')
     found = {f.claim:f for f in arm_findings(study.of(preset, 'arms'), 'cycles')}
     def cycling(rival):
-        f = found.get(f'`cyclic` against {rival}')
+        f = found.get(f'`cyclic` against `{rival}`')
         if not f: return no_record(preset, 'cycles')
         told = outcome(f)
         return f"{'' if told=='open' else 'it '}{OUTCOMES[told]}, {f.effect.show()} {f.unit}"

@@ -66,7 +66,7 @@ def open_service(
         raise FileNotFoundError(f"{path}: no such file; `switchable-llm freeze MODEL --out {path}` writes one")
     if not is_packed(path):
         folder = path if path.is_dir() else 'FOLDER'
-        raise ValueError(f"{path}: this is no packed file: `switchable-llm freeze {folder} --out my-model.safetensors` "
+        raise ValueError(f"{path}: this is no packed file: `switchable-llm freeze {folder} --out {folder}.safetensors` "
                          "makes one of a model's folder")
     model = load_packed(path)
     switch = switch_of(model)
