@@ -1,6 +1,6 @@
 """The live page: the same tokens as the library's, from the same file; and what a person does with the page. The packed
 files are trained for a few steps: enough for adapters that are not zero."""
-import functools, http.server, json, shutil, sys, threading, urllib.parse
+import functools, http.server, json, math, re, shutil, statistics, sys, threading, urllib.parse
 import pytest, torch
 from conftest import ROOT
 import switchable_llm as sl
@@ -153,16 +153,21 @@ def test_odd_texts_have_the_same_tokens(browser, address, files):
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
+MOST = dict(opened=1000, first=500, median=100)   # ms: until an answer is there, the answer that unpacks weights, half of the others
+
 def test_it_opens_fast_asks_nobody_and_answers_at_once(browser, address):
-    first,times = [],[]
-    for _ in range(4):   # the quietest, for a machine may be busy
+    best = dict.fromkeys(MOST, math.inf)
+    for _ in range(4):   # the quietest visit, for a machine may be busy; in a visit, all forty questions
         with Page(browser, address) as p:
             assert p.text('answer').startswith('weaver') and '✓ Right' in p.text('verdict') and p.state()==dict(q='1', p='bw8')
-            first.append(p.js("performance.getEntriesByName('answered')[0].startTime"))
+            now = dict(opened=p.js("performance.getEntriesByName('answered')[0].startTime"))
+            now['first'] = int(re.search(r'\d+', p.text('time'))[0])
             p.js('unpackAll(model)')
-            times += p.js('QUESTIONS.slice(0, 12).map(q => answer(q, bits).ms)')
+            now['median'] = statistics.median(p.js('QUESTIONS.map(q => answer(q, bits).ms)'))
             assert not p.errors and all(u.startswith(address.rpartition('/')[0]) for u in p.asked)
-    assert min(first)<1000 and min(times)<100, (first, times)
+        best = {k: min(v, now[k]) for k,v in best.items()}
+        if all(best[k]<MOST[k] for k in MOST): return
+    pytest.fail(f'too slow in each of four visits: at best {best}, at most {MOST}')
 
 def test_it_opens_from_a_file_too(browser, site):
     with Page(browser, (site/'live/index.html').as_uri(), offline=True) as p:
@@ -316,6 +321,9 @@ def test_names_and_keyboard(browser, address):
         nameless = p.js("""() => [...document.querySelectorAll('input, select, textarea, button')].filter(e =>
             !(e.ariaLabel || e.labels[0]?.innerText.trim() || e.tagName === 'BUTTON' && e.innerText.trim())).map(e => e.id)""")
         assert nameless==[]
+        tables = p.js("""() => [...document.querySelectorAll('table')].map(t => [t.id, t.caption?.textContent.trim()
+            || document.getElementById(t.getAttribute('aria-labelledby'))?.textContent.trim()])""")
+        assert len(tables)>=3 and all(said for _,said in tables), tables
         p.page.focus('main')
         reached = []
         for _ in range(24):
@@ -357,6 +365,16 @@ def test_the_real_model_answers_from_its_record(address, browser):
     p.page.click('#real-next')
     assert p.page.input_value('#real-question')=='0' and not p.errors
     p.context.close()
+
+def test_why_the_real_model_has_no_bw4_is_what_the_records_say(address, browser):
+    "It is none of the study's profiles for this model; where it was trained, it lost most."
+    with Page(browser, address) as p: said = p.text('real-which')
+    record = json.loads(live.RECORD.read_text())
+    assert {*record['costs']}=={'float', *record['config']['preset']['profiles']} and 'bw4' not in record['costs']
+    assert 'bw4 is not one of them' in said and 'smollm2-repair' in said and 'No float model trained alike' in said
+    scores = json.loads((ROOT/'results/smollm2-repair/arms/shared-s0.json').read_text())['scores']
+    loss = {p: sum(s['nll_answer'])/sum(s['n_answer']) for p,s in scores.items()}
+    assert max(loss, key=loss.get)=='bw4' and sl.PROFILES['bw4'].default.a==4
 
 def test_without_a_record_the_real_model_is_not_shown(site, browser, tmp_path):
     folder = tmp_path/'live'

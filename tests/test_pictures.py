@@ -1,5 +1,6 @@
 """Every page of the site as a reader sees it: on a wide screen and on a phone, light and dark. A page that is wider than the
-screen, words that are cut off, pale or on top of each other, an image that is missing, and the same in figures."""
+screen, code that is read sideways, words that are cut off, pale or on top of each other, captions and notes that stand askew,
+an image that is missing, and the same in figures."""
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -73,7 +74,9 @@ def test_search_finds_how_things_are_done(site, tab, words):
 
 # --- that it can fail -------------------------------------------------------------------------------------------------
 
-GOOD = '<p>Words that stay where they are.</p><p>And others.</p>'
+GOOD = ('<p>Words that stay where they are.</p><p>And others.</p><figure><p>A table</p><figcaption>A caption</figcaption></figure>'
+        f'<div class="cell-output"><pre style="overflow-x:auto">{"name  "*300}</pre></div>')
+def code(n): return f'<pre class="sourceCode" style="overflow-x:auto"><code>{"x"*n}</code></pre>'
 BAD = dict(
     wide=('<div style="width:1500px">broad</div>', 'wide: the page is'),
     phone=('<div style="width:500px">broad</div>', 'phone: the page is'),
@@ -81,6 +84,12 @@ BAD = dict(
     low=('<div style="height:20px;overflow:hidden">Two<br>lines</div>', 'cut off: div Two'),
     sideways=('<div class="params"><div class="scroll" style="overflow:auto"><table style="width:700px"><td>name</table></div></div>',
               'phone: scrolls sideways: name'),
+    code=(code(300), 'wide: scrolls sideways: xxx'),
+    code_on_a_phone=(code(60), 'phone: scrolls sideways: xxx'),
+    caption=('<figure><figcaption style="text-align:center">A caption</figcaption></figure>',
+             'wide: does not begin at the left: A caption'),
+    note=('<aside class="callout"><p>Note</p><p style="margin-left:1rem">further in</p></aside>',
+          'phone: does not begin at the left: further'),
     overlap=('<p>One</p><p style="margin-top:-2.5em">Two</p>', 'overlap: '),
     image=('<img src="none.svg" alt="x">', 'no image: none.svg'),
     pale=('<p style="color:#999">pale</p>', 'light: contrast 2.8'),

@@ -145,6 +145,42 @@ def problems(mod):
 def test_exported_names_are_documented(module):
     assert not list(problems(importlib.import_module(f'switchable_llm.{module}')))
 
+# --- notebooks as GitHub shows them ---------------------------------------------------------------------------------
+
+_marked = re.compile(r'```.*?```|`[^`\n]*`', flags=re.S)   # code, which stands as it is
+
+def texts_of(cell):
+    "Markdown and HTML that a cell shows, without the code in it."
+    shown = [cell['source']] if cell['cell_type']=='markdown' else []
+    data = [o.get('data', {}) for o in cell.get('outputs', [])]
+    shown += [''.join(d[k]) for d in data for k in ('text/markdown','text/html') if k in d]
+    return [_marked.sub('', t) for t in shown]
+
+def unreadable(cells, size=0):
+    "What a reader of the notebook itself stumbles over: GitHub shows each cell alone, and knows nothing of Quarto's marks."
+    if cells[0]['cell_type']!='markdown' or not cells[0]['source'].startswith('# '): yield 'does not begin with a title'
+    if size>=400_000: yield f'{size:,} bytes: GitHub may not show it'
+    for i,c in enumerate(cells):
+        for t in texts_of(c):
+            yield from (f'cell {i}: {m}: only the site knows it' for m in re.findall(r'@(?:fig|tbl|eq|sec|lst)-[\w-]+|:::.*', t))
+            if len(re.findall(r'<details\b', t))!=t.count('</details>'): yield f'cell {i}: <details> begins or ends in another cell'
+
+def test_notebooks_can_be_read_on_github():
+    found = {project.name_of(nb): [*unreadable(project.read_cells(nb), nb.stat().st_size)] for nb in project.notebooks()}
+    assert len(found)>100 and not {n: f for n,f in found.items() if f}
+
+def of(source, kind='markdown', **more): return dict(cell_type=kind, source=source, **more)
+
+@pytest.mark.parametrize('cells,said', [
+    ([of('# T'), of('See `@fig-a` and\n```\n:::\n```\n<details><summary>a</summary>b</details>'), of('@fig-x', 'code')], None),
+    ([of('#| default_exp x', 'code'), of('# T')], 'title'), ([of('Words')], 'title'), ([of('# T'), of('See @fig-a.')], '@fig-a'),
+    ([of('# T'), of('::: {.callout-note}\na\n:::')], ':::'), ([of('# T'), of('<details><summary>a'), of('</details>')], 'another cell'),
+    ([of('# T'), of('f()', 'code', outputs=[dict(data={'text/markdown': ['see ', '@tbl-b']})])], '@tbl-b')])
+def test_what_github_does_not_show_is_seen(cells, said):
+    found = [*unreadable(cells)]
+    assert any(said in f for f in found) if said else not found
+    assert any('bytes' in f for f in unreadable(cells, 400_000))
+
 # --- the repository -------------------------------------------------------------------------------------------------
 
 def tracked():

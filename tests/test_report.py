@@ -67,6 +67,37 @@ def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
         assert twice not in text, twice
     assert 'not decided' not in text.lower()
 
+# --- how it was measured, and what is open --------------------------------------------------------------------------
+
+def shown_in_report(heading):
+    "What the report's cells below a heading, or with a mark in their source, have saved: one text."
+    cells = json.loads((ROOT/'nbs/06_report.ipynb').read_text(encoding='utf-8'))['cells']
+    sources = [''.join(c['source']) for c in cells]
+    at = next(i for i,s in enumerate(sources) if heading in s)
+    outputs = (o for c in cells[at:at+2] for o in c.get('outputs', []))
+    return ''.join(''.join(o['data'].get('text/markdown', '')) for o in outputs if 'data' in o)
+
+def test_the_box_of_methods_names_each_model_its_seeds_and_its_questions(real):
+    box = methods(real)
+    for p in ('smollm2','tiny'):
+        rs = real.of(p, 'arms')
+        seeds,answered = len({r['seed'] for r in rs}),len(next(iter(rs[0]['scores'].values()))['f1'])
+        title = PRESET_NAMES[p]
+        said = box.split(title, 1)[1].split(')')[0]
+        assert f'{seeds} seed' in said and f"{len(rs[0]['ids']):,} questions for the loss" in said and f'{answered:,} for F1' in said
+    assert 'question by question' in box and '**too close to call**' in box
+    assert box in shown_in_report('How it was measured')
+
+def test_what_would_change_our_mind_lists_what_the_records_leave_open(real):
+    qs,n = open_questions(real),6
+    rows = [[c.strip() for c in l.strip('|').split('|')] for l in open_table(real, n).splitlines() if l.startswith('|')][2:]
+    assert len(qs)>=len(rows)==n and [q.times for q in qs]==sorted(q.times for q in qs) and qs[0].times>1
+    for q,(claim,model,effect,seen,counted,_) in zip(qs, rows):
+        f = q.finding
+        assert claim==f'{f.claim} ({q.topic})' and model==PRESET_NAMES[q.preset] and f.unit in effect and float(seen)>0
+        assert counted==f'{f.seeds} × {f.examples}' and f.seeds>0 and f.examples>0
+    assert open_table(real, n) in shown_in_report('## What would change our mind')
+
 # --- changed records ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('factor,says', [(.5, 'helps in every comparison'), (1, None), (2, 'hurts in every comparison')])

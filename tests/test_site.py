@@ -231,6 +231,18 @@ def test_readme_is_plain_markdown_with_its_pictures():
     assert text.startswith(start) and '## Head\n' in text and '```\n2\n```' in text
     assert ':::' not in text and 'plot()' not in text and files['index_files/fig-a.svg']==SVG.encode()
 
+def test_what_is_for_the_site_alone_is_a_comment_in_the_notebook():
+    text = process.for_site('before\n\n<!-- site-only: **[Try](live/index.html)** now. -->\n\nafter <!-- map -->')
+    assert text=='before\n\n::: {.site-only}\n**[Try](live/index.html)** now.\n:::\n\nafter <!-- map -->'
+    assert page(text).body.select_one('.site-only a')['href']=='live/index.html'
+
+# --- code and outputs -----------------------------------------------------------------------------------------------
+
+def test_a_line_of_code_goes_on_below_where_it_begins_and_columns_are_known():
+    p = page(cell('if x:\n    f()', new_output('stream', text='a  b\n1  2\n')), cell('g', {'text/plain': "Profile(name='a', bits=4)"}))
+    assert [l.get('style') for l in p.body.select('code.sourceCode > span')]==[None, '--in: 4ch', None]
+    assert [b['class'] for b in p.body.select('.cell-output')]==[['cell-output'], ['cell-output','words']]
+
 # --- colours --------------------------------------------------------------------------------------------------------
 
 def luminance(color):

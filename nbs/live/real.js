@@ -44,6 +44,7 @@ if (REAL) {
   $('real-before').onclick = turn(-1)
   $('real-next').onclick = turn(1)
   $('real-how').textContent = REAL.how
+  $('real-which').textContent = REAL.which
   $('real').hidden = false
   showReal()
 }

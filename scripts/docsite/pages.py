@@ -47,11 +47,15 @@ def size(data, mime):
     w,h = (round(float(n)*96/72) for n in found.groups())
     return f' width="{w}" height="{h}" style="--w: {w}px"'
 
+def printed(text):
+    "A box of what was printed; words may be broken where there is little room, columns may not."
+    return div(fence(text, '{.text}'), 'cell-output' if re.search(r'\S {2,}\S', text) else 'cell-output .words')
+
 def output(o, stem, alt, files):
     "Markdown of one output; an image goes to `files`."
     if o.output_type=='stream':
         text = joined(o.text).rstrip()
-        return div(fence(text, '{.text}'), 'cell-output') if text.strip() else ''
+        return printed(text) if text.strip() else ''
     if o.output_type=='error': return div(fence('\n'.join(o.traceback), '{.text}'), 'cell-error')
     data = o.data
     if mime := next((m for m in IMAGES if m in data), None):
@@ -61,7 +65,7 @@ def output(o, stem, alt, files):
     if 'text/html' in data: return div(raw(joined(data['text/html'])), 'cell-output')
     if 'text/markdown' in data: return joined(data['text/markdown']).strip()
     if any('widget-view' in m for m in data) or 'text/plain' not in data: return ''
-    return div(fence(joined(data['text/plain']), '{.text}'), 'cell-output')
+    return printed(joined(data['text/plain']))
 
 def code_cell(cell, i, page, files):
     "Markdown of a code cell: its source unless hidden, its outputs, a caption if it has one."
@@ -216,6 +220,12 @@ def space_functions(soup):
         if before is not None and before.name!='mo': f.insert_before(soup.new_tag('mspace', width='0.17em'))
         if after is not None and after.name!='mo': f.insert_after(soup.new_tag('mspace', width='0.17em'))
 
+def indent(soup):
+    "Each line of code says where it begins, so that what does not fit goes on below that."
+    for line in soup.select('code.sourceCode > span'):
+        text = line.get_text()
+        if spaces := len(text)-len(text.lstrip(' ')): line['style'] = f'--in: {spaces}ch'
+
 def tidy(soup):
     "Wide tables and figures scroll; headings link to themselves; empty anchors of code lines go."
     for c in soup.find_all('colgroup'): c.decompose()
@@ -256,6 +266,6 @@ def make_page(name, nb):
     except RuntimeError as e: raise RuntimeError(f'{name}: {e}') from None
     place_captions(soup); mark_equations(soup)
     resolve(soup, number(soup))
-    for step in (callouts, tabs, partial(local_links, name=name), space_functions, tidy): step(soup)
+    for step in (callouts, tabs, partial(local_links, name=name), space_functions, indent, tidy): step(soup)
     title,description = str(meta.get('title', name)),inline(str(meta.get('description', '') or ''))
     return Page(html_name(name), name, title, description, soup, files)

@@ -119,9 +119,14 @@ def map_of_chapters():
     table = '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows])
     return f'{table}\n\nParts: {links}.'
 
+def for_site(text):
+    "What stands in a comment, unseen where a notebook is read as it is, becomes a box of the site."
+    return re.sub(r'<!-- site-only: (.*?) -->', r'::: {.site-only}\n\1\n:::', text, flags=re.S)
+
 def finish():
-    """What nbdev leaves to do: numbers in titles, the map of the chapters, exported values that are no function or class,
-    words that it linked inside a link or to something else of that name, and figures that follow the theme."""
+    """What nbdev leaves to do: numbers in titles, the map of the chapters, what is for the site alone, exported values that
+    are no function or class, words that it linked inside a link or to something else of that name, and figures that follow
+    the theme."""
     for name,nb in read_pages().items():
         known,module = known_names(name),module_of(NBS/name)
         if module and (text := apidoc.constants(module)):
@@ -129,7 +134,7 @@ def finish():
         if before := number(NBS/name): nb.cells[0].source = numbered(nb.cells[0].source, before)
         for c in nb.cells:
             if c.cell_type=='markdown':
-                c.source = honest_links(_link_in_link.sub(r'[\1](\2)', c.source), known)
+                c.source = for_site(honest_links(_link_in_link.sub(r'[\1](\2)', c.source), known))
                 if '<!-- map -->' in c.source: c.source = c.source.replace('<!-- map -->', map_of_chapters())
             if c.cell_type=='code': c.outputs = [o for o in c.outputs if o.get('name')!='stderr']
         shown = [o.data for c in nb.cells for o in c.get('outputs', []) if 'data' in o]

@@ -28,8 +28,16 @@ function clipped() {
     return cut(s.overflowX) && e.scrollWidth > e.clientWidth + 1 || cut(s.overflowY) && e.scrollHeight > e.clientHeight + 2
   }).map(e => `cut off: ${e.tagName.toLowerCase()} ${short(e.textContent)}`)
 }
-function sideways() {   // tables of parameters are read from top to bottom
-  return [...document.querySelectorAll('.params .scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => `scrolls sideways: ${short(e.textContent)}`)
+function sideways() {   // tables of parameters and code are read from top to bottom
+  return [...document.querySelectorAll('.params .scroll, pre:not(.cell-output *)')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => `scrolls sideways: ${short(e.textContent)}`)
+}
+function askew() {   // captions and notes begin where the box begins that they belong to
+  const edge = e => { const s = getComputedStyle(e); return e.getBoundingClientRect().left + parseFloat(s.borderLeftWidth) + parseFloat(s.paddingLeft) }
+  return [...document.querySelectorAll('figcaption, caption, figure p, .callout > p')].filter(e => e.textContent.trim() && drawn(e)).filter(e => {
+    const r = document.createRange(); r.selectNodeContents(e)
+    const first = Math.min(...[...r.getClientRects()].filter(c => c.width).map(c => c.left))
+    return Math.abs(first - edge(e.closest(e.matches('caption') ? 'table' : 'figure, .callout'))) > 2
+  }).map(e => `does not begin at the left: ${short(e.textContent)}`)
 }
 function overlapping() {   // words of two blocks on each other
   const boxes = []
@@ -88,6 +96,6 @@ function figure(svg) {   // text that the edge cuts off, or that lies on other t
   return found.slice(0, 5)
 }
 window.look = {
-  layout: async () => { for (const d of document.querySelectorAll('details')) d.open = true; return [...await images(), ...wide(), ...clipped(), ...sideways(), ...overlapping()] },
+  layout: async () => { for (const d of document.querySelectorAll('details')) d.open = true; return [...await images(), ...wide(), ...clipped(), ...sideways(), ...askew(), ...overlapping()] },
   pale, figures: () => Object.fromEntries([...document.querySelectorAll('svg')].map(s => [s.dataset.name, figure(s)]).filter(([, f]) => f.length))}
 })()
