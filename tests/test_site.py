@@ -236,6 +236,11 @@ def test_what_is_for_the_site_alone_is_a_comment_in_the_notebook():
     assert text=='before\n\n::: {.site-only}\n**[Try](live/index.html)** now.\n:::\n\nafter <!-- map -->'
     assert page(text).body.select_one('.site-only a')['href']=='live/index.html'
 
+def test_cells_between_two_comments_are_folded_on_the_site():
+    text = process.for_site('**More** <!-- folded -->\n\nin **it**\n\n<!-- end of folded -->\n\nafter')
+    body = page(text).body
+    assert body.details.summary.get_text().strip()=='More' and 'in it' in body.details.get_text() and 'after' not in body.details.get_text()
+
 # --- code and outputs -----------------------------------------------------------------------------------------------
 
 def test_a_line_of_code_goes_on_below_where_it_begins_and_columns_are_known():

@@ -120,8 +120,10 @@ def map_of_chapters():
     return f'{table}\n\nParts: {links}.'
 
 def for_site(text):
-    "What stands in a comment, unseen where a notebook is read as it is, becomes a box of the site."
-    return re.sub(r'<!-- site-only: (.*?) -->', r'::: {.site-only}\n\1\n:::', text, flags=re.S)
+    "What stands in a comment, unseen where a notebook is read as it is, becomes a box of the site; marked cells are folded."
+    text = re.sub(r'<!-- site-only: (.*?) -->', r'::: {.site-only}\n\1\n:::', text, flags=re.S)
+    text = re.sub(r'^\*\*(.+)\*\* <!-- folded -->$', r'<details><summary>\1</summary>', text, flags=re.M)
+    return text.replace('<!-- end of folded -->', '</details>')
 
 def finish():
     """What nbdev leaves to do: numbers in titles, the map of the chapters, what is for the site alone, exported values that
