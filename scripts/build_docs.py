@@ -56,7 +56,7 @@ def build_pages():
 
 if __name__=='__main__':
     commands = {'': build, '--plain': lambda: build(plain=True), '--pages': build_pages, '--check': check,
-                '--check --pages': lambda: check(write=True), '--readme': write_readme}
+                '--check --pages': lambda: check(write=True), '--readme': write_readme, '--help': lambda: print(__doc__)}
     arg = ' '.join(sys.argv[1:])
     if arg not in commands: sys.exit(f"{arg}: needs one of {', '.join(filter(None, commands))}, or nothing")
     commands[arg]()

@@ -183,7 +183,7 @@ def test_sliders_by_keyboard_change_the_answer_and_the_address_and_a_reload_keep
         assert p.state()['w'].startswith('2222.') and p.text('pieces')!=pieces and '✗ Wrong' in p.text('verdict')
         p.page.select_option('#from', label='2'); p.after(lambda: p.page.select_option('#to', label='3'))
         p.press('mlp_in', 'End')
-        assert p.state()['w']=='2222.2282.2282.2222' and p.state()['layers']=='2-3'
+        assert p.state()['w']=='2222.2282.2282.2222' and p.state()['layers']=='1-2'
         p.press('act', 'End')
         assert p.state()['a']=='2222.ffff.ffff.2222'
         before = p.state(),p.text('answer'),p.text('map'),p.text('bops-text')
@@ -341,6 +341,7 @@ def test_names_and_keyboard(browser, address):
 def test_the_readme_leaves_out_what_is_for_the_site():
     text = 'before\n\n::: {.site-only}\n[x](live/index.html)\n:::\n\n::: {.callout-note}\nkept\n:::\nafter'
     assert readme.plain(text, {})=='before\n\n\nkept\nafter'
+    assert readme.plain('a\n\n<!-- readme-only: `b`. -->\n\nc', {})=='a\n\n`b`.\n\nc'
 
 def test_the_start_page_links_to_it():
     assert 'live/index.html' in (ROOT/'nbs/index.ipynb').read_text() and (ROOT/'nbs/live/index.html').is_file()

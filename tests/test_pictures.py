@@ -68,7 +68,7 @@ def test_words_in_figures_are_whole(site, tab):
 @pytest.mark.parametrize('words', ['load', 'own data', 'serve', 'export', 'own model', 'family', 'fewest bits', 'llama.cpp', 'profile'])
 def test_search_finds_how_things_are_done(site, tab, words):
     tab.set_viewport_size(WIDE); tab.goto((site/'study/arms.html').as_uri())
-    tab.fill('#search', words)
+    tab.fill('#page-search', words)
     tab.wait_for_selector('#found a')
     assert any('/how.html#' in a for a in tab.evaluate("[...document.querySelectorAll('#found a')].slice(0, 6).map(a => a.href)"))
 

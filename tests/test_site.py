@@ -241,6 +241,18 @@ def test_cells_between_two_comments_are_folded_on_the_site():
     body = page(text).body
     assert body.details.summary.get_text().strip()=='More' and 'in it' in body.details.get_text() and 'after' not in body.details.get_text()
 
+@pytest.mark.parametrize('source,said', [
+    ('See [b](b.ipynb).', None), ('### search\n\n#### page-search {#page-search}', 'times the identifier page-search')])
+def test_ids_of_the_frame_are_not_those_of_a_page(source, said):
+    found = [*checks.labels([page(source)])]
+    assert any(said in f for f in found) if said else not found
+
+def test_links_of_the_line_under_the_title_lead_to_pages():
+    head = new_raw_cell('---\ntitle: A page\ndescription: See [b](01_b.ipynb).\n---')
+    p = pages.make_page('00_page.ipynb', new_notebook(cells=[head, new_markdown_cell('x')]))
+    assert 'href="b.html"' in p.description
+    assert [*checks.links([p])]==['page.html: no page or file for b.html']
+
 # --- code and outputs -----------------------------------------------------------------------------------------------
 
 def test_a_line_of_code_goes_on_below_where_it_begins_and_columns_are_known():
@@ -349,11 +361,11 @@ def test_theme_search_and_tabs_work_from_files(browser, tmp_path, monkeypatch):
     back = lambda: tab.evaluate('getComputedStyle(document.body).backgroundColor')
     dark = back(); tab.click('#theme')
     assert dark!=back()=='rgb(255, 255, 255)'
-    tab.fill('#search', 'round'); tab.click('#found a')
+    tab.fill('#page-search', 'round'); tab.click('#found a')
     tab.wait_for_url('**/core/widths.html#precision')
     assert tab.url.endswith('core/widths.html#precision') and back()=='rgb(255, 255, 255)'   # the choice holds
     assert tab.locator('p:text-is("four")').is_visible() and not tab.locator('p:text-is("eight")').is_visible()
     tab.click('role=tab[name=bw8]')
     assert tab.locator('p:text-is("eight")').is_visible() and not tab.locator('p:text-is("four")').is_visible()
-    tab.fill('#search', 'nothing like it'); tab.wait_for_selector('text=Nothing found')
+    tab.fill('#page-search', 'nothing like it'); tab.wait_for_selector('text=Nothing found')
     assert not errors

@@ -26,7 +26,7 @@ function toAddress() {
   if ($('own').open) { p.set('question', $('own-question').value); p.set('context', $('own-context').value) } else p.set('q', at + 1)
   if (name) p.set('p', name)
   else { p.set('w', write('w')); p.set('a', write('a')) }
-  if (moved.from || moved.to < bits.length - 1) p.set('layers', `${moved.from + 1}-${moved.to + 1}`)
+  if (moved.from || moved.to < bits.length - 1) p.set('layers', `${moved.from}-${moved.to}`)
   history.replaceState(null, '', `#${p}`)
 }
 function fromAddress() {
@@ -42,7 +42,7 @@ function fromAddress() {
   const lost = (p.has('w') || p.has('p')) && !wanted
   notice = lost ? 'The bits in this link do not fit the model: it starts at its first profile.' : ''
   bits = structuredClone(wanted ?? profiles()[0]?.[1] ?? refuse('none of its profiles has bits that this page can show'))
-  const [a, b] = (p.get('layers') ?? '').split('-').map(x => x - 1)
+  const [a, b] = (p.get('layers') ?? '').split('-').map(x => parseInt(x, 10))
   moved = a >= 0 && b >= a && b <= last ? {from: a, to: b} : {from: 0, to: last}
   const q = Math.trunc(p.get('q')) - 1
   at = q >= 0 && q < QUESTIONS.length ? q : 0
@@ -93,7 +93,7 @@ function showAnswer() {
   const row = ({id, probability: p, others}) => make('tr', {},
     make('th', {scope: 'row'}, make('span', {className: `word ${level(p)}`}, piece(id))),
     make('td', {className: 'number'}, `${percent(p)}, ${level(p)}`),
-    make('td', {}, others.filter(o => o[1] >= .005).map(([i, p]) => `${piece(i)} ${percent(p)}`).join(', ') || 'nothing'))
+    make('td', {}, others.filter(o => o[1] >= .005).map(([i, p]) => `${piece(i)} (${percent(p)})`).join(', ') || 'nothing'))
   $('pieces').tBodies[0].replaceChildren(...a.pieces.map(row))
   $('time').textContent = `Answered in ${Math.max(1, Math.round(a.ms))} ms on this machine.`
   return right
@@ -125,7 +125,7 @@ function build() {
   $('question').replaceChildren(...QUESTIONS.map((q, i) => make('option', {value: i}, `${i + 1}. ${q.question}`)))
   const names = [...profiles().map(([name]) => [name, name]), ['', 'your own mix']]
   $('profile').replaceChildren(...names.map(([value, text]) => make('option', {value}, text)))
-  for (const id of ['from', 'to']) $(id).replaceChildren(...model.blocks.map((_, i) => make('option', {value: i}, i + 1)))
+  for (const id of ['from', 'to']) $(id).replaceChildren(...model.blocks.map((_, i) => make('option', {value: i}, i)))
   $('sliders').replaceChildren(slider('all', 'all weights', model.widths, 'w', SITE_NAMES),
     ...SITE_NAMES.map(s => slider(s, NAMES[s], model.widths, 'w', [s])), slider('act', 'activations', ACTS, 'a', SITE_NAMES))
   const heads = ['layer', ...SITE_NAMES.map(s => NAMES[s])]
@@ -140,7 +140,7 @@ function showBits() {
       td.style.setProperty('--share', w * (a ?? 16) / 128)
       return td
     })
-    return make('tr', {className: i >= moved.from && i <= moved.to ? 'moved' : ''}, make('th', {scope: 'row'}, i + 1), ...tds)
+    return make('tr', {className: i >= moved.from && i <= moved.to ? 'moved' : ''}, make('th', {scope: 'row'}, i), ...tds)
   }))
 }
 
@@ -152,7 +152,7 @@ function showCost() {
   const millions = (x, digits) => (x / 1e6).toFixed(digits)
   const memory = `${millions(c.bytes, 2)} MB, ${percent(bytes)} of float's ${millions(c.floatBytes, 2)} MB`
   const work = `${millions(c.bops, 1)} million bit-operations per token, ${percent(bops)} of float's ${millions(c.floatBops, 0)}`
-  $('bytes-text').textContent = `Memory: ${memory}`; $('bops-text').textContent = `Work: ${work}`
+  $('bytes-text').textContent = `Memory, adapters included: ${memory}`; $('bops-text').textContent = `Work, adapters included: ${work}`
   $('bytes-bar').style.width = `${100 * bytes}%`; $('bops-bar').style.width = `${100 * bops}%`
 }
 const key = () => $('own').open ? null : `${model.mark} ${QUESTIONS[at].context} ${QUESTIONS[at].question}`

@@ -2,9 +2,11 @@
 import posixpath, re
 from collections import Counter
 from urllib.parse import unquote
+from bs4 import BeautifulSoup
 from docsite import apidoc
 from docsite.pages import IMAGES, options
 from docsite.process import PROC
+from docsite.site import ASSETS
 from project import NBS, module_of
 
 import yaml
@@ -50,9 +52,10 @@ def ids(page): return [e['id'] for e in page.body.find_all(id=True)]
 
 def links(pages):
     "Links within the site that lead nowhere."
-    there = {p.name: {*ids(p), 'main', ''} for p in pages}
+    there = {p.name: {*ids(p), ''} for p in pages}
     for p in pages:
-        for href in sorted({a['href'] for a in p.body.find_all('a', href=True)}):
+        parts = p.body, BeautifulSoup(p.description, 'html.parser')
+        for href in sorted({a['href'] for part in parts for a in part.find_all('a', href=True)}):
             page,_,anchor = unquote(href).partition('#')
             page = posixpath.normpath(posixpath.join(posixpath.dirname(p.name), page)) if page else p.name
             if re.match(r'[a-z][a-z0-9+.-]*:|//', href, flags=re.I): continue
@@ -63,10 +66,10 @@ def links(pages):
                 yield f'{p.name}: no page or file for {href}'
 
 def labels(pages):
-    "Labels that two pages share, and identifiers that one page has twice."
-    where = {}
+    "Labels that two pages share, and identifiers that one page, with the frame around it, has twice."
+    where,frame = {},re.findall(r' id="([\w-]+)"', (ASSETS/'page.html').read_text())
     for p in pages:
-        for i,n in Counter(ids(p)).items():
+        for i,n in Counter([*ids(p), *frame]).items():
             if n>1: yield f'{p.name}: {n} times the identifier {i}'
             if re.match('(fig|tbl|eq|lst)-', i): where.setdefault(i, []).append(p.name)
     yield from (f"{', '.join(ps)}: share the label {i}" for i,ps in where.items() if len(ps)>1)

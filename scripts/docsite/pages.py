@@ -257,7 +257,12 @@ class Page:
             text = [str(c) for c in h.contents if getattr(c, 'get', lambda k: None)('class')!=['anchor']]
             yield classes, h['id'], ''.join(text)
 
-def inline(text): return str(pandoc(text).p.decode_contents()) if text else ''
+def inline(text, name):
+    "HTML of a line of Markdown on a page."
+    if not text: return ''
+    soup = pandoc(text)
+    local_links(soup, name)
+    return str(soup.p.decode_contents())
 
 def make_page(name, nb):
     "One page from a processed notebook."
@@ -267,5 +272,5 @@ def make_page(name, nb):
     place_captions(soup); mark_equations(soup)
     resolve(soup, number(soup))
     for step in (callouts, tabs, partial(local_links, name=name), space_functions, indent, tidy): step(soup)
-    title,description = str(meta.get('title', name)),inline(str(meta.get('description', '') or ''))
-    return Page(html_name(name), name, title, description, soup, files)
+    lead = inline(str(meta.get('description', '') or ''), name)
+    return Page(html_name(name), name, str(meta.get('title', name)), lead, soup, files)

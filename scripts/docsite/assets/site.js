@@ -63,11 +63,11 @@ function excerpt(text, q) {
   return el
 }
 async function search() {
-  const query = $('search').value, box = $('found')
+  const query = $('page-search').value, box = $('found')
   box.hidden = !words(query).length
   if (box.hidden) return
   await load()
-  if (query !== $('search').value) return
+  if (query !== $('page-search').value) return
   const hits = find(query)
   box.replaceChildren(...hits.map(({s}) => {
     const a = make('a', {href: root.dataset.root + s.href})
@@ -76,15 +76,15 @@ async function search() {
   }))
   if (!hits.length) box.append(make('p', {textContent: `Nothing found for “${query}”.`}))
 }
-$('search').oninput = search
-$('search').onfocus = () => { load(); search() }
+$('page-search').oninput = search
+$('page-search').onfocus = () => { load(); search() }
 document.addEventListener('click', e => { if (!e.target.closest('.search') || e.target.closest('#found a')) $('found').hidden = true })
 document.addEventListener('keydown', e => {
   if (e.key === 'Escape') { $('found').hidden = true; $('sidebar').classList.remove('open') }
-  if (e.key === '/' && !e.target.closest('input, textarea')) { e.preventDefault(); $('search').focus() }
-  if (e.key === 'Enter' && e.target === $('search')) $('found').querySelector('a')?.click()
+  if (e.key === '/' && !e.target.closest('input, textarea')) { e.preventDefault(); $('page-search').focus() }
+  if (e.key === 'Enter' && e.target === $('page-search')) $('found').querySelector('a')?.click()
   const links = [...$('found').querySelectorAll('a')], step = {ArrowDown: 1, ArrowUp: -1}[e.key]
-  if (step && !$('found').hidden && e.target.closest('.search')) { e.preventDefault(); (links[links.indexOf(e.target) + step] ?? $('search')).focus() }
+  if (step && !$('found').hidden && e.target.closest('.search')) { e.preventDefault(); (links[links.indexOf(e.target) + step] ?? $('page-search')).focus() }
 })
 
 // The section that is read, in the list on the right.
