@@ -100,7 +100,8 @@ def speed_said(
              for b in benchmarks.values() if 'generate' in b]
     if not found: return '*No record yet.*'
     times = f'{min(found):.1f}'+f' to {max(found):.1f}'*(len(found)>1)
-    return f"**At 4 bits `generate()` writes {times} times as many tokens a second as float32 in transformers** ({plural(len(found), 'machine')})."
+    return (f'**At 4 bits `generate()` writes {times} times as many tokens a second as float32 in transformers** '
+            f"({plural(len(found), 'machine')}).")
 
 def plot_speed(
     benchmarks:dict, # Machine -> name -> record

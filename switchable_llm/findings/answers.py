@@ -16,7 +16,7 @@ from ..study.records import PRESETS
 from ..search.intervals import MARGIN
 from ..study.statistics import Finding, Findings, basis, plural
 from .arms import (
-    OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, in_each, outcome, route_said)
+    OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_each, outcome, route_said)
 from .choices import allocation_answer, allocation_findings
 from .defences import (
     TRAINED, answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by,
