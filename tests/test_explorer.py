@@ -283,6 +283,7 @@ def test_how_the_page_looks(browser, child_env, tmp_path, theme):
         # answers before settings
         def top(what): return p.page.locator(what).first.bounding_box()['y']
         assert top('.sl-stacked')<top('.sl-figure')<top('.sl-fold')
+        assert p.page.locator('.sl-figure').first.evaluate('e => getComputedStyle(e).colorScheme')==theme   # so they follow it
         for title in ('Another model','Bits by hand'): p.unfold(title)
         for d in p.page.locator('summary').all(): d.click()
         for width in (1400, 390):

@@ -84,6 +84,8 @@ BAD = dict(
     low=('<div style="height:20px;overflow:hidden">Two<br>lines</div>', 'cut off: div Two'),
     sideways=('<div class="params"><div class="scroll" style="overflow:auto"><table style="width:700px"><td>name</table></div></div>',
               'phone: scrolls sideways: name'),
+    figure=('<figure><div class="scroll" style="overflow:auto"><img width="500" alt="Lines" src="data:image/svg+xml,'
+            '%3Csvg xmlns=\'http://www.w3.org/2000/svg\'/%3E"></div></figure>', 'phone: scrolls sideways: Lines'),
     code=(code(300), 'wide: scrolls sideways: xxx'),
     code_on_a_phone=(code(60), 'phone: scrolls sideways: xxx'),
     caption=('<figure><figcaption style="text-align:center">A caption</figcaption></figure>',

@@ -7,8 +7,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
 from docsite import apidoc, checks, pages, process, readme, site
-from docsite.colours import themed
-from switchable_llm.study.figures import ON_PAGE, STYLES
+from switchable_llm.explorer import looks
+from switchable_llm.study.figures import ON_PAGE, STYLES, panels, themed
 import execute_notebooks
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><text>a</text></svg>'
@@ -285,9 +285,37 @@ def test_every_colour_is_text_on_both_pages_and_profiles_differ_in_grey():
 def test_a_saved_figure_takes_the_colours_of_its_page():
     svg = '<svg><style>*{}</style><text fill="#7f7f7f">a</text><path stroke="#365e89"/></svg>'
     light,dark = themed(svg).split('@media (prefers-color-scheme:dark)')
-    assert '[fill="#7f7f7f"]{fill:#5f6672}' in light and '[stroke="#365e89"]{stroke:#068efd}' in dark
+    assert '[fill="#7f7f7f"],[style*="fill: #7f7f7f"]){fill:#5f6672!' in light and '){stroke:#068efd!' in dark
     cells = themed(svg.replace('</svg>', '<text fill="#ffffff">8</text></svg>'))   # white words stand on coloured areas
-    assert 'text[fill="#365e89"]' in cells and '}[fill="#365e89"]' not in cells
+    assert 'text:is([fill="#365e89"]' in cells and '};:is([fill="#365e89"]' not in cells and ':is([stroke="#365e89"]' in cells
+
+@pytest.mark.parametrize('drawn,said', [
+    ('<text fill="#7f7f7f">a</text><path stroke="#365e89"/><path stroke="#999999" stroke-opacity=".2"/>', []),
+    ('<text>a</text>', ['1.2 on the dark page: words in #000000']),
+    ('<g fill="#7f7f7f"><text>a</text></g>', []),
+    ('<text fill="#ffffff">8</text><text>4</text>', []),   # on areas that were coloured for them
+    ('<g stroke="#444444"><path/></g>', ['1.6 on the dark page: a line in #444444']),
+    ('<path stroke="#ff7f0e"/>', ['2.5 on the light page: a line in #ff7f0e']),
+    ('<path stroke="#7f7f7f" opacity="0.6"/>', ['2.5 on the light page: a line in #7f7f7f'])])
+def test_words_and_lines_in_figures_can_be_seen_in_both_themes(drawn, said):
+    svg = themed(f'<svg xmlns="http://www.w3.org/2000/svg">{drawn}</svg>')
+    p = page(figure(data={'image/svg+xml': svg}))
+    assert [f.removeprefix('page.html: page_files/fig-a.svg: contrast ') for f in checks.figures(p)]==said
+
+@pytest.mark.parametrize('follows', [True, False])
+def test_pictures_of_the_explorer_can_be_seen_in_both_themes(follows, monkeypatch):
+    if not follows: monkeypatch.setattr(looks, 'themed', lambda svg: svg)   # and a picture that does not is found out
+    with panels(1, 1, 3, 2) as (fig,(ax,)):
+        for name,(color,marker) in STYLES.items(): ax.plot([0, 1], c=color, marker=marker, label=name)
+        ax.set(xlabel='words')
+    data = looks.svg_picture(fig, 'Lines').partition('base64,')[2].partition('"')[0]
+    svg = execute_notebooks.plain_svg(base64.b64decode(data).decode())   # colours as the check reads them
+    faults = list(checks.figures(page(figure(data={'image/svg+xml': svg}))))
+    assert (not faults)==follows and (follows or any('words' in f for f in faults) and any('a line' in f for f in faults))
+
+def test_the_check_of_figures_knows_the_colours_of_the_pages():
+    css = (site.ASSETS/'site.css').read_text()
+    assert {'#ffffff', *re.findall(r'dark; --back: (#\w+)', css), '#222222'}=={b for bs in checks.PAGES.values() for b in bs}
 
 def test_no_page_asks_anybody_for_a_font():
     assert not re.search(r'@import|url\(', (site.ASSETS/'site.css').read_text()+(ROOT/'nbs/styles.css').read_text())

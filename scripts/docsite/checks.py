@@ -2,12 +2,14 @@
 import posixpath, re
 from collections import Counter
 from urllib.parse import unquote
+from xml.etree import ElementTree
 from bs4 import BeautifulSoup
 from docsite import apidoc
 from docsite.pages import IMAGES, options
 from docsite.process import PROC
 from docsite.site import ASSETS
 from project import NBS, module_of
+from switchable_llm.explorer.looks import contrast
 
 import yaml
 
@@ -45,6 +47,45 @@ def images(page):
         src = unquote(i['src'])
         if re.match('data:|https?:', src) or src in page.files: continue
         if not (PROC/page.name).parent.joinpath(src).is_file(): yield f"{page.name}: no file {i['src']}"
+
+# --- in figures -----------------------------------------------------------------------------------------------------
+
+PAGES = dict(light=['#ffffff'], dark=['#14171c','#222222'])   # the dark of the plain site, and of Quarto's
+NEEDS = dict(fill=(4.5, 'words'), stroke=(3, 'a line'))   # contrast (WCAG 2)
+_rule = re.compile(r':is\(\[(\w+)="(#\w+)"\][^{]*\{\w+:(#\w+)!important\}')
+
+def blend(color, back, share):
+    "A colour that covers a part of the page behind it."
+    both = ([int(c[i:i+2], 16) for i in (1, 3, 5)] for c in (color, back))
+    return '#'+''.join(f'{round(share*a+(1-share)*b):02x}' for a,b in zip(*both))
+
+def elements(e, above):
+    "Elements of an SVG, `(tag, attributes)`, with what they inherit from those above."
+    own = above | e.attrib
+    yield e.tag.rpartition('}')[2],own
+    for child in e: yield from elements(child, {k: v for k,v in own.items() if k in ('fill','stroke')})
+
+def drawn(svg):
+    "What is drawn on the page itself, `(fill or stroke, colour, how much it covers)`: no words on areas, no faint ground."
+    all_ = list(elements(ElementTree.fromstring(svg), {}))
+    on_areas = {'#ffffff','#000000'} if any(t=='text' and a.get('fill')=='#ffffff' for t,a in all_) else set()
+    for tag,a in all_:
+        what = 'fill' if tag=='text' else 'stroke'
+        color,share = a.get(what, '#000000' if tag=='text' else 'none'),float(a.get(f'{what}-opacity', a.get('opacity', 1)))
+        if tag in ('text','path','use') and color!='none' and share>=.5 and not (tag=='text' and color in on_areas):
+            yield what,color,share
+
+def figures(page):
+    "Figures with words or lines that cannot be seen on the light or on the dark page."
+    for path in sorted(p for p in page.files if p.endswith('.svg')):
+        svg = page.files[path].decode()
+        light,_,dark = svg.partition('</style>')[0].partition('@media')
+        for theme,sheet in dict(light=light, dark=dark).items():
+            known = {(what, saved): shown for what,saved,shown in _rule.findall(sheet)}
+            for what,color,share in sorted(set(drawn(svg))):
+                shown,(need,which) = known.get((what, color), color),NEEDS[what]
+                worst = min(contrast(blend(shown, b, share), b) for b in PAGES[theme])
+                if worst<need: yield f'{page.name}: {path}: contrast {worst:.1f} on the {theme} page: {which} in {color}'
 
 # --- between pages --------------------------------------------------------------------------------------------------
 
@@ -130,7 +171,7 @@ def config(path):
 def problems(pages, notebooks):
     "Everything that is wrong, for pages and the processed notebooks that they were made from."
     for p in pages:
-        for f in (raw_marks, references, images): yield from f(p)
+        for f in (raw_marks, references, images, figures): yield from f(p)
     for f in (links, labels, api): yield from f(pages)
     for name,nb in notebooks.items(): yield from cells(name, nb)
     yield from config(NBS.parent/'_quarto.yml')

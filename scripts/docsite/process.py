@@ -2,8 +2,8 @@
 import ast, importlib, os, re, shutil, sys
 from collections import Counter
 from docsite import apidoc
-from docsite.colours import themed
 from project import CFG, NBS, PARTS, ROOT, module_of, name_of, notebooks, read_cells
+from switchable_llm.study.figures import themed
 
 import nbformat, yaml
 

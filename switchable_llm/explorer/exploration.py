@@ -399,7 +399,7 @@ def plot_errors(
         raise ValueError(f"only {name!r}, with which others are compared, was asked for: add a profile")
     sites = list(dict.fromkeys(s.site for s in e.sites))
     blocks = sorted({s.layer for s in e.sites}, key=lambda l: (l is None, l or 0))
-    across = min(len(maps), 3 if len(blocks)<=8 else 1)
+    across = min(len(maps), 2 if len(blocks)<=8 else 1)
     down = -(-len(maps)//across)
     with figure_style():
         # inches; placed by hand, for a page that is drawn at every click

@@ -9,7 +9,7 @@ __all__ = ['STYLE', 'Html', 'contrast', 'ink', 'colors_of', 'chip', 'button_colo
 import base64, html, io
 from typing import Iterable
 from matplotlib.figure import Figure
-from ..study.figures import figure_style, profile_style
+from ..study.figures import figure_style, profile_style, themed
 
 # %% ../../nbs/explorer/looks.ipynb #f19b53b8
 class Html(str): "Text that is HTML already."
@@ -67,10 +67,10 @@ def svg_picture(
     alt:str,    # What it shows
     wide:bool=False, # Whether a phone scrolls it rather than make it small
 )->str: # HTML
-    "A figure as a picture in a page; it has no background, so it goes with light and dark."
+    "A figure as a picture in a page, in the colours of its theme."
     buffer = io.BytesIO()
     with figure_style(): fig.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None))
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(themed(buffer.getvalue().decode()).encode()).decode()
     return f'<img class="sl-figure{" sl-wide"*wide}" alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 
 def html_table(
@@ -105,6 +105,7 @@ STYLE = '''<style>
 .sl-app .widget-label { color: var(--jp-ui-font-color1); } .sl-app .widget-html-content { overflow-x: auto; }
 .sl-app .widget-html, .sl-app .widget-box { max-width: 100%; min-width: 0; }
 .sl-scroll { overflow-x: auto; max-width: 100%; } .sl-figure { max-width: 100%; height: auto; }
+.sl-figure { color-scheme: light; } [data-jp-theme-light=false] .sl-figure { color-scheme: dark; }
 details .sl-scroll { max-height: 24rem; overflow-y: auto; }
 .sl-table { border-collapse: collapse; font-size: .88rem; line-height: 1.35; margin: .2rem 0; }
 .sl-table { color: var(--jp-ui-font-color1); } .sl-table thead th { max-width: 8.5rem; font-weight: 600; }

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..search.intervals import Interval, crossed_mean
-from ..study.figures import INK, ProfileStyle, mark_interval, name_rows, panels
+from ..study.figures import INK, WIDEST, ProfileStyle, mark_interval, name_rows, panels
 from ..study.statistics import Claim, Finding, Findings, as_good, basis, better, decide, paired, plot_findings, plural
 from .verdicts import Study, capital, listed, markdown_table, no_record
 
@@ -155,7 +155,7 @@ def plot_routes(
     runs = {n:rs for n,rs in by_arm(records).items() if n in (*_LOOK, 'float')}
     if DEFAULT not in runs: raise ValueError(f'no record of the arm {DEFAULT!r}, to which the others are compared')
     names = _scored(runs)
-    with panels(1, 2, 8, 1.2+.5*len(names), sharey=True) as (fig,axs):
+    with panels(1, 2, WIDEST, 1.4+.5*len(names), sharey=True) as (fig,axs):
         for ax,score,factor in zip(axs, ('f1','answer'), (100, 1)):
             for k,(arm,look) in enumerate(_LOOK.items()):
                 for i,p in enumerate(names):
@@ -170,7 +170,7 @@ def plot_routes(
         keys = [Line2D([], [], marker=l.marker, c=l.color, mfc='none' if a=='untrained' else l.color, ls='', label=a)
                 for a,l in _LOOK.items() if a in runs]
         keys.append(Line2D([], [], c=INK, ls='--', label='float, trained alike'))
-        fig.legend(handles=keys, loc='outside upper center', ncols=5)
+        fig.legend(handles=keys, loc='outside upper center', ncols=3)
     return fig
 
 def cost_table(

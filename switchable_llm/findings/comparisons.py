@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..search.intervals import Interval, crossed_mean, side
 from ..profiles_eval import Evaluation
-from ..study.figures import INK, mark_interval, name_rows, need_keys, panels, profile_style
+from ..study.figures import INK, WIDEST, mark_interval, name_rows, need_keys, panels, profile_style
 from ..study.statistics import basis
 
 # %% ../../nbs/findings/comparisons.ipynb #2d9f2a4e
@@ -123,7 +123,7 @@ def plot_tasks(
 )->Figure: # Exact match and F1
     "Generative and extractive scores of each profile, with their 95 % intervals."
     names = list(report.difference)
-    with panels(1, 2, 8, 1.1+.42*len(names), sharey=True) as (fig,axs):
+    with panels(1, 2, WIDEST, 1.1+.42*len(names), sharey=True) as (fig,axs):
         for ax,key in zip(axs, ('em','f1')):
             for (y,n),(task,dy) in itertools.product(enumerate(names), zip(TASKS, (-.16, .16))):
                 found = [v*100 for v in report.scores[task][n][key]]

@@ -7,13 +7,13 @@ __all__ = ['SOURCES', 'EARLIER', 'Earlier', 'earlier', 'plot_earlier_accuracy', 
            'plot_earlier_typos', 'statements_table', 'earlier_table', 'other_numbers']
 
 # %% ../../nbs/findings/earlier.ipynb #ff0b404d
-import math
+import math, textwrap
 from typing import Iterable, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from ..search.intervals import Interval, crossed_mean
 from ..study.statistics import paired
-from ..study.figures import INK, name_rows, panels
+from ..study.figures import INK, WIDEST, name_rows, panels
 from .arms import DEFAULT, OUTCOMES, arm_findings, by_arm, level, outcome
 from .defences import earlier_statements
 from .verdicts import (
@@ -110,7 +110,7 @@ def plot_earlier_accuracy(
     study:Study, # All records
 )->Figure: # Earlier studies hollow and dashed, this one filled with intervals
     "F1 against uniform bits, ours and theirs on the same axes."
-    with panels(1, 1, 7.2, 4) as (fig,(ax,)):
+    with panels(1, 1, WIDEST, 4.6) as (fig,(ax,)):
         for source in SOURCES:
             points = [e for e in earlier('accuracy', score='f1', source=source) if e.bits in (4,5,6,8,16)]
             if not points: continue
@@ -134,13 +134,15 @@ def _our_curve(ax, label, curve, color, marker):   # a line through the widths; 
     draw(curve.keys()&{16}, '', None, f'ours-{label}, float')
 
 def _row_plot(rows, xlabel, limit=math.inf):   # (label, Interval or number, colour, marker, filled)
-    with panels(1, 1, 7.2, 1.1+.27*len(rows)) as (fig,(ax,)):
+    names = [textwrap.fill(r[0], 38, break_on_hyphens=False) for r in rows]
+    row = .32 if any('\n' in n for n in names) else .27   # inches
+    with panels(1, 1, WIDEST, 1.1+row*len(rows)) as (fig,(ax,)):
         for y,(label,i,color,marker,filled) in enumerate(rows):
             v,low,high = i if isinstance(i, tuple) else (i, i, i)
             if high>low: ax.plot([low, high], [y, y], c=color, lw=1.6)
             ax.plot(v, y, marker, c=color, mfc=color if filled else 'none', ms=6, gid=label)
         ax.axvline(0, ls=':', c=INK)
-        name_rows(ax, [r[0] for r in rows])
+        name_rows(ax, names)
         ax.set(xlabel=xlabel)
         low,high = ax.get_xlim(); ax.set_xlim(max(low, -limit), min(high, limit))
     return fig
@@ -177,7 +179,7 @@ def plot_earlier_typos(
         for s,i in typo_harm(study.of(p, 'robustness', 'joint')).items():
             label = f"{capital(name)}, {s.removeprefix('fixed_').replace('_', ' ')}"
             rows.append((label, tuple(i), *_ours[p], True))
-    return _row_plot(rows, 'rise of log perplexity (nats per token): full text (theirs), answer (ours)')
+    return _row_plot(rows, 'rise of log perplexity (nats per token):\nfull text (theirs), answer (ours)')
 
 # %% ../../nbs/findings/earlier.ipynb #c2939b89
 def _stated(study, preset):   # statement -> what is found

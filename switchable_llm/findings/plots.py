@@ -17,7 +17,7 @@ from ..quantizers import Bits
 from ..core.profiles import Profile, Site, as_profile
 from ..core.switching import Switch
 from switchable_llm.study.figures import (
-    CAP, INK, STYLES, ProfileStyle, legend_key, log_axis, mark_interval, name_rows, need_keys, panels,
+    CAP, INK, STYLES, WIDEST, ProfileStyle, legend_key, log_axis, mark_interval, name_rows, need_keys, panels,
     profile_style)
 from ..search.intervals import crossed_mean
 from ..study.robustness import DEFENCES, middle
@@ -36,7 +36,7 @@ def plot_profiles(
     need_keys(record, 'plot_profiles', 'before', 'after')
     before,after,grey = _scores(record['before']),_scores(record['after']),STYLES['float'].color
     names = [n for n in _by_bits(before|after) if n!='float']
-    with panels(1, 2, 8, 1.1+.42*len(names), sharey=True) as (fig,axs):
+    with panels(1, 2, WIDEST, 1.3+.42*len(names), sharey=True) as (fig,axs):
         for ax,key,factor in zip(axs, ('f1','ppl_answer'), (100, 1)):
             def shown(s): return np.array(s['summary'][key])*factor
             if 'float' in before:
@@ -53,7 +53,7 @@ def plot_profiles(
         axs[0].set(xlabel='F1 (%)'); axs[1].set(xlabel='perplexity of the answer')
         keys = [legend_key('before training', marker='o', hollow=True), legend_key('after training', marker='o'),
                 legend_key('float, before training', grey, line='--')]
-        fig.legend(handles=keys, loc='outside lower center', ncols=3)
+        fig.legend(handles=keys, loc='outside lower center', ncols=2)
     return fig
 
 # %% ../../nbs/findings/plots.ipynb #ed6866f6
@@ -100,7 +100,7 @@ def cost_panels(
 )->Figure: # Two panels
     "F1 against both costs."
     f1 = {n:100*np.array(i) for n,(_,i) in points.items()}
-    with panels(1, 2, 8, 3.3, sharey=True) as (fig,axs):
+    with panels(2, 1, WIDEST, 5.4, sharey=True) as (fig,axs):
         todo = []
         for ax,(key,what) in zip(axs, _COSTS.items()):
             factor,prefix = _unit(max(c[key] for c,_ in points.values())/3)
@@ -108,7 +108,7 @@ def cost_panels(
             for n,x,_,_ in placed: mark_interval(ax, x, f1[n], profile_style(n), upright=True, gid=f'{key}-{n}')
             log_axis(ax); ax.set(xlabel=what.format(prefix)); ax.margins(x=.15)
             todo.append((ax, placed))
-        axs[0].set(ylabel='F1 after training (%)')
+        for ax in axs: ax.set(ylabel='F1 after training (%)')
         for ax,placed in todo: _label(fig, ax, placed)   # when the layout is final
     return fig
 
@@ -135,7 +135,7 @@ def plot_curves(
     if not records: raise ValueError("records is empty: give at least one record of a training run")
     if window<1: raise ValueError(f"window={window}: needs 1 or more")
     for r in records: need_keys(r, 'plot_curves', 'training')
-    with panels(1, len(records), max(5.5, 3.6*len(records)), 3.3, sharey=True) as (fig,axs):
+    with panels(len(records), 1, WIDEST, .7+2.4*len(records), sharex=True, sharey=True) as (fig,axs):
         names = dict.fromkeys(n for r in records for _,_,n,_ in r['training']['curve'])
         for ax,r in zip(axs, records):
             for name in names:
@@ -143,10 +143,10 @@ def plot_curves(
                 color = profile_style(name).color
                 ax.plot(steps, loss, '.', c=color, ms=4, alpha=.35, mew=0)
                 ax.plot(steps, _trailing_mean(loss, window), c=color, lw=1.6, gid=f'loss-{name}')
-            ax.set(title=f"{r['name']}, seed {r['seed']}", xlabel='step')
-        log_axis(axs[0], 'y'); axs[0].set(ylabel='training loss (nats per token)')
+            ax.set(title=f"{r['name']}, seed {r['seed']}", ylabel='loss (nats per token)')
+        log_axis(axs[0], 'y'); axs[-1].set(xlabel='step')
         keys = [legend_key(_short(n), *profile_style(n), line='-') for n in sorted(names, key=_rank)]
-        fig.legend(handles=keys, loc='outside lower center', ncols=6)
+        fig.legend(handles=keys, loc='outside lower center', ncols=3)
     return fig
 
 def _trailing_mean(y, window): return [y[max(0, i-window):i].mean() for i in range(1, len(y)+1)]
@@ -166,7 +166,10 @@ def plot_ablation(
     ppl = {n:(intervals or {}).get(n, (value(a),)*3) for n,a in record['arms'].items()}
     arms = [n for n in ppl if n!='float']
     kinds = [k for k in _KINDS_OF_ARMS if any(_kind_of_arm(n)==k for n in arms)]
-    with panels(1, len(kinds), 3.2*len(kinds), 2.6) as (fig,axs):
+    across = min(2, len(kinds))
+    down = -(-len(kinds)//across)
+    with panels(down, across, WIDEST, .4+2.1*down) as (fig,axs):
+        for ax in axs[len(kinds):]: ax.set_visible(False)
         for ax,k in zip(axs, kinds):
             own = {n:ppl[n] for n in arms if _kind_of_arm(n)==k}
             _ablation_panel(ax, k, own, ppl.get('float'), score)
@@ -205,14 +208,17 @@ def plot_bits(
     "Map of the bits of each layer."
     bits,sites = _bits_of(sites, profile),list(getattr(sites, 'sites', sites))
     rows,cols = list(dict.fromkeys(s.site for s in sites)),_blocks(s.layer for s in sites)
-    with panels(2, 1, max(4, 1.4+.27*len(cols)), .9+.5*len(rows), sharex=True) as (fig,axs):
+    with panels(2, 1, min(WIDEST, max(4, 1.4+.27*len(cols))), .9+.5*len(rows), sharex=True) as (fig,axs):
         for ax,kind,what in zip(axs, 'wa', ('weight bits','activation bits')):
             for y,site in enumerate(rows):
                 for x,layer in enumerate(cols):
                     _cell(ax, x, y, [getattr(bits[s.name], kind) for s in sites if (s.site,s.layer)==(site,layer)])
             name_rows(ax, rows); ax.grid(visible=False); ax.set(title=what, xlim=(-.5, len(cols)-.5))
-        axs[1].set_xticks(range(len(cols)), ['–' if c is None else c for c in cols]); axs[1].set(xlabel='layer')
+        axs[1].set_xticks(range(len(cols)), _names_of(cols)); axs[1].set(xlabel='layer')
     return fig
+
+def _names_of(cols):   # each, or each fifth where there are many
+    return ['–' if c is None else c if len(cols)<=16 or c%5==0 else '' for c in cols]
 
 def _blocks(layers):   # in order; what lies outside the blocks comes last
     return sorted(set(layers), key=lambda l: (l is None, l or 0))
@@ -250,9 +256,10 @@ def plot_sensitivity(
     rows,cols = list(dict.fromkeys(y for y,_ in where.values())),_blocks(x for _,x in where.values())
     seen = [v[0] for v in rise.values() if v[1]>0]
     norm = LogNorm(max(min(seen, default=1e-4), 1e-4*max(seen, default=1)), max(seen, default=1)*1.001)
-    across = 2 if len(cols)<=16 and len(shown)>1 else 1
+    width = max(2.2, 1.3+.21*len(cols))   # inches of a panel
+    across = 2 if 2*width+.6<=WIDEST and len(shown)>1 else 1
     down = -(-len(shown)//across)
-    size = across*max(2.6, 1.3+.21*len(cols))+.6, down*(.75+.24*len(rows))
+    size = min(WIDEST, across*width+.6), down*(.75+.24*len(rows))
     with panels(down, across, *size, sharex=True, sharey=True) as (fig,axs):
         for ax in axs[len(shown):]: ax.set_visible(False)
         for ax,panel in zip(axs, shown):
@@ -261,8 +268,8 @@ def plot_sensitivity(
                 _rise(ax, cols.index(block), rows.index(site), rise[name, *panel], norm, gid='|'.join((name, *panel)))
             what = dict(w='weight', a='activation')[panel[0]]
             name_rows(ax, rows); ax.grid(visible=False)
-            ax.set(title=f'one alone at {panel[1]} {what} bits', xlim=(-.5, len(cols)-.5))
-            ax.set_xticks(range(len(cols)), ['–' if c is None else c if len(cols)<=16 or c%5==0 else '' for c in cols])
+            ax.set(title=f'at {panel[1]} {what} bits', xlim=(-.5, len(cols)-.5))
+            ax.set_xticks(range(len(cols)), _names_of(cols))
         for ax in axs[max(0, len(shown)-across):len(shown)]: ax.set(xlabel='block')
         bar = dict(ax=list(axs[:len(shown)]), label='rise of the loss (nats per token)', aspect=30)
         fig.colorbar(ScalarMappable(norm, _rise_cmap), **bar)
@@ -280,7 +287,7 @@ def _rise(ax, x, y, ivl, norm, gid):
     else: ax.add_patch(plt.Rectangle((x-.46, y-.44), .92, .88, color=_rise_cmap(norm(ivl[0])), lw=0, gid=gid))
 
 # %% ../../nbs/findings/plots.ipynb #7cc2e5cd
-_KINDS = dict(random=('#7f7f7f','.'), allocated=('#0F8BC6','P'), searched=('#D62728','*'))
+_KINDS = dict(random=(INK,'.'), allocated=('#0F8BC6','P'), searched=('#CC4C7B','*'))
 _UNIFORM = dict(w4a4='bw4', w6a6='bw6', w8a8='bw8')
 
 def plot_front(
@@ -292,7 +299,7 @@ def plot_front(
     points,scale = record['front']['points'],100 if score=='f1' else 1
     if score not in ('loss','f1') or any(score not in p['summary'] for p in points):
         raise ValueError(f"score={score!r}: the record has {', '.join(points[0]['summary'])}")
-    with panels(1, 2, 8.4, 3.9, sharey=True) as (fig,axs):
+    with panels(2, 1, WIDEST, 6.4, sharey=True) as (fig,axs):
         todo = []
         for ax,(key,what) in zip(axs, _COSTS.items()):
             total = [p['cost'][key]+p['cost'][f'adapter_{key}'] for p in points]
@@ -304,15 +311,15 @@ def plot_front(
                 if (aim := p.get('aim')) and aim!=key: continue
                 mark_interval(ax, x/factor, shown, style, p['kind']=='allocated', True, gid=f'{key}-{name}')
             best = _unbeaten([(x, y) for _,x,y,_ in named], more=score=='f1')
-            ax.plot(*zip(*sorted(best)), '-', c=INK, lw=1, alpha=.6, zorder=1, gid=f'{key}-line')
+            ax.plot(*zip(*sorted(best)), '-', c=INK, lw=1, zorder=1, gid=f'{key}-line')
             log_axis(ax); ax.set(xlabel=what.format(prefix)); ax.margins(x=.12)
             todo.append((ax, named))
         if score=='loss': log_axis(axs[0], 'y')
-        axs[0].set(ylabel='F1 (%)' if score=='f1' else 'loss of the answer (nats per token)')
+        for ax in axs: ax.set(ylabel='F1 (%)' if score=='f1' else 'loss of the answer (nats per token)')
         for ax,named in todo: _label(fig, ax, named)
         keys = [legend_key(k, c, m, hollow=k=='allocated') for k,(c,m) in _KINDS.items()]
         simple = legend_key('uniform or built in', marker='o', line='-')
-        fig.legend(handles=[simple, *keys], loc='outside lower center', ncols=4)
+        fig.legend(handles=[simple, *keys], loc='outside lower center', ncols=2)
     return fig
 
 def _unbeaten(points, more):   # (cost, score): those that no other beats at both; more is better, or less
@@ -343,7 +350,7 @@ def plot_transfer(
         return np.sum(total)/np.sum([r['n_answer'] for r in records])
     rows = ['clean', *made]
     z = np.array([[mean(w, c) for c in columns] for w in rows])
-    with panels(1, 1, 1.8+.8*len(columns), 1.3+.38*len(z)) as (fig,(ax,)):
+    with panels(1, 1, min(WIDEST, 1.8+.8*len(columns)), 1.3+.38*len(z)) as (fig,(ax,)):
         im = ax.imshow(z, aspect='auto', cmap='viridis')
         for (i,j),v in np.ndenumerate(z):
             ink = 'white' if im.norm(v)<.6 else 'black'
@@ -382,7 +389,7 @@ def plot_radius(
     if not lines: raise ValueError("records is empty: run_robustness makes them")
     radii = radii_of(r for rs in arms.values() for r in rs)
     clean = radii[0]/2
-    with panels(1, 1, 6.4, 3.6) as (fig,(ax,)):
+    with panels(1, 1, WIDEST, 3.6) as (fig,(ax,)):
         for arm,defence,label,style in lines:
             rs = arms[arm]
             def kept(r): return _mean_of(rs, kept_by(rs, defence, r), 'right')
@@ -404,11 +411,11 @@ def plot_typos(
     def rate(i): return float(np.mean([r['typos'][i]['distortion'] for r in records]))
     def scores(i, name, score): return [r['typos'][i]['scores'][name][score] for r in records]
     said = dict(nll_answer='nats per token of the answer', f1='F1')
-    with panels(1, 2, 8, 3) as (fig,axs):
+    with panels(1, 2, WIDEST, 3.4) as (fig,axs):
         for ax,score in zip(axs, said):
             for name in records[0]['clean']:
                 points,short = {rate(i):_mean_of(records, scores(i, name, score), score) for i in rates},name.removeprefix('fixed_')
                 _band(ax, points, short.replace('_', ' '), profile_style(short), '-' if name!=short else '--')
             ax.set(xlabel='character error rate', ylabel=said[score])
-        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5)
+        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return fig

@@ -32,7 +32,7 @@ from ..profiles_eval import answer, perplexity, room_of
 from ..search.costs import profile_cost
 from ..search.gptq import quantize_
 from ..search.intervals import Interval, crossed_mean
-from .figures import figure_style
+from .figures import INK, WIDEST, figure_style, profile_style
 from .methods import check_apart, method_texts
 from .records import Preset, known_record, save_record
 from .runs import (
@@ -148,15 +148,15 @@ def plot_schedules(
         if p not in known: known[p] = profile_cost(model, p).w_bits
         return known[p]
     with figure_style():
-        fig,axs = plt.subplots(len(policies), 1, figsize=(7, .6+.75*len(policies)), layout='constrained',
+        fig,axs = plt.subplots(len(policies), 1, figsize=(WIDEST, .6+.75*len(policies)), layout='constrained',
                                sharex=True, sharey=True, squeeze=False)
         plt.close(fig)
         for ax,(title,policy) in zip(axs[:, 0], policies.items()):
             drawn = [bits(policy(t)[0]) for t in range(steps)]
-            ax.step(range(steps), drawn, where='post', c='#365E89', lw=1.3, gid=f'schedule-{title}')
+            ax.step(range(steps), drawn, where='post', c=profile_style('bw8').color, lw=1.3, gid=f'schedule-{title}')
             ax.set_ylabel(title, rotation=0, ha='right', va='center')
             ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axs[-1, 0].set(xlabel='step'); fig.suptitle('mean weight bits', fontsize=9, color='#7f7f7f')
+        axs[-1, 0].set(xlabel='step'); fig.suptitle('mean weight bits', fontsize=9, color=INK)
     return fig
 
 # %% ../../nbs/study/arms.ipynb #871dc3c6
@@ -202,7 +202,7 @@ class PrecisionRange:
     )->Figure: # Loss before and after, and progress
         "The measurements, and the range as a band."
         with figure_style():
-            fig,axs = plt.subplots(1, 2, figsize=(7.5, 2.8), layout='constrained', sharex=True); plt.close(fig)
+            fig,axs = plt.subplots(1, 2, figsize=(WIDEST, 2.8), layout='constrained', sharex=True); plt.close(fig)
             axs[0].plot(self.bits, self.before, 'o--', c='#7f7f7f', mfc='none', label='before', gid='before')
             axs[0].plot(self.bits, self.after, 'o-', c='#365E89', label='after', gid='after')
             axs[1].plot(self.bits, [100*p for p in self.progress], 'o-', c='#365E89', gid='progress')

@@ -15,7 +15,7 @@ from typing import Callable, Iterable
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from ..core.profiles import SITES, Profile, Site
-from .figures import figure_style
+from .figures import INK, WIDEST, figure_style, name_rows
 from ..search.intervals import MARGIN, Interval, crossed_mean
 
 # %% ../../nbs/study/statistics.ipynb #e6e3ec99
@@ -296,35 +296,34 @@ def paired(
     return np.array([np.subtract(score(one[s]), (score_b or score)(other[s])) for s in seeds], dtype=float)
 
 # %% ../../nbs/study/statistics.ipynb #219128fe
-_colors = dict(zip(VERDICTS, ('#1B9E77','#C856C6','#7f7f7f','#BAB206','#7f7f7f')))
+_colors = dict(zip(VERDICTS, ('#1B9E77','#C856C6',INK,'#BAB206',INK)))
 _markers = dict(zip(VERDICTS, 'oXDs|'))
 _looks = {v:(_colors[v], _markers[v]) for v in VERDICTS} | {
     'helps':('#1B9E77','o'), 'does not help by more than the margin':('#A0703C','s'), 'hurts':('#C856C6','X')}
 
 def plot_findings(
-    panels:dict,    # Title -> findings; a claim has the same row in every panel
+    panels:dict,    # Title -> findings, a row each
     xlabel:str='',  # What the differences are; by default their unit
     told:Callable=lambda f: f.verdict, # Finding -> its word in the legend: a verdict, or an outcome
 )->Figure: # A panel for each title
     "Effects with their intervals, by verdict, and the regions that were claimed."
     if not panels or not all(panels.values()):
         raise ValueError("panels is empty: give at least one title with at least one finding")
-    claims = list(dict.fromkeys(f.claim for fs in panels.values() for f in fs))
+    rows = [len(fs) for fs in panels.values()]
     with figure_style():
-        size = 3+2.6*len(panels),1.1+.3*len(claims)
-        fig,axs = plt.subplots(1, len(panels), figsize=size, layout='constrained', sharey=True, squeeze=False)
+        size = WIDEST,1.1+.3*len(rows)+.3*sum(rows)
+        fig,axs = plt.subplots(len(rows), 1, figsize=size, layout='constrained', sharex=True, height_ratios=rows, squeeze=False)
         plt.close(fig)
-        for ax,(title,fs) in zip(axs[0], panels.items()):
-            for f in fs:
-                y,(c,marker) = claims.index(f.claim),_looks[told(f)]
+        for ax,(title,fs) in zip(axs[:, 0], panels.items()):
+            for y,f in enumerate(fs):
+                c,marker = _looks[told(f)]
                 for edge in (f.above, f.below):
-                    if math.isfinite(edge): ax.plot([edge]*2, [y-.4, y+.4], ':', c='#7f7f7f', lw=1.2)
+                    if math.isfinite(edge): ax.plot([edge]*2, [y-.4, y+.4], ':', c=INK, lw=1.2)
                 if math.isfinite(f.effect.low): ax.plot(f.effect[1:], [y, y], c=c, lw=1.6)
                 ax.plot(f.effect.value, y, marker, c=c, ms=6, gid=f'{title}-{f.claim}')
-            ax.set(title=title); ax.grid(axis='y', visible=False)
-        axs[0][0].set_yticks(range(len(claims)), [c.replace('`', '') for c in claims]); axs[0][0].set_ylim(len(claims)-.5, -.5)
-        fig.supxlabel(xlabel or next(f.unit for fs in panels.values() for f in fs), color='#7f7f7f', fontsize=9)
+            ax.set(title=title); name_rows(ax, [f.claim.replace('`', '') for f in fs])
+        fig.supxlabel(xlabel or next(f.unit for fs in panels.values() for f in fs), color=INK, fontsize=9)
         seen = {told(f) for fs in panels.values() for f in fs}
         keys = [plt.Line2D([], [], marker=m, c=c, label=v) for v,(c,m) in _looks.items() if v in seen]
-        fig.legend(handles=keys, loc='outside upper center', ncols=2 if len(axs[0])==1 else 4)
+        fig.legend(handles=keys, loc='outside upper center', ncols=2)
     return fig

@@ -28,8 +28,8 @@ function clipped() {
     return cut(s.overflowX) && e.scrollWidth > e.clientWidth + 1 || cut(s.overflowY) && e.scrollHeight > e.clientHeight + 2
   }).map(e => `cut off: ${e.tagName.toLowerCase()} ${short(e.textContent)}`)
 }
-function sideways() {   // tables of parameters and code are read from top to bottom
-  return [...document.querySelectorAll('.params .scroll, pre:not(.cell-output *)')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => `scrolls sideways: ${short(e.textContent)}`)
+function sideways() {   // tables of parameters and code are read from top to bottom, a figure is seen at once
+  return [...document.querySelectorAll('.params .scroll, pre:not(.cell-output *), figure .scroll:has(> img)')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => `scrolls sideways: ${short(e.textContent || e.firstElementChild.alt)}`)
 }
 function askew() {   // captions and notes begin where the box begins that they belong to
   const edge = e => { const s = getComputedStyle(e); return e.getBoundingClientRect().left + parseFloat(s.borderLeftWidth) + parseFloat(s.paddingLeft) }
