@@ -10,11 +10,10 @@ __all__ = ['load_benchmarks', 'time_ratio', 'benchmark_source', 'speed_table', '
 import json
 from pathlib import Path
 from statistics import median, median_high
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from .findings.verdicts import markdown_table
-from .study.figures import INK, figure_style, profile_style
+from .study.figures import INK, WIDEST, panels, profile_style
 from .study.statistics import plural
 
 # %% ../nbs/06_report.ipynb #52f669cc
@@ -110,10 +109,9 @@ def plot_speed(
     runs = {m:b['generate']['results']['decode'] for m,b in benchmarks.items() if 'generate' in b}
     if not runs: raise ValueError("benchmarks has no record of generation: run benchmarks/generate.py")
     ways = dict(lean=('lean loop','s'), generate=('generate()','o'))
-    with figure_style():
-        fig,axs = plt.subplots(1, len(runs), figsize=(3.2*len(runs), 2.6), layout='constrained', sharey=True, squeeze=False)
-        plt.close(fig)
-        for ax,(machine,times) in zip(axs[0], runs.items()):
+    rows = -(-len(runs)//2)   # of two
+    with panels(rows, min(2, len(runs)), WIDEST, .3+2.3*rows, sharey=True) as (fig,axs):
+        for ax,(machine,times) in zip(axs, runs.items()):
             for i,w in enumerate((8, 6, 4)):
                 for way,(_,marker) in ways.items():
                     speed = time_ratio(times, 'transformers float32', f'{way} w{w}')
@@ -121,7 +119,7 @@ def plot_speed(
             ax.axhline(1, ls='--', c=INK, lw=1)
             ax.set(title=machine_name(machine), xticks=range(3), xticklabels=['8 bits','6 bits','4 bits'], xlim=(-.5, 2.5))
             ax.set_ylim(bottom=0)
-        axs[0][0].set_ylabel('tokens/s, × float32')
+        axs[0].set_ylabel('tokens/s, × float32')
         keys = [Line2D([], [], ls='', marker=m, c=INK, label=said) for said,m in ways.values()]
         fig.legend(handles=keys, loc='outside upper center', ncols=2)
     return fig

@@ -29,8 +29,8 @@ class ProfileStyle(NamedTuple):
 STYLES = dict(
     float=ProfileStyle('#808080','D'), bw8=ProfileStyle('#365E89','o'), uniform8=ProfileStyle('#365E89','o'),
     bw6=ProfileStyle('#8550DF','s'), mixed8648=ProfileStyle('#C856C6','^'), w4a8=ProfileStyle('#E57B62','v'),
-    bw4=ProfileStyle('#BAB206','X'))
-_spare_colors,_spare_markers = ('#1B9E77','#0F8BC6','#A0703C','#6FA31E','#CC4C7B'),('P','<','>','p','h','*','d')
+    bw4=ProfileStyle('#BAB206','X'), custom=ProfileStyle('#CC4C7B','*'))   # custom: of the explorer, made by hand
+_spare_colors,_spare_markers = ('#1B9E77','#0F8BC6','#A0703C','#6FA31E'),('P','<','>','p','h','*','d')
 
 ON_PAGE = {   # a colour of a saved figure -> the same on a light page, and on a dark one
     '#808080':('#6a6d72','#989ca0'), '#365E89':('#013c60','#068efd'), '#8550DF':('#5025bc','#c688e5'),
@@ -43,7 +43,7 @@ def profile_style(
 )->ProfileStyle: # Always the same for the same name
     "Colour and marker of a profile."
     i = crc32(str(name).encode())
-    return STYLES.get(name) or ProfileStyle(_spare_colors[i%5], _spare_markers[i//5%7])
+    return STYLES.get(name) or ProfileStyle(_spare_colors[i%4], _spare_markers[i//4%7])
 
 # %% ../../nbs/study/figures.ipynb #themed-figure
 def _rules(k, on_areas):   # CSS of the light (0) or dark (1) colours
