@@ -220,7 +220,7 @@ def _price_said(study, preset):
     at = {w:[f.claim for f in found.of(v)] for v,w in words.items()}
     told = listed([f'{w} at {listed(names)}' for w,names in at.items() if names])
     worst = max(found, key=lambda f: f.effect.value)
-    return (f"**A model for many widths, beside a float one trained alike, {told}**: {'at worst '*(len(found)>1)}{_moved(worst)} nats "
+    return (f"**A model of many widths, against float trained alike, {told}**: {'at worst '*(len(found)>1)}{_moved(worst)} nats "
             f'per token, {plural(worst.seeds, "seed")}')
 
 def _chance_said(study, preset):
