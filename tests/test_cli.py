@@ -366,7 +366,9 @@ def test_interrupted_and_continued(cli, child_env, tmp_path, toy_folder):
     finally: p.kill(); p.wait()
     assert status==130 and log.read_text()=='interrupted; the same command goes on from the last checkpoint, if there is one\n'
     assert not (tmp_path/'model').exists()
-    assert cli(*argv, 'model')[0]==cli(*argv, 'other')[0]==0
+    status,_,err = cli(*(a for a in argv if a!='--quiet'), 'model')
+    assert status==0 and re.search(r'goes on after step \d+, from .*model\.training', err), err
+    assert cli(*argv, 'other')[0]==0
     assert (tmp_path/'model/model.safetensors').read_bytes()==(tmp_path/'other/model.safetensors').read_bytes()
 
 # --- checkpoints and packed files -------------------------------------------------------------------------------------
@@ -480,7 +482,8 @@ def test_a_log_has_lines_and_a_terminal_a_bar(tmp_path, monkeypatch, toy_folder)
         monkeypatch.setattr(sys, 'stderr', stream)
         assert main(['train', '--model', str(toy_folder), *SHORT, '--out', out, *more])==0
         return stream.getvalue()
-    log = told(io.StringIO(), 'a').splitlines()
+    *log,last = told(io.StringIO(), 'a').splitlines()
+    assert last==f"checkpoints of the training  {tmp_path/'a.training'}: delete them at will"
     assert [bool(re.fullmatch(rf'train {i}/4(, loss [\d.]+)?, \d+ s', l)) for i,l in enumerate(log[-4:], 1)]==[True]*4, log
     assert 'loss' in log[-1] and '\r' not in ''.join(log) and '\r' in told(Terminal(), 'b') and told(io.StringIO(), 'c', '--quiet')==''
 

@@ -248,7 +248,7 @@ def test_typos_are_drawn_beside_the_earlier_ones():
     assert set(rows(study_of(several())))-set(rows(Study({})))==want
 
 def test_no_record_is_said_to_be_none():
-    assert 'there is no record' in told(Study({}))[0] and robustness_brief(Study({}), 'tiny')==''
+    assert 'Not run yet' in told(Study({}))[0] and robustness_brief(Study({}), 'tiny')==''
     assert defence_table([])=='*No record yet.*' and not defence_findings([]) and not training_findings([])
     for draw in (plot_radius, plot_transfer, plot_typos):
         with pytest.raises(ValueError, match='records is empty'): draw([])
