@@ -26,6 +26,8 @@ def test_first_screen():
     assert len(rows)==3 and all('**' in c for r in rows for c in r[1:])
     assert re.match(r"GPT-2's shape.*threads", heads[0]) and len(heads)>=3 and all('AVX' in machine for machine in heads[1:])
     assert '**Use it**' in start and '**Do not use it**' in start
+    order = re.findall(r'^## (.+)$', README, flags=re.M)
+    assert order==['Try it','Three numbers','Two commands','Keep it, and serve it','Your own data','Chapters','Your own profile','Known']
 
 def check_serving(folder, env):
     "The server's two lines on the file that the Python before them wrote, at another port."
