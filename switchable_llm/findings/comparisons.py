@@ -52,7 +52,7 @@ TASKS = ('generative','extractive')
 class TaskReport:
     "Generative and extractive scores of each profile on the same questions."
     scores:dict[str,dict[str,dict[str,Interval]]] # Task -> profile -> `em` and `f1`, 0 to 1
-    difference:dict[str,dict[str,Interval]]       # Profile -> `em` and `f1`, extractive less generative, paired
+    difference:dict[str,dict[str,Interval]]       # Profile -> `em` and `f1`, extractive less generative, paired; they hold together
     questions:int                                 # Questions of each seed
     seeds:tuple[int,...]                          # Seeds of training that both tasks have
 
@@ -78,7 +78,7 @@ class TaskReport:
     def caption(self)->str:
         several = len(self.seeds)>1
         over = 'both' if several else 'the questions'
-        return f"{self.questions} questions, {len(self.seeds)} seed{'s'*several}; 95 % intervals over {over}."
+        return f"{self.questions} questions, {len(self.seeds)} seed{'s'*several}; 95 % intervals over {over}, those of the differences together."
     def _repr_markdown_(self):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self.table()]
         return '\n'.join([head, '|:--'+'|--:'*(len(self.table()[0])-1)+'|', *rows, '', f'*{self.caption}*'])
@@ -100,7 +100,8 @@ def span_report(
                          "a paired comparison needs the same, in the same order")
     def values(t, n, k): return np.array([getattr(t[s][n], k) for s in seeds])
     def score(t, n): return {k:crossed_mean(values(t, n, k)).interval(within=(0, 1)) for k in ('em','f1')}
-    def less(n): return {k:crossed_mean(values(e, n, k)-values(g, n, k)).interval() for k in ('em','f1')}
+    level = 1-.05/len(names)   # differences decide, so they hold together
+    def less(n): return {k:crossed_mean(values(e, n, k)-values(g, n, k)).interval(level) for k in ('em','f1')}
     scores = {task:{n:score(t, n) for n in names} for task,t in zip(TASKS, (g, e))}
     difference = {n:less(n) for n in names}
     return TaskReport(scores, difference, len(ids.pop()), tuple(seeds))
