@@ -1567,6 +1567,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                               'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._arms_said': ( 'findings/answers.html#_arms_said',
                                                                                                  'switchable_llm/findings/answers.py'),
+                                                 'switchable_llm.findings.answers._best': ( 'findings/answers.html#_best',
+                                                                                            'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._chance_said': ( 'findings/answers.html#_chance_said',
                                                                                                    'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._counted': ( 'findings/answers.html#_counted',

@@ -181,7 +181,7 @@ def test_sliders_by_keyboard_change_the_answer_and_the_address_and_a_reload_keep
         assert p.page.get_attribute('#all', 'aria-valuetext')=='6 bits' and p.text('bops-text')!=cost
         p.press('all', 'Home'); p.press('act', 'Home')
         assert p.state()['w'].startswith('2222.') and p.text('pieces')!=pieces and '✗ Wrong' in p.text('verdict')
-        p.page.select_option('#from', label='2'); p.after(lambda: p.page.select_option('#to', label='3'))
+        p.page.select_option('#from', label='1'); p.after(lambda: p.page.select_option('#to', label='2'))
         p.press('mlp_in', 'End')
         assert p.state()['w']=='2222.2282.2282.2222' and p.state()['layers']=='1-2'
         p.press('act', 'End')
@@ -341,6 +341,7 @@ def test_names_and_keyboard(browser, address):
 def test_the_readme_leaves_out_what_is_for_the_site():
     text = 'before\n\n::: {.site-only}\n[x](live/index.html)\n:::\n\n::: {.callout-note}\nkept\n:::\nafter'
     assert readme.plain(text, {})=='before\n\n\nkept\nafter'
+    assert readme.plain('what [`load`](/a/b.html#load) takes', {})=='what `load` takes'
     assert readme.plain('a\n\n<!-- readme-only: `b`. -->\n\nc', {})=='a\n\n`b`.\n\nc'
 
 def test_the_start_page_links_to_it():
@@ -372,7 +373,7 @@ def test_why_the_real_model_has_no_bw4_is_what_the_records_say(address, browser)
     with Page(browser, address) as p: said = p.text('real-which')
     record = json.loads(live.RECORD.read_text())
     assert {*record['costs']}=={'float', *record['config']['preset']['profiles']} and 'bw4' not in record['costs']
-    assert 'bw4 is not one of them' in said and 'smollm2-repair' in said and 'No float model trained alike' in said
+    assert 'bw4 is not one of them' in said and 'smollm2-repair' in said and 'A float model with the same training was not asked' in said
     scores = json.loads((ROOT/'results/smollm2-repair/arms/shared-s0.json').read_text())['scores']
     loss = {p: sum(s['nll_answer'])/sum(s['n_answer']) for p,s in scores.items()}
     assert max(loss, key=loss.get)=='bw4' and sl.PROFILES['bw4'].default.a==4

@@ -160,6 +160,10 @@ def unreadable(cells, size=0):
     "What a reader of the notebook itself stumbles over: GitHub shows each cell alone, and knows nothing of Quarto's marks."
     if cells[0]['cell_type']!='markdown' or not cells[0]['source'].startswith('# '): yield 'does not begin with a title'
     if size>=400_000: yield f'{size:,} bytes: GitHub may not show it'
+    text = '\n'.join(c['source'] for c in cells if c['cell_type']=='markdown')
+    titled = len(re.findall(r'^\*\*.+\*\* <!-- folded -->$', text, flags=re.M))
+    folds = titled,text.count('<!-- folded -->'),text.count('<!-- end of folded -->')
+    if len({*folds})>1: yield f'{folds}: folded parts that begin with a bold title, begin, and end'
     for i,c in enumerate(cells):
         for t in texts_of(c):
             yield from (f'cell {i}: {m}: only the site knows it' for m in re.findall(r'@(?:fig|tbl|eq|sec|lst)-[\w-]+|:::.*', t))
@@ -175,6 +179,7 @@ def of(source, kind='markdown', **more): return dict(cell_type=kind, source=sour
     ([of('# T'), of('See `@fig-a` and\n```\n:::\n```\n<details><summary>a</summary>b</details>'), of('@fig-x', 'code')], None),
     ([of('#| default_exp x', 'code'), of('# T')], 'title'), ([of('Words')], 'title'), ([of('# T'), of('See @fig-a.')], '@fig-a'),
     ([of('# T'), of('::: {.callout-note}\na\n:::')], ':::'), ([of('# T'), of('<details><summary>a'), of('</details>')], 'another cell'),
+    ([of('# T'), of('**A** <!-- folded -->'), of('b')], 'folded'), ([of('# T'), of('A <!-- folded -->\n<!-- end of folded -->')], 'folded'),
     ([of('# T'), of('f()', 'code', outputs=[dict(data={'text/markdown': ['see ', '@tbl-b']})])], '@tbl-b')])
 def test_what_github_does_not_show_is_seen(cells, said):
     found = [*unreadable(cells)]

@@ -63,7 +63,7 @@ def test_no_verdict_of_the_study_disagrees_with_its_interval(real):
 
 def test_nothing_is_said_twice_and_nothing_undecided_is_called_decided(real):
     text = as_list(minute(real))+''.join(answers(real).values())
-    for twice in ('Not decided. **too close to call**', 'Open. open', '**Open.** Open', 'No verdict. No verdict', '..', '.**.', '::'):
+    for twice in ('**Too close to call.** Too close to call', 'Not run yet. Not run yet', 'No verdict. No verdict', '..', '.**.', '::'):
         assert twice not in text, twice
     assert 'not decided' not in text.lower()
 
@@ -217,6 +217,25 @@ def test_the_minute_says_where_it_looks_best_and_how_often_it_hurts():
     said = minute(arms(5, shared=0., bits=dict(bw8=.1, bw6=0., bw4=.1)))[ROUTES]
     assert 'does not help by more than the margin where it looks best, and hurts in 2 of 3 comparisons**: at best ' in said
     assert '(`bits` at `bw6`)' in said
+
+@pytest.mark.parametrize('losses,says', [
+    (dict(bw8=-.03, bw6=-.002, bw4=0.), 'helps in 1 of 3 comparisons**: at best -0.03'),
+    (dict(bw8=.1, bw6=.11, bw4=.12), 'hurts in every comparison**: at best +0.1')])
+def test_the_number_of_the_minute_is_of_its_verdict(losses, says): assert says in minute(arms(5, shared=0., bits=losses))[ROUTES]
+
+def test_an_unclear_comparison_that_looks_better_is_not_the_number_of_one_that_helps():
+    study = arms(5, shared=0., bits=dict(bw8=-.05, bw6=0., bw4=0.))
+    rng = np.random.default_rng(1)
+    for r in study.of('tiny', 'arms'):   # bw6 looks better than bw8, and is noise
+        if r['name']=='bits': r['scores']['bw6']['nll_answer'] = list(np.array(r['scores']['bw6']['nll_answer'])-.4+4*rng.normal())
+    found = {f.claim:outcome(f) for f in arm_findings(study.of('tiny', 'arms'), 'routes')}
+    assert found=={'`bits` at `bw8`':'helps', '`bits` at `bw6`':'open', '`bits` at `bw4`':'no'}
+    assert re.search(r'helps in 1 of 3 comparisons\*\*: at best -0\.05.*`bw8`', minute(study)[ROUTES])
+
+def test_the_margin_is_named_wherever_the_leads_speak_of_it():
+    study = arms(5, shared=dict(bw8=.0, bw6=.1, bw4=.1), float=0.)
+    told = leads(Study(dict(smollm2=study.records['tiny'])))
+    assert 'stays within 0.02 nats at `bw8` and loses more than 0.02 nats at `bw6` and `bw4`' in told
 
 # --- missing, mixed up and damaged records -----------------------------------------------------------------------------
 

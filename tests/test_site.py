@@ -287,7 +287,7 @@ def test_a_saved_figure_takes_the_colours_of_its_page():
     light,dark = themed(svg).split('@media (prefers-color-scheme:dark)')
     assert '[fill="#7f7f7f"],[style*="fill: #7f7f7f"]){fill:#5f6672!' in light and '){stroke:#068efd!' in dark
     cells = themed(svg.replace('</svg>', '<text fill="#ffffff">8</text></svg>'))   # white words stand on coloured areas
-    assert 'text:is([fill="#365e89"]' in cells and '};:is([fill="#365e89"]' not in cells and ':is([stroke="#365e89"]' in cells
+    assert 'text:is([fill="#365e89"]' in cells and '}:is([fill="#365e89"]' not in cells and ':is([stroke="#365e89"]' in cells
 
 @pytest.mark.parametrize('drawn,said', [
     ('<text fill="#7f7f7f">a</text><path stroke="#365e89"/><path stroke="#999999" stroke-opacity=".2"/>', []),

@@ -41,8 +41,8 @@ def answers():
            'training: it often answers in sentences, which that does not count. With one seed and so few questions, profiles that differ '
            'by a few right answers may be equally good.')
     which = ('Shown are float and the profiles that the study trains this model at. bw4 is not one of them: where another training of it '
-             '(results/smollm2-repair) had bw4, with activations of four bits, it lost more than any other profile. No float model '
-             'trained alike was asked these questions.')
+             '(results/smollm2-repair) had bw4, with activations of four bits, it lost more than any other profile. A float '
+             'model with the same training was not asked these questions.')
     return dict(how=how, which=which, costs=r['costs'],
                 questions=[{k:q[k] for k in ('question','context','answers','said')} for q in r['questions']])
 

@@ -8,6 +8,7 @@ FOLDER = 'index_files'
 def plain(text, names):
     "Markdown without divs, attributes and references, and without what is for the site alone."
     text = re.sub(r'<!-- readme-only: (.*?) -->', r'\1', text, flags=re.S)
+    text = re.sub(r'\[(`[^`]+`)\]\(/[^)]*\)', r'\1', text)   # nbdev's links to the site's entries
     text = re.sub(r'^::: \{\.site-only\}\n.*?^:::$\n?', '', text, flags=re.M|re.S)
     text = re.sub(r'^:::.*\n?', '', text, flags=re.M)
     text = re.sub(r'(?<=[\])$])[ ]?\{[#.][^}]*\}|[ ]\{[#.][^}]*\}$', '', text, flags=re.M)

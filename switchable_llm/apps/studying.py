@@ -106,7 +106,7 @@ def _arms_said(section):
         rs = load_records(out, preset, 'arms')
         units = ('answer', 'nats per token', 1),('f1', 'points of F1', 100)
         told = {f'{q}, {what}':said(fs, factor) for q in asked for score,what,factor in units if (fs := arm_findings(rs, q, score))}
-        return _told(told) or (f'Not decided: of the arms of {section} that are compared, too few have a record in {out}; '
+        return _told(told) or (f'Too few arms: of those of {section} that are compared, too few have a record in {out}; '
                                'leave out --arms to run all.')
     return tell
 

@@ -313,10 +313,12 @@ def _draw_errors(self:Explorer):
             place = f"{site}, {'–' if block is None else block}"
             rows.append([place, *(percent(m[site, block]) for m in maps.values())])
         picture = svg_picture(plot_errors(e, what), f'Heat maps, a panel for each profile: {title}', wide=True)
-        self.errors.value = picture+_numbers(rows, f'Relative error: {title}')+_alone*(what=='error')
+        about = _about_errors if what=='error' else ''
+        self.errors.value = picture+_numbers(rows, f'Relative error: {title}')+about
 
-_alone = ('<p class="sl-note">Of the output of each layer without its adapter, beside float. A large error can be harmless: where a few '
-          'inputs are far larger than the others, a range for all rounds the others coarsely, and adapters learn to bear it.</p>')
+_about_errors = ('<p class="sl-note">Of the output of each layer without its adapter, beside float. A large error can be harmless: '
+                 'where a few inputs are far larger than the others, one range for all rounds those coarsely, '
+                 'and adapters learn to bear it.</p>')
 
 @patch
 def _no_errors(self:Explorer, why): self.errors.value = f'<p class="sl-note">{why}</p>'

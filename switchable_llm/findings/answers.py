@@ -105,7 +105,7 @@ class OpenQuestion(NamedTuple):
 def open_questions(
     study:Study,  # All records
 )->list[OpenQuestion]: # The nearest to a decision first
-    "Undecided claims."
+    "Claims that are too close to call."
     def times(f):
         distance = min(abs(f.effect.value-e) for e in (f.above, f.below) if math.isfinite(e))
         return max(1., (f.detectable/distance)**2) if distance else math.inf
@@ -190,27 +190,31 @@ def answers(
         return f'- **{capital(PRESET_NAMES[preset])}.** {told}'
     return {q:'\n'.join(item(answer, p) for p in PRESET_NAMES) for q,answer in QUESTIONS.items()}
 
-def _verdict(findings, best):   # where it looks best, and how often the opposite was found
+def _best(findings):   # of those that help, if some do
+    return min([f for f in findings if outcome(f)=='helps'] or findings, key=lambda f: f.effect.value)
+
+def _verdict(findings):   # where it looks best, and in how many it hurts or nothing is known
     n,words = Counter(map(outcome, findings)),OUTCOMES | dict(open='is too close to call')
-    of = f'of {len(findings)} comparisons'
-    if len(n)==1: return in_each(words[outcome(best)], len(findings))
-    if n['helps']: return f"helps in {n['helps']} {of}"+f", and hurts in {n['hurts']}"*bool(n['hurts'])
-    return f'{words[outcome(best)]} where it looks best'+f", and hurts in {n['hurts']} {of}"*bool(n['hurts'])
+    own,of = outcome(_best(findings)),f'of {len(findings)} comparisons'
+    if len(n)==1: return in_each(words[own], len(findings))
+    if own=='helps': return f"helps in {n['helps']} {of}"+f", and hurts in {n['hurts']}"*bool(n['hurts'])
+    others = [f'{words[k]} in {n[k]}' for k in ('hurts','open') if n[k] and k!=own]
+    return f'{words[own]} where it looks best'+f', and {listed(others)} {of}'*bool(others)
 
 def _moved(f, factor=1):   # its effect, with a sign
-    return f"{'+'*(f.effect.value>0)}{f.effect.show(factor)}"
+    shown = f.effect.show(factor)
+    return shown if shown.startswith(('-','0 ')) else f'+{shown}'
 
 def _improved(subject, findings):   # of losses: less is better
     if not findings: return ''
-    best = min(findings, key=lambda f: f.effect.value)
-    many = len(findings)>1
+    best,many = _best(findings),len(findings)>1
     told = f"{'at best '*many}{_moved(best)} nats per token{f' ({best.claim})'*many}, {plural(best.seeds, 'seed')}"
-    return f'**{subject} {_verdict(findings, best)}**: {told}'
+    return f'**{subject} {_verdict(findings)}**: {told}'
 
-def _arms_said(subject, question, without='none'):   # all claims but those of an arm that is something else
+def _arms_said(subject, question, without=None):   # all claims but those of an arm that is something else
     def said(study, preset):
         found = arm_findings(study.of(preset, 'arms'), question)
-        return _improved(subject, [f for f in found if not f.claim.startswith(without)])
+        return _improved(subject, [f for f in found if without is None or not f.claim.startswith(without)])
     return said
 
 def _price_said(study, preset):
@@ -221,7 +225,7 @@ def _price_said(study, preset):
     told = listed([f'{w} at {listed(names)}' for w,names in at.items() if names])
     worst = max(found, key=lambda f: f.effect.value)
     return (f"**A model of many widths, against float trained alike, {told}**: {'at worst '*(len(found)>1)}{_moved(worst)} nats "
-            f'per token, {plural(worst.seeds, "seed")}')
+            f"per token{f' ({worst.claim})'*(len(found)>1)}, {plural(worst.seeds, 'seed')}")
 
 def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
@@ -250,8 +254,9 @@ def minute(
     def said(make):
         without = ''
         for p,name in PRESET_NAMES.items():
-            if told := tried(make, study, p): return f"{told} ({name.removesuffix('-Instruct')}{without})."
-            without = f"; {name.removesuffix('-Instruct')} was not run"
+            short = name.removesuffix('-Instruct')
+            if told := tried(make, study, p): return f"{told.removesuffix('.')} ({short}{without})."
+            without = f'; of {short} there is no record'
         return 'No record yet.'
     return {topic:said(make) for topic,make in ONE_MINUTE.items()}
 
@@ -282,7 +287,7 @@ def leads(
     def lead(said):
         margin = f'{MARGIN:g} nats' if 'nats per token' in said else f'{100*MARGIN:g} points'
         bold = re.search(r'\*\*(.+?)\*\*', said)
-        return bold and f"- {bold[1].replace('the margin', margin, 1)}."
+        return bold and f"- {bold[1].replace('the margin', margin)}."
     return '\n'.join(filter(None, (lead(tried(make, study, first) or '') for make in ONE_MINUTE.values()))) or '*No record yet.*'
 
 def as_list(

@@ -285,7 +285,9 @@ def route_said(
     found = arm_findings(study.of(preset, 'arms'), 'routes')
     better = list(dict.fromkeys(f.claim.split('`')[1] for f in found if outcome(f)=='helps'))
     if not found: return ''
-    if better: return f"{capital(listed([f'`{b}`' for b in better]))} helps somewhere: look there before you take a route."
+    if better:
+        verb = 'helps' if len(better)==1 else 'help'
+        return f"{capital(listed([f'`{b}`' for b in better]))} {verb} somewhere: look there before you take a route."
     return (f'No other route is shown to be better by the margin anywhere, so `make_switchable` and `train` take `{DEFAULT}`. With '
             '`bits` a width can be added or trained anew later, and the others do not move.')
 
@@ -322,7 +324,8 @@ def claims_table(
         return [name, model, shown(fs[0]), shown(fs[-1]) if len(fs)>1 else '', in_a_word(fs)]
     rows = [row(model, name, fs) for model,fs in panels.items() for name in dict.fromkeys(map(arm, fs))]
     heads = ['what','model','best','worst','outcome']
-    if not any(r[3] for r in rows): heads,*rows = [[*r[:2], r[2].replace('best', 'effect'), r[4]] for r in (heads, *rows)]
+    if not any(r[3] for r in rows):   # each is one comparison
+        heads,rows = ['what','model','effect','outcome'],[[*r[:3], r[4]] for r in rows]
     return markdown_table([heads, *rows],
                           'Nats per token of the answer, minus those of its rival: less is better. Intervals of one model hold together.')
 

@@ -78,7 +78,8 @@ class TaskReport:
     def caption(self)->str:
         several = len(self.seeds)>1
         over = 'both' if several else 'the questions'
-        return f"{self.questions} questions, {len(self.seeds)} seed{'s'*several}; 95 % intervals over {over}, those of the differences together."
+        seeds = f"{len(self.seeds)} seed{'s'*several}"
+        return f'{self.questions} questions, {seeds}; 95 % intervals over {over}, those of the differences together.'
     def _repr_markdown_(self):
         head,*rows = ['| '+' | '.join(r)+' |' for r in self.table()]
         return '\n'.join([head, '|:--'+'|--:'*(len(self.table()[0])-1)+'|', *rows, '', f'*{self.caption}*'])

@@ -226,7 +226,8 @@ def effects_said(
         points = f.unit==UNITS['right']
         where = f.claim.split(':')[0]
         return f"{'at '*where.startswith('radius')}{where} ({f.effect.show(100 if points else 1)} {'points' if points else f.unit})"
-    return '; '.join(f"{o} {', '.join(map(one, fs))}" for o,fs in groups.items() if fs)
+    alone = sum(o in OUTCOMES.values() for o,fs in groups.items() if fs)==1   # the answer has said it
+    return '; '.join(f"{f'{o} '*(not alone or o not in OUTCOMES.values())}{', '.join(map(one, fs))}" for o,fs in groups.items() if fs)
 
 def said_of(
     findings:Findings, # Of one defence; may be empty

@@ -37,7 +37,10 @@ for (const block of document.querySelectorAll('div.sourceCode')) {
 }
 
 // What goes on beyond the right edge of its box fades out there, until one has scrolled to its end.
-const more = e => e.classList.toggle('more', e.scrollWidth - e.clientWidth - e.scrollLeft > 2)
+const more = e => {
+  e.classList.toggle('more', e.scrollWidth - e.clientWidth - e.scrollLeft > 2)
+  if (e.scrollWidth - e.clientWidth > 2) e.tabIndex = 0   // so that keys scroll it
+}
 const sizes = new ResizeObserver(changes => changes.forEach(c => more(c.target)))
 for (const e of document.querySelectorAll('.scroll, main pre')) { sizes.observe(e); e.addEventListener('scroll', () => more(e), {passive: true}) }
 
@@ -80,7 +83,7 @@ $('page-search').oninput = search
 $('page-search').onfocus = () => { load(); search() }
 document.addEventListener('click', e => { if (!e.target.closest('.search') || e.target.closest('#found a')) $('found').hidden = true })
 document.addEventListener('keydown', e => {
-  if (e.key === 'Escape') { $('found').hidden = true; $('sidebar').classList.remove('open') }
+  if (e.key === 'Escape') { $('found').hidden = true; $('sidebar').classList.remove('open'); $('menu').setAttribute('aria-expanded', false) }
   if (e.key === '/' && !e.target.closest('input, textarea')) { e.preventDefault(); $('page-search').focus() }
   if (e.key === 'Enter' && e.target === $('page-search')) $('found').querySelector('a')?.click()
   const links = [...$('found').querySelectorAll('a')], step = {ArrowDown: 1, ArrowUp: -1}[e.key]
