@@ -76,14 +76,17 @@ def test_the_numbers_are_those_of_the_profile(name, made, tasks, docs):
     state = {k:v.clone() for k,v in model.state_dict().items()}
     live = model.switch.profile
     model.train()
-    found = sl.lm_eval(model, tokenizer, ['likely','choice','rolling','written'], PROFILES, batch_size=5, include_path=tasks)
+    found = sl.lm_eval(model, tokenizer, ['likely','choice','rolling','written'], PROFILES, batch_size=1, include_path=tasks)
     assert model.training and model.switch.profile==live and state.keys()==model.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k,v in model.state_dict().items() if v.device.type!='meta')
     model.eval()
+    batched = sl.lm_eval(model, tokenizer, 'likely', PROFILES, batch_size=5, include_path=tasks)
+    for p in PROFILES:   # in a batch sums are added in another order, and a number at the border of two codes may get the other
+        assert batched[p]['likely']['perplexity,none']==pytest.approx(found[p]['likely']['perplexity,none'], rel=.1)
     for p in PROFILES:
         with sl.use_profile(model, p), torch.no_grad():
             ours = [nats(model, tokenizer, HEAD.format(**d), f" {d['answer']}") for d in docs]
-            near = pytest.approx(math.exp(sum(ours)/N), rel=2e-3)
+            near = pytest.approx(math.exp(sum(ours)/N), rel=1e-4)
             assert found[p]['likely']['perplexity,none']==near
             def best(d, i):
                 choices = [d['answer'], docs[(i+1)%N]['answer']+'s', 'nobody']
