@@ -226,8 +226,9 @@ def effects_said(
         points = f.unit==UNITS['right']
         where = f.claim.split(':')[0]
         return f"{'at '*where.startswith('radius')}{where} ({f.effect.show(100 if points else 1)} {'points' if points else f.unit})"
-    alone = sum(o in OUTCOMES.values() for o,fs in groups.items() if fs)==1   # the answer has said it
-    return '; '.join(f"{f'{o} '*(not alone or o not in OUTCOMES.values())}{', '.join(map(one, fs))}" for o,fs in groups.items() if fs)
+    decided = [o for o,fs in groups.items() if fs and o in OUTCOMES.values()]
+    def told(o, fs): return ('' if decided==[o] else f'{o} ')+', '.join(map(one, fs))   # the only outcome is the answer
+    return '; '.join(told(o, fs) for o,fs in groups.items() if fs)
 
 def said_of(
     findings:Findings, # Of one defence; may be empty
