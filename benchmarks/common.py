@@ -48,11 +48,20 @@ def ratio(times, k, base):
 
 PEERS = {'peft':'peft', 'torchao':'torchao', 'optimum-quanto':'optimum', 'brevitas':'brevitas'}   # package -> module
 
+def cpuinfo(field):
+    "A field of the first processor, as Linux gives it; elsewhere and where it is missing, nothing."
+    if not (info := Path('/proc/cpuinfo')).exists(): return ''
+    found = [v.strip() for k,_,v in (l.partition(':') for l in info.read_text().splitlines()) if k.strip()==field]
+    return found[0] if found else ''
+
 def processor():
     "The processor's name, as the system gives it."
-    if not (info := Path('/proc/cpuinfo')).exists(): return platform.processor()
-    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')]
-    return names[0] if names else ''
+    return cpuinfo('model name') or platform.processor()
+
+def instructions():
+    "The vector and matrix instructions that this processor has."
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
+    return [k for k,v in able.items() if v is True and k.startswith(('avx','amx'))]
 
 def where():
     "Where this was measured: what every record has, and what bears on speed."
@@ -60,14 +69,16 @@ def where():
     cpu = f'{processor() or platform.machine()}, {threads} threads'
     out = environment(None if torch.cuda.is_available() else cpu)
     out['versions'] |= {p:metadata.version(p) for p,module in PEERS.items() if not missing(module)}
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
-    flags = [k for k,v in able.items() if v is True and k.startswith(('avx','amx'))]
     kernels = {n:try_kernel(n, 'cpu')[1] for n in KERNELS}
-    return out | dict(flags=flags, threads=threads, native=native_report(), kernels=kernels)
+    return out | dict(flags=instructions(), threads=threads, native=native_report(), kernels=kernels)
 
 def machine():
-    "What this machine's records are called by: its processor's name and the best instructions that our kernels use on it."
-    name = re.sub(r'\((r|tm)\)|processor|cpu', '', f'{processor() or platform.machine()} {native_level()}'.lower())
+    """What this machine's records are called by: its processor's name and generation (one name, as AMD EPYC, may stand for
+    several that differ in speed), and the best instructions that our kernels use on it."""
+    family,model = cpuinfo('cpu family'),cpuinfo('model')
+    generation = f'family {family} model {model}' if family and model else ''
+    name = f'{processor() or platform.machine()} {generation} {native_level()}'.lower()
+    name = re.sub(r'\((r|tm)\)|processor|cpu', '', name)
     return re.sub(r'[^a-z0-9_]+', '-', name).strip('-')
 
 def write(out, name, settings, results):

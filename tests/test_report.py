@@ -149,7 +149,8 @@ def test_each_of_the_four_outcomes_is_said_in_its_own_words(loss, says):
 def test_what_precision_costs_is_read_against_float_trained_alike():
     study = arms(shared=dict(bw8=.0, bw6=.1, bw4=.02), float=0.)
     lead = asked(study, ACCURACY, 'tiny').split('**')[1]
-    assert lead=='Against the float model trained alike: `bw8` is within the margin; `bw6` loses more; `bw4` is too close to call.'
+    assert lead==('Against the float model trained alike: stays within the margin at `bw8`, '
+                    'loses more than the margin at `bw6` and is too close to call at `bw4`.')
     assert [f.verdict for f in arm_findings(study.of('tiny', 'arms'), 'price')]==['confirmed','refuted','too close to call']
     assert 'price' in study_findings(study, 'tiny') and [q.finding.claim for q in open_questions(study)]==['`bw4`']
 

@@ -4,6 +4,7 @@ from collections import Counter
 from urllib.parse import unquote
 from xml.etree import ElementTree
 from bs4 import BeautifulSoup
+from matplotlib.colors import to_hex
 from docsite import apidoc
 from docsite.pages import IMAGES, options
 from docsite.process import PROC
@@ -51,7 +52,8 @@ def images(page):
 # --- in figures -----------------------------------------------------------------------------------------------------
 
 PAGES = dict(light=['#ffffff'], dark=['#14171c','#222222'])   # the dark of the plain site, and of Quarto's
-NEEDS = dict(fill=(4.5, 'words'), stroke=(3, 'a line'))   # contrast (WCAG 2)
+NEEDS = dict(words=(4.5, 'fill'), line=(3, 'stroke'), area=(3, 'fill'))   # contrast (WCAG 2), and the attribute that colours it
+SHADES = 12   # a figure of more colours than this shows a scale by them
 _rule = re.compile(r':is\(\[(\w+)="(#\w+)"\][^{]*\{\w+:(#\w+)!important\}')
 
 def blend(color, back, share):
@@ -66,26 +68,31 @@ def elements(e, above):
     for child in e: yield from elements(child, {k: v for k,v in own.items() if k in ('fill','stroke')})
 
 def drawn(svg):
-    "What is drawn on the page itself, `(fill or stroke, colour, how much it covers)`: no words on areas, no faint ground."
+    "What is drawn on the page itself, `(what, colour, how much it covers)`: no words on areas, no faint ground, no scale of shades."
     all_ = list(elements(ElementTree.fromstring(svg), {}))
-    on_areas = {'#ffffff','#000000'} if any(t=='text' and a.get('fill')=='#ffffff' for t,a in all_) else set()
+    on_areas = any(t=='text' and a.get('fill')=='#ffffff' for t,a in all_)
+    out = set()
     for tag,a in all_:
-        what = 'fill' if tag=='text' else 'stroke'
-        color,share = a.get(what, '#000000' if tag=='text' else 'none'),float(a.get(f'{what}-opacity', a.get('opacity', 1)))
-        if tag in ('text','path','use') and color!='none' and share>=.5 and not (tag=='text' and color in on_areas):
-            yield what,color,share
+        for what in ['words'] if tag=='text' else ['line','area'] if tag in ('path','use') else []:
+            by = NEEDS[what][1]
+            color,share = a.get(by, '#000000' if what=='words' else 'none'),float(a.get(f'{by}-opacity', a.get('opacity', 1)))
+            if color!='none' and share>=.5: out.add((what, to_hex(color), share))
+    shades = len({color for what,color,_ in out if what=='area'})>SHADES
+    return {(what, color, share) for what,color,share in out if not (what=='words' and on_areas and color in ('#ffffff','#000000'))
+            and not (what=='area' and (on_areas or shades))}
 
 def figures(page):
-    "Figures with words or lines that cannot be seen on the light or on the dark page."
+    "Figures with words, lines or areas that cannot be seen on the light or on the dark page."
     for path in sorted(p for p in page.files if p.endswith('.svg')):
         svg = page.files[path].decode()
         light,_,dark = svg.partition('</style>')[0].partition('@media')
         for theme,sheet in dict(light=light, dark=dark).items():
-            known = {(what, saved): shown for what,saved,shown in _rule.findall(sheet)}
-            for what,color,share in sorted(set(drawn(svg))):
-                shown,(need,which) = known.get((what, color), color),NEEDS[what]
+            known = {(by, saved): shown for by,saved,shown in _rule.findall(sheet)}
+            for what,color,share in sorted(drawn(svg)):
+                need,by = NEEDS[what]
+                shown = known.get((by, color), color)
                 worst = min(contrast(blend(shown, b, share), b) for b in PAGES[theme])
-                if worst<need: yield f'{page.name}: {path}: contrast {worst:.1f} on the {theme} page: {which} in {color}'
+                if worst<need: yield f'{page.name}: {path}: contrast {worst:.1f} on the {theme} page: {what} in {color}'
 
 # --- between pages --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from ..study.records import PRESETS
 from ..search.intervals import MARGIN
 from ..study.statistics import Finding, Findings, basis, plural
 from .arms import (
-    OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_each, outcome, route_said)
+    OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, in_each, outcome, route_said)
 from .choices import allocation_answer, allocation_findings
 from .defences import (
     TRAINED, answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by,
@@ -220,12 +220,9 @@ def _arms_said(subject, question, without=None):   # all claims but those of an 
 def _price_said(study, preset):
     found = arm_findings(study.of(preset, 'arms'), 'price')
     if not found: return ''
-    words = {'confirmed':'stays within the margin', 'refuted':'loses more than the margin', 'too close to call':'is too close to call'}
-    at = {w:[f.claim for f in found.of(v)] for v,w in words.items()}
-    told = listed([f'{w} at {listed(names)}' for w,names in at.items() if names])
     worst = max(found, key=lambda f: f.effect.value)
-    return (f"**A model of many widths, against float trained alike, {told}**: {'at worst '*(len(found)>1)}{_moved(worst)} nats "
-            f"per token{f' ({worst.claim})'*(len(found)>1)}, {plural(worst.seeds, 'seed')}")
+    return (f"**A model of many widths, against float trained alike, {in_a_word(found)}**: {'at worst '*(len(found)>1)}{_moved(worst)} "
+            f"nats per token{f' ({worst.claim})'*(len(found)>1)}, {plural(worst.seeds, 'seed')}")
 
 def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
@@ -277,7 +274,7 @@ def methods(
             'question. Intervals are 95 %, over seeds and over articles (questions, where there are few articles), and hold together '
             f'for all comparisons of one question. An effect counts from {MARGIN:g} nats per token or {100*MARGIN:g} points of F1, set '
             'before the runs. An interval has one of four readings: it **helps**, it **hurts**, it **does not help by more than the '
-            'margin**, or it is **too close to call**. A cost **is within the margin**, **loses more**, or is **too close to call**.')
+            'margin**, or it is **too close to call**. A price **stays within the margin**, is more, or is **too close to call**.')
 
 def leads(
     study:Study, # All records

@@ -257,11 +257,9 @@ def in_a_word(
             return in_each(OUTCOMES[one], len(findings))
         parts = [f"{OUTCOMES[k]} in {len(fs)}" for k,fs in seen.items() if fs]
         return f"{', '.join(parts)} of {plural(len(findings), 'comparison')}"
-    kept,lost,open_ = ([f.claim for f in findings if f.verdict==v] for v in ('confirmed','refuted','too close to call'))
-    def many(names, one, more): return f'{listed(names)} {more if names[1:] else one}' if names else ''
-    said = (many(kept, 'is within the margin', 'are within the margin'), many(lost, 'loses more', 'lose more'),
-            many(open_, 'is too close to call', 'are too close to call'))
-    return '; '.join(filter(None, said))
+    words = {'confirmed':'stays within the margin', 'refuted':'loses more than the margin', 'too close to call':'is too close to call'}
+    at = {w:[f.claim for f in findings if f.verdict==v] for v,w in words.items()}
+    return listed([f'{w} at {listed(names)}' for w,names in at.items() if names])
 
 def arm_answer(
     study:Study,   # All records

@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterable
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import torch
@@ -32,7 +31,7 @@ from ..profiles_eval import answer, perplexity, room_of
 from ..search.costs import profile_cost
 from ..search.gptq import quantize_
 from ..search.intervals import Interval, crossed_mean
-from .figures import INK, WIDEST, figure_style, profile_style
+from .figures import INK, WIDEST, panels, profile_style
 from .methods import check_apart, method_texts
 from .records import Preset, known_record, save_record
 from .runs import (
@@ -147,16 +146,13 @@ def plot_schedules(
     def bits(p):
         if p not in known: known[p] = profile_cost(model, p).w_bits
         return known[p]
-    with figure_style():
-        fig,axs = plt.subplots(len(policies), 1, figsize=(WIDEST, .6+.75*len(policies)), layout='constrained',
-                               sharex=True, sharey=True, squeeze=False)
-        plt.close(fig)
-        for ax,(title,policy) in zip(axs[:, 0], policies.items()):
+    with panels(len(policies), 1, WIDEST, .6+.75*len(policies), sharex=True, sharey=True) as (fig,axs):
+        for ax,(title,policy) in zip(axs, policies.items()):
             drawn = [bits(policy(t)[0]) for t in range(steps)]
             ax.step(range(steps), drawn, where='post', c=profile_style('bw8').color, lw=1.3, gid=f'schedule-{title}')
             ax.set_ylabel(title, rotation=0, ha='right', va='center')
             ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axs[-1, 0].set(xlabel='step'); fig.suptitle('mean weight bits', fontsize=9, color=INK)
+        axs[-1].set(xlabel='step'); fig.suptitle('mean weight bits', fontsize=9, color=INK)
     return fig
 
 # %% ../../nbs/study/arms.ipynb #871dc3c6
@@ -201,12 +197,11 @@ class PrecisionRange:
     def plot(self
     )->Figure: # Loss before and after, and progress
         "The measurements, and the range as a band."
-        with figure_style():
-            fig,axs = plt.subplots(1, 2, figsize=(WIDEST, 2.8), layout='constrained', sharex=True); plt.close(fig)
-            axs[0].plot(self.bits, self.before, 'o--', c='#7f7f7f', mfc='none', label='before', gid='before')
+        with panels(1, 2, WIDEST, 2.8, sharex=True) as (fig,axs):
+            axs[0].plot(self.bits, self.before, 'o--', c=INK, mfc='none', label='before', gid='before')
             axs[0].plot(self.bits, self.after, 'o-', c='#365E89', label='after', gid='after')
             axs[1].plot(self.bits, [100*p for p in self.progress], 'o-', c='#365E89', gid='progress')
-            axs[1].axhline(100*self.threshold, ls=':', c='#7f7f7f')
+            axs[1].axhline(100*self.threshold, ls=':', c=INK)
             for ax in axs:
                 ax.axvspan(self.b_min, self.b_max, color='#BAB206', alpha=.18, lw=0)
                 ax.set(xlabel='bits of weights and activations', xticks=self.bits)

@@ -12,10 +12,10 @@ import numpy as np
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Callable, Iterable
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from ..core.profiles import SITES, Profile, Site
-from .figures import INK, WIDEST, figure_style, name_rows
+from .figures import INK, WIDEST, name_rows, panels
 from ..search.intervals import MARGIN, Interval, crossed_mean
 
 # %% ../../nbs/study/statistics.ipynb #e6e3ec99
@@ -302,19 +302,17 @@ _looks = {v:(_colors[v], _markers[v]) for v in VERDICTS} | {
     'helps':('#1B9E77','o'), 'does not help by more than the margin':('#A0703C','s'), 'hurts':('#C856C6','X')}
 
 def plot_findings(
-    panels:dict,    # Title -> findings, a row each
+    topics:dict,    # Title -> findings, a row each
     xlabel:str='',  # What the differences are; by default their unit
     told:Callable=lambda f: f.verdict, # Finding -> its word in the legend: a verdict, or an outcome
 )->Figure: # A panel for each title
     "Effects with their intervals, by verdict, and the regions that were claimed."
-    if not panels or not all(panels.values()):
-        raise ValueError("panels is empty: give at least one title with at least one finding")
-    rows = [len(fs) for fs in panels.values()]
-    with figure_style():
-        size = WIDEST,1.1+.3*len(rows)+.3*sum(rows)
-        fig,axs = plt.subplots(len(rows), 1, figsize=size, layout='constrained', sharex=True, height_ratios=rows, squeeze=False)
-        plt.close(fig)
-        for ax,(title,fs) in zip(axs[:, 0], panels.items()):
+    if not topics or not all(topics.values()):
+        raise ValueError("topics is empty: give at least one title with at least one finding")
+    rows = [len(fs) for fs in topics.values()]
+    height = 1.1+.3*len(rows)+.3*sum(rows)
+    with panels(len(rows), 1, WIDEST, height, sharex=True, height_ratios=rows) as (fig,axs):
+        for ax,(title,fs) in zip(axs, topics.items()):
             for y,f in enumerate(fs):
                 c,marker = _looks[told(f)]
                 for edge in (f.above, f.below):
@@ -322,8 +320,8 @@ def plot_findings(
                 if math.isfinite(f.effect.low): ax.plot(f.effect[1:], [y, y], c=c, lw=1.6)
                 ax.plot(f.effect.value, y, marker, c=c, ms=6, gid=f'{title}-{f.claim}')
             ax.set(title=title); name_rows(ax, [f.claim.replace('`', '') for f in fs])
-        fig.supxlabel(xlabel or next(f.unit for fs in panels.values() for f in fs), color=INK, fontsize=9)
-        seen = {told(f) for fs in panels.values() for f in fs}
-        keys = [plt.Line2D([], [], marker=m, c=c, label=v) for v,(c,m) in _looks.items() if v in seen]
+        fig.supxlabel(xlabel or next(f.unit for fs in topics.values() for f in fs), color=INK, fontsize=9)
+        seen = {told(f) for fs in topics.values() for f in fs}
+        keys = [Line2D([], [], marker=m, c=c, label=v) for v,(c,m) in _looks.items() if v in seen]
         fig.legend(handles=keys, loc='outside upper center', ncols=2)
     return fig
