@@ -39,16 +39,17 @@ def change(folder, preset, experiment, edit, name='*'):
         r = json.loads(f.read_text()); edit(r); f.write_text(json.dumps(r))
     return len(files)
 
-def line(text, preset):   # of one preset, with its sub-items
-    title = PRESET_NAMES[preset][0].upper()+PRESET_NAMES[preset][1:]
-    return text.split(f'- **{title}.**', 1)[1].split('\n- **', 1)[0]
+def part(text, preset):   # of one preset
+    titles = {p:f'*{name[0].upper()}{name[1:]}.* ' for p,name in PRESET_NAMES.items()}
+    own = text.split(titles[preset], 1)[1]
+    return re.split('|'.join(map(re.escape, titles.values())), own)[0]
 
 QS = list(QUESTIONS)
 ACCURACY,BITS,OBJECTIVES,CPT,ATTACKS,DIRECTIONS = QS
 COST,ROUTES,LAYERS,TEACHERS,CYCLES,CHANCE = ONE_MINUTE
 
 def asked(study, question, preset):   # the answer to one question for one model
-    return line(answers(study)[question], preset)
+    return part(answers(study)[question], preset)
 
 # --- what the records cannot carry ------------------------------------------------------------------------------------
 
@@ -158,7 +159,10 @@ def test_a_route_that_serves_better_is_said_to_help():
     study = arms(5, shared=0., bits=dict(bw8=.1, bw6=0., bw4=-.1))
     told = asked(study, ACCURACY, 'tiny')
     assert 'helps in 1, does not help by more than the margin in 1, hurts in 1 of 3 comparisons' in told
-    assert 'helps: `bits` at `bw4` (-0.1' in told and 'hurts: `bits` at `bw8` (0.1' in told
+    rows = {r.split(' | ')[0]: r for r in told.splitlines() if r.startswith('| `bits`')}
+    assert re.match(r'\| `bits` at `bw4` \| -0\.\d+ \[-0\.\d+, -0\.\d+\] \| helps \| ', rows['| `bits` at `bw4`'])
+    assert re.match(r'\| `bits` at `bw8` \| 0\.\d+ \[0\.\d+, 0\.\d+\] \| hurts \| -\d.* \| hurts \|', rows['| `bits` at `bw8`'])
+    assert len(rows)==3 and '*5 seeds, 10 articles.*' in told
 
 def test_the_default_route_follows_the_answer(real):
     found = arm_findings(real.of('smollm2', 'arms'), 'routes')
@@ -245,7 +249,7 @@ def test_the_margin_is_named_wherever_the_leads_speak_of_it():
 def test_a_missing_record_is_missed_where_it_is_needed(folder, experiment, question):
     for p in PRESET_NAMES: shutil.rmtree(folder/p/experiment, ignore_errors=True)
     study = load_study(folder); said = answers(study)
-    for p in PRESET_NAMES: assert 'Not run yet: `switchable-llm experiment' in line(said[question], p).split('\n')[0]
+    for p in PRESET_NAMES: assert 'Not run yet: `switchable-llm experiment' in part(said[question], p).split('\n')[0]
     verb = 'routes' if experiment=='arms' else experiment
     assert len([c for c in missing_records(study) if c.split(' --preset')[0].endswith(verb)])==len(PRESET_NAMES)
     minute(study); open_table(study); statements_table(study)

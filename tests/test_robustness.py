@@ -6,12 +6,13 @@ from switchable_llm.adversarial import ATTACKS, adaptive, expected_loss, perturb
 from switchable_llm.core.switching import use_profile
 from switchable_llm.findings.arms import by_arm
 from switchable_llm.findings.defences import (
-    WORDS, attack_faults, best_fixed, defence_findings, defence_scores, defence_table, fixed_of, kept_by, radii_of,
+    WORDS, attack_faults, best_fixed, by_radius, defence_findings, defence_scores, defence_table, fixed_of, kept_by, radii_of,
     robustness_verdicts, sanity_checks, training_findings, transfer_share, word_of)
 from switchable_llm.findings.earlier import plot_earlier_typos
 from switchable_llm.findings.plots import plot_radius, plot_transfer, plot_typos
 from switchable_llm.findings.answers import answers, minute, robustness_answer, robustness_brief, study_findings
 from switchable_llm.findings.verdicts import Study
+from switchable_llm.study.statistics import Findings
 from switchable_llm.search.strategies import strategy, use_strategy
 from switchable_llm.study.records import PRESETS
 from switchable_llm.study.robustness import DEFENCES, PLANS, TRAININGS, Plan, attackers, run_robustness
@@ -159,7 +160,7 @@ def planted(seed, arm='joint', n=100, foreign=.4, steps=20, draws=4, luck=1., **
 def several(seeds=4, **kw): return [planted(s, **kw) for s in range(seeds)]
 def study_of(records): return Study(dict(tiny=dict(robustness=records)))
 def told(study):
-    answer = answers(study)['Agreement with Double-Win Quant, and why'].split('- **Embedded model.** ')[1].split('\n- **')[0]
+    answer = answers(study)['Agreement with Double-Win Quant, and why'].split('*Embedded model.* ')[1]
     return answer, minute(study)['Random precision']
 
 OF_EACH = [   # what is planted -> the outcome at the middle radius, how the answer begins
@@ -180,6 +181,14 @@ def test_every_outcome_is_told_in_answer_abstract_and_table(kw, word, says):
     assert short.startswith(f'**A precision drawn at random, against the best fixed profile: {lead}'), short
     assert f'{word} at ' in next(l for l in defence_table(records).splitlines() if '| random profile |' in l)
     assert {f.family for f in found}=={3}
+
+@pytest.mark.parametrize('kw,bold', [(dict(random_profile=(1., .9, .4)), True), (dict(random_profile=(1., .3, 0.)), True), ({}, False)])
+def test_a_table_by_radius_is_bold_where_something_is_decided(kw, bold):
+    found = defence_findings(several(**kw), ['random_profile'])
+    rows = by_radius(dict(one=found, none=Findings()), 'Below.').splitlines()
+    assert [r.split(' | ')[0] for r in rows[2:5]]==[f'| radius {r:g}' for r in sorted(float(f.claim.split()[1][:-1]) for f in found)]
+    middle = next(r for r in rows if r.startswith(f"| {found[1].claim.partition(':')[0]} |"))
+    assert (middle.split(' | ')[1]==f'**{found[1].effect.show(100)}**')==bold and middle.endswith('|  |') and rows[-1]=='*Below.*'
 
 def test_where_nothing_is_lost_there_is_nothing_to_gain_but_harm_is_seen():
     found = defence_findings(several(random_profile=(1., .6, .1), random_layer=(.7, .3, 0.)))

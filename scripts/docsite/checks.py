@@ -11,6 +11,7 @@ from docsite.process import PROC
 from docsite.site import ASSETS
 from project import NBS, module_of
 from switchable_llm.explorer.looks import contrast
+from switchable_llm.study.figures import ON_PAGE
 
 import yaml
 
@@ -53,7 +54,7 @@ def images(page):
 
 PAGES = dict(light=['#ffffff'], dark=['#14171c','#222222'])   # the dark of the plain site, and of Quarto's
 NEEDS = dict(words=(4.5, 'fill'), line=(3, 'stroke'), area=(3, 'fill'))   # contrast (WCAG 2), and the attribute that colours it
-SHADES = 12   # a figure of more colours than this shows a scale by them
+SHADES = 4   # areas of more colours than this, other than the project's, show a scale
 _rule = re.compile(r':is\(\[(\w+)="(#\w+)"\][^{]*\{\w+:(#\w+)!important\}')
 
 def blend(color, back, share):
@@ -77,7 +78,7 @@ def drawn(svg):
             by = NEEDS[what][1]
             color,share = a.get(by, '#000000' if what=='words' else 'none'),float(a.get(f'{by}-opacity', a.get('opacity', 1)))
             if color!='none' and share>=.5: out.add((what, to_hex(color), share))
-    shades = len({color for what,color,_ in out if what=='area'})>SHADES
+    shades = len({color for what,color,_ in out if what=='area'}-{c.lower() for c in ON_PAGE})>SHADES
     return {(what, color, share) for what,color,share in out if not (what=='words' and on_areas and color in ('#ffffff','#000000'))
             and not (what=='area' and (on_areas or shades))}
 

@@ -19,10 +19,10 @@ from .arms import (
     OUTCOMES, QUESTIONS as ARM_QUESTIONS, arm_answer, arm_findings, by_arm, in_a_word, in_each, outcome, route_said)
 from .choices import allocation_answer, allocation_findings
 from .defences import (
-    TRAINED, answer_of, attack_faults, best_fixed, defence_findings, earlier_statements, effects_said, findings_of, kept_by,
+    TRAINED, answer_of, attack_faults, best_fixed, by_radius, defence_findings, earlier_statements, findings_of, kept_by,
     sanity_checks, telling_radius, trainings_compared, transfer_share)
 from .verdicts import (
-    COMMAND_OF, PRESET_NAMES, Study, capital, listed, markdown_table, no_record, spans_said, tried)
+    COMMAND_OF, PRESET_NAMES, Study, capital, lead_and_list, listed, markdown_table, no_record, spans_said, tried)
 
 # %% ../../nbs/findings/answers.ipynb #aaaff91d
 def _agrees_with(findings):   # the answer, and whether the paper says so too
@@ -46,16 +46,20 @@ def robustness_answer(
     if not joint: return no_record(preset, 'robustness')
     found,share = defence_findings(joint),transfer_share(joint)
     chance,layers,faults = findings_of(found, 'random_profile'),findings_of(found, 'random_layer'),attack_faults(joint)
-    training = [f'Random-precision training compared with {TRAINED[b]}, both with a random profile at inference: {told}'
-                for b,told in trainings_compared(rs).items()]
-    lines = [f'{_agrees_with(chance)} Right answers, a random profile minus the best fixed one, under the worst of all attackers: '
-             f"{effects_said(chance)}. {capital(basis(len(joint), len(joint[0]['ids']), 'question'))}.",
-             faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
-             f"Random layers, the same: {answer_of(layers)} {capital(effects_said(layers))}.",
-             share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
-             *training,
-             f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.']
-    return '\n'.join(filter(None, lines))
+    trained = trainings_compared(rs)
+    columns = {'random profile minus the best fixed':chance, 'random layers minus the best fixed':layers}
+    columns |= {f'random-precision training minus {TRAINED[b]}':fs for b,fs in trained.items()}
+    note = (f"Under the worst of all attackers; {basis(len(joint), len(joint[0]['ids']), 'question')}. Bold: it helps or hurts by more "
+            'than the margin. Trainings are compared with a random profile at inference.')
+    return lead_and_list((
+        f'{_agrees_with(chance)}\n\n{by_radius(columns, note)}',
+        faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
+        f'Random layers instead of a random profile: {_as_clause(answer_of(layers))}',
+        *(f'Random-precision training compared with {TRAINED[b]}: {_as_clause(answer_of(fs))}' for b,fs in trained.items()),
+        share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
+        f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.'))
+
+def _as_clause(sentence): return sentence[0].lower()+sentence[1:]
 
 def robustness_brief(
     study:Study,  # All records
@@ -160,18 +164,18 @@ def directions_answer(
              near and f'Nearest to a decision, and how many times the seeds and questions it takes: {near}.',
              f'Not run, or not all arms of it: {listed(lost)}.' if lost else 'Every experiment of the report was run.',
              once*any(f.seeds==1 for f in fs)]
-    return '\n'.join(filter(None, lines))
+    return lead_and_list(lines)
 
 # %% ../../nbs/findings/answers.ipynb #ad3e86b7
 def _accuracy(study, preset):   # the price of precision first, then the route, then company
     told = _told(study, preset, 'price', 'routes', 'alone')
     if told==no_record(preset, 'routes'): return told
-    return '\n'.join(filter(None, (told, route_said(study, preset), spans_said(study, preset))))
+    return '\n\n'.join(filter(None, (told, route_said(study, preset), spans_said(study, preset))))
 
 def _told(study, preset, *questions):   # those that records answer
     asked = [q for q in questions if arm_findings(study.of(preset, 'arms'), q)]
     first = 'routes' if questions[0]=='price' else questions[0]
-    return '\n'.join(arm_answer(study, preset, q) for q in asked) or no_record(preset, first)
+    return '\n\n'.join(arm_answer(study, preset, q) for q in asked) or no_record(preset, first)
 
 QUESTIONS = {   # question -> how it is answered, for one preset
     'Accuracy per configuration':_accuracy,
@@ -185,10 +189,8 @@ def answers(
     study:Study, # All records
 )->dict[str,str]: # Question -> answer, in Markdown: the real model first
     "The six questions and what the records say."
-    def item(answer, preset):   # its first line, and the others below it
-        told = tried(answer, study, preset).replace('\n', '\n    - ')
-        return f'- **{capital(PRESET_NAMES[preset])}.** {told}'
-    return {q:'\n'.join(item(answer, p) for p in PRESET_NAMES) for q,answer in QUESTIONS.items()}
+    def of(answer, preset): return f'*{capital(PRESET_NAMES[preset])}.* {tried(answer, study, preset)}'
+    return {q:'\n\n'.join(of(answer, p) for p in PRESET_NAMES) for q,answer in QUESTIONS.items()}
 
 def _best(findings):   # of those that help, if some do
     return min([f for f in findings if outcome(f)=='helps'] or findings, key=lambda f: f.effect.value)
@@ -228,8 +230,7 @@ def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
     if not joint: return ''
     found = findings_of(defence_findings(joint), 'random_profile')
-    answer = answer_of(found)[:-1]
-    told = f"**A precision drawn at random, against the best fixed profile: {answer[0].lower()+answer[1:]}**"
+    told = f'**A precision drawn at random, against the best fixed profile: {_as_clause(answer_of(found)[:-1])}**'
     if faults := attack_faults(joint): return f"{told}; {'; '.join(faults)}"
     at = f'radius {telling_radius(joint):g}'
     f = next(f for f in found if f.claim.startswith(f'{at}:'))

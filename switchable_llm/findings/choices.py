@@ -16,7 +16,7 @@ from ..search.intervals import MARGIN, Interval
 from ..study.statistics import Findings, better, decide, plural
 from .arms import in_a_word, said
 from .plots import plot_bits
-from .verdicts import Study, listed, no_record
+from .verdicts import Study, lead_and_list, listed, no_record
 
 # %% ../../nbs/findings/choices.ipynb #14fce8e5
 def _budget(record, of, i):   # the i-th of a kind, as a person writes it
@@ -123,7 +123,7 @@ def allocation_answer(
              f"Against random bits: {in_a_word(chance)}. Against what the program chose without the search: {in_a_word(program)}.", how,
              f"Costliest alone, first record: {_worst_layers(r)} nats per token.",
              f"Where a byte (w) or a bit-operation (a) is saved more cheaply, at equal savings: {cheaper_part(rs)}."]
-    return '\n'.join(filter(None, lines))
+    return lead_and_list(lines)
 
 def allocation_brief(
     study:Study,  # All records

@@ -6,7 +6,7 @@
 __all__ = ['UNITS', 'STEPS', 'DRAWS', 'LEFT', 'WORDS', 'TRAINED', 'defence_scores', 'fixed_of', 'best_fixed', 'kept_by',
            'radii_of', 'sanity_checks', 'attack_faults', 'word_of', 'defence_findings', 'findings_of',
            'training_findings', 'answer_of', 'effects_said', 'said_of', 'transfer_claim', 'transfer_share',
-           'earlier_statements', 'telling_radius', 'defence_table', 'outcomes_said', 'trainings_compared',
+           'earlier_statements', 'telling_radius', 'defence_table', 'outcomes_said', 'trainings_compared', 'by_radius',
            'robustness_verdicts']
 
 # %% ../../nbs/findings/defences.ipynb #19a0d806
@@ -337,11 +337,24 @@ def outcomes_said(
 
 def trainings_compared(
     records:Iterable[dict], # Records of one preset; any trainings
-)->dict[str,str]: # The other training, of those that were run -> answer, in Markdown
+)->dict[str,Findings]: # The other training, of those that were run -> what was found
     "Random-precision training against each other training, both with a random profile at inference."
     found = training_findings(records)
     groups = {b:Findings(f for f in found if f.claim.endswith(f'than `{b}`')) for b in TRAINED}
-    return {b:said_of(fs) for b,fs in groups.items() if fs}
+    return {b:fs for b,fs in groups.items() if fs}
+
+def by_radius(
+    found:dict[str,Findings], # Comparison -> what was found, in right answers
+    note:str='',              # Stands below
+)->str: # A table in Markdown
+    "A row for each radius, a column for each comparison; bold where it helps or hurts."
+    at = {name:{f.claim.partition(':')[0]:f for f in fs} for name,fs in found.items()}
+    places = sorted({w for fs in at.values() for w in fs}, key=lambda w: float(w.split()[1]) if w.startswith('radius') else 0.)
+    def cell(f):
+        word,shown = word_of(f),f.effect.show(100)
+        return f'**{shown}**' if word in (OUTCOMES['helps'],OUTCOMES['hurts']) else shown if word in OUTCOMES.values() else word
+    rows = [[w, *(cell(fs[w]) if w in fs else '' for fs in at.values())] for w in places]
+    return markdown_table([['points of right answers', *at], *rows], note)
 
 def robustness_verdicts(
     records:Iterable[dict], # Records of `run_robustness`, of one preset; any trainings
@@ -356,6 +369,6 @@ def robustness_verdicts(
                 key = f"{_CALLED[d].capitalize()} against the best fixed, {UNITS[s] if s=='nll' else 'right answers'}, {TRAINED[a]}"
                 out[key] = said_of(findings_of(fs, d))
     compared = trainings_compared(records)
-    for b in ('joint','fixed_attack'): out[f'Random-precision training compared with {TRAINED[b]}'] = compared.get(b, said_of(Findings()))
+    for b in ('joint','fixed_attack'): out[f'Random-precision training compared with {TRAINED[b]}'] = said_of(compared.get(b, Findings()))
     if joint: out['Checks of the attacks'] = f'{sanity_checks(joint).count().capitalize()}.'
     return out | {k:f.show() for k,f in earlier_statements(joint).items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESET_NAMES', 'COMMAND_OF', 'Study', 'load_study', 'subject_of', 'effect_of', 'capital', 'listed', 'no_record',
-           'tried', 'markdown_table', 'profile_scores', 'profile_names', 'joint_score', 'joint_exposure',
-           'profile_labels', 'spans_said']
+           'tried', 'markdown_table', 'lead_and_list', 'profile_scores', 'profile_names', 'joint_score',
+           'joint_exposure', 'profile_labels', 'spans_said']
 
 # %% ../../nbs/findings/verdicts.ipynb #4aabbe09
 import math, re
@@ -112,6 +112,13 @@ def markdown_table(
     numbers = [i>0 and all(re.match(r'[-+\d–]|$', r[i]) for r in rest) for i in range(len(head))]
     rule = '|'+'|'.join('--:' if n else ':--' for n in numbers)+'|'
     return '\n'.join([lines[0], rule, *lines[1:]])+(f'\n\n*{note}*' if note else '')
+
+def lead_and_list(
+    lines:Iterable[str], # Sentences; those that are empty are left out
+)->str: # In Markdown
+    "The first sentence, and the others as a list below it."
+    first,*others = filter(None, lines)
+    return '\n\n'.join(filter(None, (first, '\n'.join(f'- {l}' for l in others))))
 
 # %% ../../nbs/findings/verdicts.ipynb #c84228e8
 def profile_scores(
