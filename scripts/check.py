@@ -19,7 +19,8 @@ METHOD = 'fork' if sys.platform=='linux' else 'spawn'
 WARM = ('torch', 'transformers', 'transformers.models.auto.modeling_auto', 'datasets', 'accelerate', 'peft',
         'nbdev.test', 'pytest', 'switchable_llm.apps.packing', 'switchable_llm.apps.studying')
 LONGEST = ('test_cli.py', 'test_explorer.py', 'apps/studying.ipynb')
-WAITING = ('test_explorer.py', 'test_live.py', 'test_page.py')   # they wait for a browser more than they compute
+WAITING = ('test_cluster.py', 'test_explorer.py', 'test_live.py', 'test_page.py', 'test_resume.py', 'test_serve_cluster.py',
+           'test_writers.py')   # they wait, for a browser or for processes that they end, more than they compute
 PICTURES = 'test_pictures.py'    # with the pages, which take minutes to build, where these are checked too
 
 class Task(NamedTuple):

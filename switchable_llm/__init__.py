@@ -3,8 +3,8 @@
     import switchable_llm as sl
     model, tokenizer = sl.load('tiny')                    # a folder, a .gguf file, a name on the hub
     sl.make_switchable(model, ['bw8', 'bw6', 'w4a8'])     # every layer its own bits, and adapters
-    sl.train(model, tokenizer, sl.squad('tiny'))          # all profiles together
-    print(sl.evaluate(model, tokenizer, sl.squad('tiny', 'validation')))
+    sl.train(model, tokenizer, sl.squad('tiny'), steps=60)   # all profiles together
+    print(sl.evaluate(model, tokenizer, sl.squad('tiny', 'validation', 50)))
     with sl.use_profile(model, 'w4a8'): ...               # this thread, this task, this block
 
 Each name is imported when it is first used."""
