@@ -38,7 +38,7 @@ def check_serving(folder, env):
         port = re.search(r':(\d+)/v1', said)[1]
         curl = [w.replace(':8000', f':{port}') for w in next(c for c in commands() if c[0]=='curl')]
         got = json.loads(subprocess.run([*curl, '-sS', '--max-time', '60'], capture_output=True, check=True).stdout)
-        assert got['object']=='text_completion' and got['model']==json.loads(curl[-1])['model'], got
+        assert got['model']==json.loads(curl[-1])['model'] and got['choices'][0]['text']==' weaver', got
     finally:
         server.terminate()
         assert server.wait(60)==0

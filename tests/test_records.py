@@ -77,3 +77,8 @@ def test_whose_commit(tmp_path, monkeypatch):
     out = run.stdout
     # installed below a project, it is not of it
     assert out.split()[-1]=='None'
+
+def test_a_setting_that_is_told_twice_is_said_once(tmp_path):
+    save_record(RECORD | dict(config=dict(preset=dict(steps=2), steps=2)), tmp_path)
+    with pytest.raises(ValueError, match=r'other settings \(steps=2, now 3\)'):
+        known_record(tmp_path, **RECORD | dict(config=dict(preset=dict(steps=3), steps=3)))

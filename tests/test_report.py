@@ -1,5 +1,6 @@
 "The report's sentences, tables and figures follow the records: copies of the real ones, changed, taken away, and cut off."
 import inspect, json, re, shutil
+from pathlib import Path
 import numpy as np, pytest
 from conftest import ROOT
 import switchable_llm as sl
@@ -83,8 +84,10 @@ def test_the_box_of_methods_names_each_model_its_seeds_and_its_questions(real):
     for p in ('smollm2','tiny'):
         rs = real.of(p, 'arms')
         seeds,answered = len({r['seed'] for r in rs}),len(next(iter(rs[0]['scores'].values()))['f1'])
-        title = PRESET_NAMES[p]
-        said = box.split(title, 1)[1].split(')')[0]
+        cfg,title = rs[0]['config']['preset'],PRESET_NAMES[p][0].upper()+PRESET_NAMES[p][1:]
+        said = box.split(f'{title}: ', 1)[1].split(' for F1.')[0]+' for F1'
+        assert (f"read from `{Path(cfg['model']).name}`" in said)==('.' in cfg['model']) and ('rotated' in said)==cfg['rotate']
+        assert ('four-bit grid' in said)==('Q4_' in cfg['model']) and ('nearest codes' in said)==(not cfg['chosen'])
         assert f'{seeds} seed' in said and f"{len(rs[0]['ids']):,} questions for the loss" in said and f'{answered:,} for F1' in said
     assert 'question by question' in box and '**too close to call**' in box
     assert box in shown_in_report('How it was measured')
@@ -154,6 +157,11 @@ def test_what_precision_costs_is_read_against_float_trained_alike():
                     'loses more than the margin at `bw6` and is too close to call at `bw4`.')
     assert [f.verdict for f in arm_findings(study.of('tiny', 'arms'), 'price')]==['confirmed','refuted','too close to call']
     assert 'price' in study_findings(study, 'tiny') and [q.finding.claim for q in open_questions(study)]==['`bw4`']
+
+def test_what_training_gave_is_read_against_the_same_profile_untrained():
+    told = asked(arms(shared=dict(bw8=.1, bw6=0., bw4=0.), untrained=dict(bw8=0., bw6=0., bw4=1.)), ACCURACY, 'tiny')
+    assert 'Training, against the same profile untrained: helps in 1, does not help by more than the margin in 1, hurts in 1 of 3' in told
+    assert '| against untrained | answer, nats per token |' in told
 
 def test_a_route_that_serves_better_is_said_to_help():
     study = arms(5, shared=0., bits=dict(bw8=.1, bw6=0., bw4=-.1))

@@ -106,8 +106,9 @@ def _arms_said(section):
         rs = load_records(out, preset, 'arms')
         units = ('answer', 'nats per token', 1),('f1', 'points of F1', 100)
         told = {f'{q}, {what}':said(fs, factor) for q in asked for score,what,factor in units if (fs := arm_findings(rs, q, score))}
-        return _told(told) or (f'Too few arms: of those of {section} that are compared, too few have a record in {out}; '
-                               'leave out --arms to run all.')
+        there = _names(dict.fromkeys(r['name'] for r in rs))
+        return _told(told) or (f'{Path(out)/preset}/arms has records of {there}; nothing that {section} compares them with is there. '
+                               f'Its arms: {_names(SECTIONS[section](PRESETS[preset]))}; leave out --arms to run all.')
     return tell
 
 def _calibration_said(preset, out): return calibration_verdict(load_records(out, preset, 'calibration'))

@@ -360,7 +360,8 @@ def make_switchable_(
 )->list[str]: # Names of the layers that became switchable
     "Give every layer switchable bits; the model starts, unchanged, at profile `float`."
     if hasattr(model, 'switch'):
-        raise ValueError("the model is switchable already: use model.switch.add(profile) to give it more profiles")
+        raise ValueError("the model is switchable already: model.switch.add(profile) gives it more profiles; "
+                         "what begins anew takes its base model, or an export of it in float")
     check_plain(model)
     found = find_sites(model, sites, embedding, lm_head, experts)
     switch = Switch(found, cfg)

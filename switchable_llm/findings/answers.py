@@ -10,6 +10,7 @@ __all__ = ['QUESTIONS', 'ONE_MINUTE', 'robustness_answer', 'robustness_brief', '
 # %% ../../nbs/findings/answers.ipynb #394fd0b4
 import math, re
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 from ..study.arms import SECTIONS
 from ..study.records import PRESETS
@@ -20,7 +21,7 @@ from .arms import (
 from .choices import allocation_answer, allocation_findings
 from .defences import (
     TRAINED, answer_of, attack_faults, best_fixed, by_radius, defence_findings, earlier_statements, findings_of, kept_by,
-    sanity_checks, telling_radius, trainings_compared, transfer_share)
+    outcomes_said, sanity_checks, telling_radius, trainings_compared, transfer_share, word_of)
 from .verdicts import (
     COMMAND_OF, PRESET_NAMES, Study, capital, lead_and_list, listed, markdown_table, no_record, spans_said, tried)
 
@@ -56,8 +57,20 @@ def robustness_answer(
         faults and f"Why there is no verdict: {'; '.join(faults)}.", _levels_said(joint),
         f'Random layers instead of a random profile: {_as_clause(answer_of(layers))}',
         *(f'Random-precision training compared with {TRAINED[b]}: {_as_clause(answer_of(fs))}' for b,fs in trained.items()),
+        *_by_loss(joint),
         share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
-        f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}.'))
+        f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}{_unsure(sanity_checks(joint))}.'))
+
+def _by_loss(joint):   # where it says something else than right answers
+    nats = defence_findings(joint, score='nll')
+    for d,called in dict(random_profile='a random profile', random_layer='random layers').items():
+        found = findings_of(nats, d)
+        helps = any(word_of(f)==OUTCOMES['helps'] for f in found)
+        if helps: yield f'By the loss instead of right answers, {called}: {outcomes_said(found)}.'
+
+def _unsure(checks):
+    names = [f.claim for f in checks if f.verdict!='confirmed']
+    return f" ({'; '.join(names)})" if names else ''
 
 def _as_clause(sentence): return sentence[0].lower()+sentence[1:]
 
@@ -132,7 +145,7 @@ def open_table(
         f = q.finding
         return [f'{f.claim} ({q.topic})', PRESET_NAMES.get(q.preset, q.preset), f'{f.effect.show()} {f.unit}',
                 f'{f.detectable:.2g}', f'{f.seeds} × {f.examples}', _much(q.times)]
-    heads = ['too close to call','model','effect','would have been seen','seeds × questions','times as many']
+    heads = ['too close to call','model','effect','would have been seen','seeds × questions or articles','times as many']
     rest = f'; the {n} nearest to a decision are shown.' if len(qs)>n else '.'
     return markdown_table([heads, *map(row, qs[:n])], f'{len(qs)} comparisons{rest}')
 
@@ -168,7 +181,7 @@ def directions_answer(
 
 # %% ../../nbs/findings/answers.ipynb #ad3e86b7
 def _accuracy(study, preset):   # the price of precision first, then the route, then company
-    told = _told(study, preset, 'price', 'routes', 'alone')
+    told = _told(study, preset, 'price', 'training', 'routes', 'alone')
     if told==no_record(preset, 'routes'): return told
     return '\n\n'.join(filter(None, (told, route_said(study, preset), spans_said(study, preset))))
 
@@ -238,7 +251,7 @@ def _chance_said(study, preset):
 
 ONE_MINUTE = {   # topic -> its sentence, for one preset; empty where there is no record
     'What precision costs':_price_said,
-    'Adapters':_arms_said('A small adapter for each width, instead of one for all,', 'routes', '`shared+bits`'),
+    'Adapters':_arms_said('A small adapter for each width, instead of one for all, at equal steps in all,', 'routes', '`shared+bits`'),
     'Bits for each layer':lambda study, preset: _improved(
         'Choosing bits for each layer, against the best simple profile,', allocation_findings(study.of(preset, 'allocation'))),
     'Teachers':_arms_said('A teacher, at equal bit-operations,', 'objectives', '`ranges`'),
@@ -268,14 +281,22 @@ def methods(
     def one(p, rs):
         cfg,seeds = rs[0]['config']['preset'],len({r['seed'] for r in rs})
         trained = f"{max(r['steps'] for r in rs)} steps of {plural(cfg['batch_size'], 'question')} at most"
-        return (f"{PRESET_NAMES[p]} (up to {plural(seeds, 'seed')}, {trained}, "
-                f"{len(rs[0]['ids']):,} questions for the loss and {answered(rs):,} for F1)")
-    return (f"{listed([one(p, rs) for p,rs in runs.items()])}. Arms of one question see the same data in the same order, and have as many "
+        return (f"{capital(PRESET_NAMES[p])}: {_quantized(cfg)}; up to {plural(seeds, 'seed')}, {trained}, "
+                f"{len(rs[0]['ids']):,} questions for the loss and {answered(rs):,} for F1.")
+    return (f"{' '.join(one(p, rs) for p,rs in runs.items())} Arms of one question see the same data in the same order, and have as many "
             'adapter parameters; each is scored on the same questions, which nobody trained or tuned on, and compared question by '
             'question. Intervals are 95 %, over seeds and over articles (questions, where there are few articles), and hold together '
-            f'for all comparisons of one question. An effect counts from {MARGIN:g} nats per token or {100*MARGIN:g} points of F1, set '
+            'for all comparisons of one question: with three seeds they are wide, and may reach beyond what a score can be. An effect '
+            f'counts from {MARGIN:g} nats per token or {100*MARGIN:g} points of F1, set '
             'before the runs. An interval has one of four readings: it **helps**, it **hurts**, it **does not help by more than the '
             'margin**, or it is **too close to call**. A price **stays within the margin**, is more, or is **too close to call**.')
+
+def _quantized(cfg):   # where the weights come from, and how they are quantized
+    file,how = Path(cfg['model']).name,'in a rotated basis, ' if cfg['rotate'] else ''
+    source = f'read from `{file}`, ' if Path(file).suffix else ''
+    grid = 'whose weights lie on a four-bit grid already, so that four bits cost less than they would elsewhere; '
+    codes = f"codes chosen on {cfg['chosen']} texts" if cfg['chosen'] else 'nearest codes'
+    return f"{source}{grid*('.Q4_' in file)}{how}{codes}, a range of activations {cfg['act'].replace('_', ' ')}"
 
 def leads(
     study:Study, # All records

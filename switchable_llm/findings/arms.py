@@ -96,6 +96,8 @@ def _scored(runs):   # the preset's profiles, in its order
 
 def _price(runs): return [((DEFAULT, p), ('float', 'float'), as_good, f'`{p}`') for p in _scored(runs)]
 
+def _training(runs): return [((DEFAULT, p), ('untrained', p), better, f'`{p}`') for p in _scored(runs)]
+
 def _routes(runs):
     return [((r, p), (DEFAULT, p), better, f'`{r}` at `{p}`') for r in ('bits','shared+bits') for p in _scored(runs)]
 
@@ -117,7 +119,7 @@ def _objectives(runs):
     names = 'float_teacher','highest_teacher','cascade','ranges'
     return [((a, p), (DEFAULT, p), better, f'`{a}` at `{p}`') for a in names for p in _scored(runs)]
 
-QUESTIONS = dict(routes=_routes, price=_price, alone=_alone, cycles=_cycles, widths=_widths, objectives=_objectives)
+QUESTIONS = dict(routes=_routes, price=_price, training=_training, alone=_alone, cycles=_cycles, widths=_widths, objectives=_objectives)
 
 def arm_findings(
     records:Iterable[dict], # Of `run_arms`, of one preset
@@ -238,8 +240,11 @@ def _note(runs, score=None):   # of one score, or of all of them
 _ASKED = dict(   # question -> what the sentence begins with
     routes='Own adapters for each width, alone or beside a shared one, against one adapter for all',
     price='Against the float model trained alike', alone='Trained together, against alone',
+    training='Training, against the same profile untrained',
     cycles='Cyclic precision', widths='Random precision in training, against a static one',
     objectives='Other objectives, at equal bit-operations')
+
+_AGAINST = dict(price='against float', training='against untrained', alone='against alone')
 
 def in_each(
     said:str,     # What is said of each, as in `OUTCOMES`
@@ -273,7 +278,7 @@ def arm_answer(
     if not nats: return no_record(preset, 'routes' if question=='price' else question)
     answered = f' (F1: {f1[0].examples})' if f1[0].examples!=nats[0].examples else ''
     rows = [[a.claim, a.effect.show(), _reading(a), b.effect.show(100), _reading(b)] for a,b in zip(nats, f1, strict=True)]
-    heads = ['against float' if question=='price' else 'comparison','answer, nats per token','reading','points of F1','reading']
+    heads = [_AGAINST.get(question, 'comparison'),'answer, nats per token','reading','points of F1','reading']
     table = markdown_table([heads, *rows], capital(basis(min(f.seeds for f in nats), nats[0].examples, _unit(rs)))+answered+'.')
     return f'**{_ASKED[question]}: {in_a_word(nats)}.**\n\n{table}'
 

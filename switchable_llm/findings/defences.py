@@ -316,8 +316,13 @@ def defence_table(
     note = (f"Right answers, %, without an attack and by radius, under the worst of all attackers; "
             f"{basis(max(map(len, arms.values())), len(rs[0]['ids']), 'question')}. The difference is shown where the best fixed "
             'profile keeps nearest to half; its interval holds together with those of all radii and defences of one training. '
-            'The best fixed profile of a question is chosen on the other half of the questions.')
+            'The best fixed profile of a question is chosen on the other half of the questions, so luck is not praised, and it can '
+            f"keep less than each of them: this favours the random ones.{_trained_at(arms)}")
     return markdown_table([heads, *rows], note)
+
+def _trained_at(arms):
+    radii = sorted({r['config']['plan']['train_radius'] for a,rs in arms.items() for r in rs if a!='joint'})
+    return f" Trainings against attacks met those of radius {listed([f'{r:g}' for r in radii])}." if radii else ''
 
 def _rows(training, records, radii):
     found,at = defence_findings(records),telling_radius(records)

@@ -119,6 +119,7 @@ def known_record(
     if not path.exists(): return None
     if (record := _read(path)).get('config')==config: return record
     odd = [f'{k}={v!r}, now {now.get(k)!r}' for k,v,now in _settings(record.get('config') or {}, config) if v!=now.get(k)]
+    odd = list(dict.fromkeys(odd))   # the preset and the arm may both say it
     raise ValueError(f"{path} was made with other settings ({'; '.join(odd[:3])}): choose another folder with --out, or delete it")
 
 def _settings(was, now):   # (name, value, what holds the new one), of the preset's too
