@@ -178,7 +178,7 @@ def test_every_outcome_is_told_in_answer_abstract_and_table(kw, word, says):
     long,short = told(study_of(records))
     assert long.startswith(says), long
     lead = says.strip('*.').split(',')[0].lower()
-    assert short.startswith(f'**A precision drawn at random, against the best fixed profile: {lead}'), short
+    assert short.startswith(f'**A precision drawn at random at inference, against the best fixed profile: {lead}'), short
     assert f'{word} at ' in next(l for l in defence_table(records).splitlines() if '| random profile |' in l)
     assert {f.family for f in found}=={3}
 

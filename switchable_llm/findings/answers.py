@@ -208,13 +208,13 @@ def answers(
 def _best(findings):   # of those that help, if some do
     return min([f for f in findings if outcome(f)=='helps'] or findings, key=lambda f: f.effect.value)
 
-def _verdict(findings):   # where it looks best, and in how many it hurts or nothing is known
+def _verdict(findings):   # of the best one, and in how many it hurts or nothing is known
     n,words = Counter(map(outcome, findings)),OUTCOMES | dict(open='is too close to call')
     own,of = outcome(_best(findings)),f'of {len(findings)} comparisons'
     if len(n)==1: return in_each(words[own], len(findings))
     if own=='helps': return f"helps in {n['helps']} {of}"+f", and hurts in {n['hurts']}"*bool(n['hurts'])
     others = [f'{words[k]} in {n[k]}' for k in ('hurts','open') if n[k] and k!=own]
-    return f'{words[own]} where it looks best'+f', and {listed(others)} {of}'*bool(others)
+    return f'is not shown to help: its best comparison {words[own]}'+f', and it {listed(others)} {of}'*bool(others)
 
 def _moved(f, factor=1):   # its effect, with a sign
     shown = f.effect.show(factor)
@@ -222,9 +222,10 @@ def _moved(f, factor=1):   # its effect, with a sign
 
 def _improved(subject, findings):   # of losses: less is better
     if not findings: return ''
-    best,many = _best(findings),len(findings)>1
-    told = f"{'at best '*many}{_moved(best)} nats per token{f' ({best.claim})'*many}, {plural(best.seeds, 'seed')}"
-    return f'**{subject} {_verdict(findings)}**: {told}'
+    best,many,verdict = _best(findings),len(findings)>1,_verdict(findings)
+    at_best = 'at best '*(many and 'best' not in verdict)
+    return (f'**{subject} {verdict}**: {at_best}{_moved(best)} nats per token'
+            f"{f' ({best.claim})'*many}, {plural(best.seeds, 'seed')}")
 
 def _arms_said(subject, question, without=None):   # all claims but those of an arm that is something else
     def said(study, preset):
@@ -243,7 +244,7 @@ def _chance_said(study, preset):
     joint = study.of(preset, 'robustness', 'joint')
     if not joint: return ''
     found = findings_of(defence_findings(joint), 'random_profile')
-    told = f'**A precision drawn at random, against the best fixed profile: {_as_clause(answer_of(found)[:-1])}**'
+    told = f'**A precision drawn at random at inference, against the best fixed profile: {_as_clause(answer_of(found)[:-1])}**'
     if faults := attack_faults(joint): return f"{told}; {'; '.join(faults)}"
     at = f'radius {telling_radius(joint):g}'
     f = next(f for f in found if f.claim.startswith(f'{at}:'))
