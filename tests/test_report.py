@@ -6,7 +6,7 @@ from conftest import ROOT
 import switchable_llm as sl
 from switchable_llm.apps.cli import make_parser
 from switchable_llm.study.statistics import read
-from switchable_llm.findings.arms import DEFAULT, OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_routes
+from switchable_llm.findings.arms import DEFAULT, OUTCOMES, arm_answer, arm_findings, arm_table, outcome, plot_claims, plot_routes
 from switchable_llm.findings.earlier import (
     plot_earlier_accuracy, plot_earlier_cpt, plot_earlier_typos, statements_table)
 from switchable_llm.findings.answers import (
@@ -210,6 +210,12 @@ def test_table_and_picture_hold_what_was_scored():
     drawn = {l.get_gid() for ax in plot_routes(rs).axes for l in ax.lines}
     assert {'f1-shared-bw8','answer-bits-bw4','f1-float','answer-untrained-bw6'}<=drawn
     assert arm_answer(Study({}), 'tiny', 'cycles').startswith('Not run yet: ')
+
+def test_panels_share_an_axis_unless_one_would_vanish():
+    def effects(loss): return arm_findings(arms(5, shared=0., bits=loss).of('tiny', 'arms'), 'routes')
+    for far,shared in ((.15, True), (1., False)):
+        a,b = (ax.get_xlim() for ax in plot_claims(dict(near=effects(.1), far=effects(far))).axes)
+        assert (a==b)==shared
 
 def test_one_minute_is_six_sentences_with_a_number_each_of_the_real_model_where_it_has_records(real):
     said = minute(real)
