@@ -143,12 +143,12 @@ def three_numbers(
 def _three(b):
     if 'store' in b:
         held = b['store']['results']['held']
-        yield ['weights of its layers, for 4, 6 and 8 bits together (float32), MB',
+        yield ['weights of its layers, all widths together (float32), MB',
                f"**{held['packed, all widths']/1e6:.0f}** ({4*b['store']['results']['weights']/1e6:,.0f})"]
     if 'generate' in b:
         times = b['generate']['results']['decode']
         yield ['tokens/s of `generate()` at 4 / 8 bits, × float32 in transformers',
                ' / '.join(f"**{1/time_ratio(times, f'generate w{w}', 'transformers float32'):.1f}**" for w in (4, 8))]
     if 'train_step_float32' in b:
-        yield ['time of a training step, ranges per token, × LoRA in float (less is faster)',
+        yield ['time of a training step, ranges per token, × LoRA in float',
                f"**{b['train_step_float32']['results']['ratios']['per_token']:.2f}**"]

@@ -252,7 +252,7 @@ def _chance_said(study, preset):
 
 ONE_MINUTE = {   # topic -> its sentence, for one preset; empty where there is no record
     'What precision costs':_price_said,
-    'Adapters':_arms_said('A small adapter for each width, instead of one for all, at equal steps in all,', 'routes', '`shared+bits`'),
+    'Adapters':_arms_said('A small adapter for each width, instead of one for all, at equal steps,', 'routes', '`shared+bits`'),
     'Bits for each layer':lambda study, preset: _improved(
         'Choosing bits for each layer, against the best simple profile,', allocation_findings(study.of(preset, 'allocation'))),
     'Teachers':_arms_said('A teacher, at equal bit-operations,', 'objectives', '`ranges`'),
