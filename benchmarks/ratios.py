@@ -11,7 +11,7 @@ neighbour on the machine may have been in the way.
 import argparse, json, os, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
-from common import instructions, processor, write, table
+from common import instructions, machine, processor, write, table
 from switchable_llm.core.integer import pick_kernel, int_linear, signed_codes
 from switchable_llm.quantizers import QuantConfig
 from switchable_llm.serving.kernels import ActQuant, LinearPlan, group_steps, pack_planes, plan_report
@@ -67,21 +67,24 @@ def at_level(level, only=None):
 
 def fallen(ratios, known, share):
     "Names whose ratio is too low."
-    return [n for n,r in ratios.items() if r<known[n]*share]
+    return [n for n,r in ratios.items() if r<known.get(n, 0)*share]
 
-def of_this_kind(record):
-    "Whether a record is of a processor with this one's name and instructions: AMD EPYC is the name of several generations."
-    return record['results']['processor']==processor() and set(record['environment']['flags'])==set(instructions())
+def of_this_kind(path, record):
+    """Whether a record is of a processor like this one: of its name, family and model, which stand in the name of its file. Older
+    records lack the last two, and are told by their instructions: AMD EPYC is the name of several generations."""
+    if path.stem==f'ratios-{machine()}': return True
+    alike = record['results']['processor']==processor() and set(record['environment']['flags'])==set(instructions())
+    return alike and 'family' not in path.stem
 
-def expected():
+def expected(folder=RECORDS):
     "Level -> name -> the least ratio recorded on this kind of processor, or else on any; the share of it that must be reached."
-    records = [json.loads(p.read_text()) for p in sorted(RECORDS.glob('ratios-*.json'))]
-    same = [r for r in records if of_this_kind(r)]
+    records = {p:json.loads(p.read_text()) for p in sorted(folder.glob('ratios-*.json'))}
+    same = [r for p,r in records.items() if of_this_kind(p, r)]
     out = {}
-    for levels in (r['results']['levels'] for r in same or records):
-        for level,ratios in levels.items():
-            known = out.setdefault(level, ratios)
-            out[level] = {n:min(r, known.get(n, r)) for n,r in ratios.items()}
+    for r in same or records.values():
+        for level,ratios in r['results']['levels'].items():
+            known = out.setdefault(level, {})
+            for n,ratio in ratios.items(): known[n] = min(ratio, known.get(n, ratio))
     return out,(2/3 if same else 1/4)
 
 def check():

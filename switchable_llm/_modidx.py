@@ -1591,6 +1591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/switchable_llm', 'doc_host
                                                                                                   'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._quantized': ( 'findings/answers.html#_quantized',
                                                                                                  'switchable_llm/findings/answers.py'),
+                                                 'switchable_llm.findings.answers._teachers_said': ( 'findings/answers.html#_teachers_said',
+                                                                                                     'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._told': ( 'findings/answers.html#_told',
                                                                                             'switchable_llm/findings/answers.py'),
                                                  'switchable_llm.findings.answers._unsure': ( 'findings/answers.html#_unsure',

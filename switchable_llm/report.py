@@ -150,5 +150,5 @@ def _three(b):
         yield ['tokens/s of `generate()` at 4 / 8 bits, × float32 in transformers',
                ' / '.join(f"**{1/time_ratio(times, f'generate w{w}', 'transformers float32'):.1f}**" for w in (4, 8))]
     if 'train_step_float32' in b:
-        yield ['time of a training step, ranges per token, × LoRA in float',
+        yield ['time of a training step, × PEFT LoRA in float (less is faster)',
                f"**{b['train_step_float32']['results']['ratios']['per_token']:.2f}**"]

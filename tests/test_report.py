@@ -87,7 +87,7 @@ def test_the_box_of_methods_names_each_model_its_seeds_and_its_questions(real):
         cfg,title = rs[0]['config']['preset'],PRESET_NAMES[p][0].upper()+PRESET_NAMES[p][1:]
         said = box.split(f'{title}: ', 1)[1].split(' for F1.')[0]+' for F1'
         assert (f"read from `{Path(cfg['model']).name}`" in said)==('.' in cfg['model']) and ('rotated' in said)==cfg['rotate']
-        assert ('four-bit grid' in said)==('Q4_' in cfg['model']) and ('nearest codes' in said)==(not cfg['chosen'])
+        assert ('four bits already' in said)==('Q4_' in cfg['model']) and ('nearest codes' in said)==(not cfg['chosen'])
         assert f'{seeds} seed' in said and f"{len(rs[0]['ids']):,} questions for the loss" in said and f'{answered:,} for F1' in said
     assert 'question by question' in box and '**too close to call**' in box
     assert box in shown_in_report('How it was measured')
@@ -104,7 +104,7 @@ def test_what_would_change_our_mind_lists_what_the_records_leave_open(real):
 
 # --- changed records ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('factor,says', [(.5, 'helps in every comparison'), (1, None), (2, 'hurts in every comparison')])
+@pytest.mark.parametrize('factor,says', [(.5, 'helps in all'), (1, None), (2, 'hurts in all')])
 def test_chosen_bits_are_praised_only_where_they_won(factor, says, real, folder):
     def scale(r):
         simple = [p['nll'] for p in r['front']['points'] if p['kind'] in ('uniform','built-in')]
@@ -115,7 +115,7 @@ def test_chosen_bits_are_praised_only_where_they_won(factor, says, real, folder)
     study = load_study(folder)
     said,longer = minute(study)[LAYERS],asked(study, BITS, 'tiny')
     if says: assert says in said.split('**')[1] and ('higher mean loss' in longer)==(factor>1)
-    else: assert 'every' not in said.split('**')[1]
+    else: assert ' in all' not in said.split('**')[1]
 
 # --- arms: planted, so that what they should say is known ---------------------------------------------------------------
 
@@ -240,7 +240,7 @@ def test_the_minute_says_where_it_looks_best_and_how_often_it_hurts():
 
 @pytest.mark.parametrize('losses,says', [
     (dict(bw8=-.03, bw6=-.002, bw4=0.), 'helps in 1 of 3 comparisons**: at best -0.03'),
-    (dict(bw8=.1, bw6=.11, bw4=.12), 'hurts in every comparison**: at best +0.1')])
+    (dict(bw8=.1, bw6=.11, bw4=.12), 'hurts in all 3 comparisons**: at best +0.1')])
 def test_the_number_of_the_minute_is_of_its_verdict(losses, says): assert says in minute(arms(5, shared=0., bits=losses))[ROUTES]
 
 def test_an_unclear_comparison_that_looks_better_is_not_the_number_of_one_that_helps():

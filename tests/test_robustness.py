@@ -177,6 +177,7 @@ def test_every_outcome_is_told_in_answer_abstract_and_table(kw, word, says):
     assert word_of(found[1])==word and {word_of(f) for f in found}<=set(WORDS)
     long,short = told(study_of(records))
     assert long.startswith(says), long
+    assert '- Random layers, against the best fixed profile: ' in long and long.count('- By the loss instead of right answers, ')==2
     lead = says.strip('*.').split(',')[0].lower()
     assert short.startswith(f'**A precision drawn at random at inference, against the best fixed profile: {lead}'), short
     assert f'{word} at ' in next(l for l in defence_table(records).splitlines() if '| random profile |' in l)

@@ -301,7 +301,8 @@ def test_a_saved_figure_takes_the_colours_of_its_page():
     ('<path fill="#bab206"/><path fill="#999999" fill-opacity=".2"/>', []),
     ('<path fill="#ff7f0e"/>', ['2.5 on the light page: area in #ff7f0e']),
     ('<path fill="#ff7f0e"/><text fill="#ffffff">8</text>', []),
-    (''.join(f'<path fill="#ff7f{i:02x}"/>' for i in range(5)), [])])   # shades of a scale
+    ('<path fill="#ff7f0e"/><g id="QuadMesh_1"/>', []),   # shades of a scale
+    ('<path fill="url(#hatch)"/>', [])])
 def test_words_lines_and_areas_in_figures_can_be_seen_in_both_themes(drawn, said):
     svg = themed(f'<svg xmlns="http://www.w3.org/2000/svg">{drawn}</svg>')
     p = page(figure(data={'image/svg+xml': svg}))

@@ -11,7 +11,6 @@ from docsite.process import PROC
 from docsite.site import ASSETS
 from project import NBS, module_of
 from switchable_llm.explorer.looks import contrast
-from switchable_llm.study.figures import ON_PAGE
 
 import yaml
 
@@ -54,7 +53,6 @@ def images(page):
 
 PAGES = dict(light=['#ffffff'], dark=['#14171c','#222222'])   # the dark of the plain site, and of Quarto's
 NEEDS = dict(words=(4.5, 'fill'), line=(3, 'stroke'), area=(3, 'fill'))   # contrast (WCAG 2), and the attribute that colours it
-SHADES = 4   # areas of more colours than this, other than the project's, show a scale
 _rule = re.compile(r':is\(\[(\w+)="(#\w+)"\][^{]*\{\w+:(#\w+)!important\}')
 
 def blend(color, back, share):
@@ -69,18 +67,17 @@ def elements(e, above):
     for child in e: yield from elements(child, {k: v for k,v in own.items() if k in ('fill','stroke')})
 
 def drawn(svg):
-    "What is drawn on the page itself, `(what, colour, how much it covers)`: no words on areas, no faint ground, no scale of shades."
-    all_ = list(elements(ElementTree.fromstring(svg), {}))
+    "What is drawn on the page itself, `(what, colour, how much it covers)`: no words on areas, no faint ground, no shades of a scale."
+    all_,scale = list(elements(ElementTree.fromstring(svg), {})),bool(re.search('QuadMesh|<image', svg))   # with its bar of colours
     on_areas = any(t=='text' and a.get('fill')=='#ffffff' for t,a in all_)
     out = set()
     for tag,a in all_:
         for what in ['words'] if tag=='text' else ['line','area'] if tag in ('path','use') else []:
             by = NEEDS[what][1]
             color,share = a.get(by, '#000000' if what=='words' else 'none'),float(a.get(f'{by}-opacity', a.get('opacity', 1)))
-            if color!='none' and share>=.5: out.add((what, to_hex(color), share))
-    shades = len({color for what,color,_ in out if what=='area'}-{c.lower() for c in ON_PAGE})>SHADES
+            if color!='none' and not color.startswith('url(') and share>=.5: out.add((what, to_hex(color), share))
     return {(what, color, share) for what,color,share in out if not (what=='words' and on_areas and color in ('#ffffff','#000000'))
-            and not (what=='area' and (on_areas or shades))}
+            and not (what=='area' and (on_areas or scale))}
 
 def figures(page):
     "Figures with words, lines or areas that cannot be seen on the light or on the dark page."

@@ -112,12 +112,10 @@ def once(texts):
     return [''.join(e for k,e in enumerate(filter(None, es)) if not twice(e, k)) for es in entries]
 
 def map_of_chapters():
-    "Markdown: the chapters with what they find, and the parts with what is in them."
-    front,book,*parts = PARTS
+    "Markdown: the chapters with what they find."
+    front,book,*_ = PARTS
     rows = [f'| [{label(p)}]({name_of(p)}) | {heading(p).partition(": ")[2]} |' for p in [*rooms(book), rooms(front)[-1]]]
-    links = ', '.join(f'[{p.folder}]({p.folder}/{p.rooms[0]}.ipynb)' for p in parts)
-    table = '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows])
-    return f'{table}\n\nParts: {links}.'
+    return '\n'.join(['| chapter | what it shows |', '|:--|:--|', *rows])
 
 def for_site(text):
     "What stands in a comment, unseen where a notebook is read as it is, becomes a box of the site; marked cells are folded."

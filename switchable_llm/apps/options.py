@@ -100,7 +100,7 @@ GROUPS = {   # what a person wants -> the settings of a preset that say it
 SAID = dict(   # settings whose comment in `Preset` speaks to those who read code
     model="base model: a name on the hub, a folder, a .gguf file, or 'tiny', which is embedded",
     data="questions and answers: a SQuAD file, a table, a folder of either, a name on the hub, or 'tiny', which is "
-         "invented; where there is --task, what that says",
+         "invented; with --task, data of that task",
     dropout="share of the adapters' inputs that a step leaves out",
     weight_decay='weight decay of AdamW',
     seed='seed of adapters, data order, profiles and dropout')

@@ -101,13 +101,13 @@ def _methods_said(preset, out): return text_table(method_table(load_records(out,
 def _spans(preset, args, say): run_spans(preset, args.out, progress=not args.quiet, say=say)
 
 def _arms_said(section):
-    asked = dict(routes=('price','routes'), cycles=('cycles','widths')).get(section, (section,))
+    asked = dict(routes=('price','training','routes'), cycles=('cycles','widths')).get(section, (section,))
     def tell(preset, out):
         rs = load_records(out, preset, 'arms')
         units = ('answer', 'nats per token', 1),('f1', 'points of F1', 100)
         told = {f'{q}, {what}':said(fs, factor) for q in asked for score,what,factor in units if (fs := arm_findings(rs, q, score))}
         there = _names(dict.fromkeys(r['name'] for r in rs))
-        return _told(told) or (f'{Path(out)/preset}/arms has records of {there}; nothing that {section} compares them with is there. '
+        return _told(told) or (f'{Path(out)/preset}/arms has records of {there}, and none that {section} compares them with. '
                                f'Its arms: {_names(SECTIONS[section](PRESETS[preset]))}; leave out --arms to run all.')
     return tell
 

@@ -361,7 +361,7 @@ def make_switchable_(
     "Give every layer switchable bits; the model starts, unchanged, at profile `float`."
     if hasattr(model, 'switch'):
         raise ValueError("the model is switchable already: model.switch.add(profile) gives it more profiles; "
-                         "what begins anew takes its base model, or an export of it in float")
+                         "to begin anew, load the base model, or export this one in float first")
     check_plain(model)
     found = find_sites(model, sites, embedding, lm_head, experts)
     switch = Switch(found, cfg)

@@ -316,8 +316,8 @@ def defence_table(
     note = (f"Right answers, %, without an attack and by radius, under the worst of all attackers; "
             f"{basis(max(map(len, arms.values())), len(rs[0]['ids']), 'question')}. The difference is shown where the best fixed "
             'profile keeps nearest to half; its interval holds together with those of all radii and defences of one training. '
-            'The best fixed profile of a question is chosen on the other half of the questions, so luck is not praised, and it can '
-            f"keep less than each of them: this favours the random ones.{_trained_at(arms)}")
+            'The best fixed profile of a question is chosen on the other half of the questions, so that it is not scored where it '
+            f"was chosen. It can keep less than each of them, which favours the random ones.{_trained_at(arms)}")
     return markdown_table([heads, *rows], note)
 
 def _trained_at(arms):

@@ -324,7 +324,8 @@ def plot_findings(
                 if math.isfinite(f.effect.low): ax.plot(f.effect[1:], [y, y], c=c, lw=1.6)
                 ax.plot(f.effect.value, y, marker, c=c, ms=6, gid=f'{title}-{f.claim}')
             ax.set(title=title); name_rows(ax, [f.claim.replace('`', '') for f in fs])
-        fig.supxlabel(xlabel or next(f.unit for fs in topics.values() for f in fs), color=INK, fontsize=9)
+        unit = xlabel or next(f.unit for fs in topics.values() for f in fs)
+        fig.supxlabel(unit+'; each panel has its own axis'*(not alike), color=INK, fontsize=9)
         seen = {told(f) for fs in topics.values() for f in fs}
         keys = [Line2D([], [], marker=m, c=c, label=v) for v,(c,m) in _looks.items() if v in seen]
         fig.legend(handles=keys, loc='outside upper center', ncols=2)
