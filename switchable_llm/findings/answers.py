@@ -207,13 +207,14 @@ def answers(
 def _best(findings):   # of those that help, if some do
     return min([f for f in findings if outcome(f)=='helps'] or findings, key=lambda f: f.effect.value)
 
-def _verdict(findings):   # of the best one, and in how many it hurts or nothing is known
+def _verdict(findings):   # of the best one, and in how many it hurts, or else is open; the rest stands in the details
     n,words = Counter(map(outcome, findings)),OUTCOMES | dict(open='is too close to call')
     own,of = outcome(_best(findings)),f'of {len(findings)} comparisons'
     if len(n)==1: return in_each(words[own], len(findings))
     if own=='helps': return f"helps in {n['helps']} {of}"+f", and hurts in {n['hurts']}"*bool(n['hurts'])
-    others = [f'{words[k]} in {n[k]}' for k in ('hurts','open') if n[k] and k!=own]
-    return f'is not shown to help: its best comparison {words[own]}'+f', and it {listed(others)} {of}'*bool(others)
+    if own=='open': return f'is not shown to help: its best comparison {words[own]}'+f", and it hurts in {n['hurts']} {of}"*bool(n['hurts'])
+    rest = next(k for k in ('hurts','open') if n[k])
+    return f'{words[rest]} in {n[rest]} {of}'+f" and {words['no']} in {n['no']}"*bool(n['no'])
 
 def _moved(f, factor=1):   # its effect, with a sign
     shown = f.effect.show(factor)
@@ -237,7 +238,7 @@ TEACHERS = dict(float_teacher='the model before training', highest_teacher='the 
 def _teachers_said(study, preset):   # learned ranges are no teacher
     found = [f for f in arm_findings(study.of(preset, 'arms'), 'objectives') if subject_of(f) in TEACHERS]
     who = ' or '.join(w for name,w in TEACHERS.items() if any(subject_of(f)==name for f in found))
-    return _improved(f'A teacher ({who}), at equal bit-operations and so fewer steps,', found)
+    return _improved(f'A teacher ({who}), at equal bit-operations,', found)
 
 def _price_said(study, preset):
     found = arm_findings(study.of(preset, 'arms'), 'price')
