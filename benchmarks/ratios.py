@@ -4,9 +4,8 @@
     python benchmarks/ratios.py --check                     # fails where a kernel lost its speed
 
 One thread; each turn measures both, and the median over turns of their ratio counts. `--check` fails below two thirds
-of what was recorded on a processor of the same name and instructions, and elsewhere below a quarter of the least that was
-recorded on any. What fails is measured again, twice: a
-neighbour on the machine may have been in the way.
+of what was recorded on a processor of the same name, family and model, and elsewhere below a quarter of the least that was
+recorded on any. What fails is measured again, twice: a neighbour on the machine may have been in the way.
 """
 import argparse, json, os, statistics, subprocess, sys, time
 from pathlib import Path

@@ -47,7 +47,7 @@ def robustness_answer(
     if not joint: return no_record(preset, 'robustness')
     found,share = defence_findings(joint),transfer_share(joint)
     chance,layers,faults = findings_of(found, 'random_profile'),findings_of(found, 'random_layer'),attack_faults(joint)
-    trained = trainings_compared(rs)
+    trained,checks = trainings_compared(rs),sanity_checks(joint)
     columns = {'random profile minus the best fixed':chance, 'random layers minus the best fixed':layers}
     columns |= {f'random-precision training minus {TRAINED[b]}':fs for b,fs in trained.items()}
     note = (f"By radius, under the worst of all attackers; {basis(len(joint), len(joint[0]['ids']), 'question')}. Bold: helps or hurts "
@@ -60,7 +60,7 @@ def robustness_answer(
         *(f'Random-precision training compared with {TRAINED[b]}: {_as_clause(answer_of(fs))}' for b,fs in trained.items()),
         *_by_loss(joint),
         share and f'An attack made at another precision does {100*share:.0f} % of the harm of one made at the same precision.',
-        f'Checks that attacks behave as attacks do: {sanity_checks(joint).count()}{_unsure(sanity_checks(joint))}.'))
+        f'Checks that attacks behave as attacks do: {checks.count()}{_unsure(checks)}.'))
 
 def _by_loss(joint):
     nats = defence_findings(joint, score='nll')
